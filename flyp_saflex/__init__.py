@@ -1,0 +1,48 @@
+"""Finetune CLIP as it was pretrained (FLYP) and make augmented data safe to use (SAFLEX).
+
+The public names below are loaded when first used, so that importing the package, and `flyp-saflex --help`, stay quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AugmentCache": "cache",
+    "Config": "config",
+    "UserError": "errors",
+    "load_recipe": "recipe:load",
+    "load_dataset": "data.registry",
+    "load_clip": "method.clip",
+    "Saflex": "method.saflex",
+    "clip_loss": "method.losses",
+    "evaluate": "stages.evaluate",
+    "train": "stages.train",
+}
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the names are strings
+
+if TYPE_CHECKING:
+    from flyp_saflex.cache import AugmentCache as AugmentCache
+    from flyp_saflex.config import Config as Config
+    from flyp_saflex.data.registry import load_dataset as load_dataset
+    from flyp_saflex.errors import UserError as UserError
+    from flyp_saflex.method.clip import load_clip as load_clip
+    from flyp_saflex.method.losses import clip_loss as clip_loss
+    from flyp_saflex.method.saflex import Saflex as Saflex
+    from flyp_saflex.recipe import load as load_recipe
+    from flyp_saflex.stages.evaluate import evaluate as evaluate
+    from flyp_saflex.stages.train import train as train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flyp_saflex' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(f"flyp_saflex.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,139 @@
+"""The command line: one function per command; a stage is imported inside its handler (floor 4).
+
+Exit codes: 0 done, 2 the user's mistake (one line, no traceback), 1 a failure of ours, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flyp_saflex import __version__, recipe
+from flyp_saflex.config import Config
+from flyp_saflex.errors import UserError
+
+EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex train RECIPE --print-config"
+
+
+def data(arguments: argparse.Namespace, config: Config) -> None:
+    """Check a dataset: counts per split, class and domain, image sizes, unreadable files, duplicates across splits."""
+    from flyp_saflex.stages.data import describe
+
+    describe(config, limit=arguments.limit, dry_run=arguments.dry_run)
+
+
+def train(arguments: argparse.Namespace, config: Config) -> None:
+    """Finetune, and keep checkpoints, metrics and the model in a run folder."""
+    from flyp_saflex.stages.train import train as run
+
+    path = arguments.run_dir or Path("runs") / f"{config.recipe}-seed{config.seed}"
+    run(config, path, resume=arguments.resume, limit=arguments.limit, dry_run=arguments.dry_run)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluate a run on every split of its dataset, and with WiSE-FT between the pretrained and the finetuned weights."""
+    from flyp_saflex.stages.evaluate import evaluate as run
+
+    alphas = None if arguments.wise_alphas is None else parse_alphas(arguments.wise_alphas)
+    run(
+        arguments.run,
+        splits=arguments.split,
+        wise_alphas=alphas,
+        overrides=arguments.set,
+        limit=arguments.limit,
+        dry_run=arguments.dry_run,
+    )
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Compare runs: mean, spread and n over seeds, paired differences."""
+    from flyp_saflex.stages.report import report as run
+
+    run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline)
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Show the whole idea in minutes on images that are drawn here: no download, no GPU."""
+    from flyp_saflex.stages.demo import demo as run
+
+    run(arguments.out)
+
+
+def parse_alphas(text: str) -> tuple[float, ...]:
+    """Parse `0,0.5,1` into numbers in 0..1.
+
+    Raises:
+        UserError: something else was given.
+    """
+    try:
+        alphas = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        alphas = (-1.0,)
+    if any(not 0 <= alpha <= 1 for alpha in alphas):
+        raise UserError(f"--wise-alphas {text}: expected numbers from 0 to 1 with commas between, for example 0,0.25,0.5,0.75,1")
+    return alphas
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="flyp-saflex",
+        description="Finetune CLIP with FLYP, make augmented data safe with SAFLEX, evaluate out of distribution.",
+        epilog=EPILOG.format(", ".join(recipe.shipped())),
+    )
+    parser.add_argument("--version", action="version", version=f"flyp-saflex {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override an option; repeatable")
+    shared.add_argument("--limit", type=int, metavar="N", help="use at most N images of each split (a quick look)")
+    shared.add_argument("--dry-run", action="store_true", help="run all checks, do no work")
+
+    with_recipe = argparse.ArgumentParser(add_help=False, parents=[shared])
+    with_recipe.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or the path of a .toml file")
+    with_recipe.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE-seedN)")
+    with_recipe.add_argument("--resume", action="store_true", help="go on where the run in the folder stopped")
+    with_recipe.add_argument("--print-config", action="store_true", help="print every option with its meaning and stop")
+
+    def add(handler: object, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+        name, doc = handler.__name__, (handler.__doc__ or "").strip()  # type: ignore[attr-defined]
+        command = commands.add_parser(name, parents=parents, help=doc, description=doc)
+        command.set_defaults(handler=handler)
+        return command
+
+    add(demo, []).add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for everything (default: demo)")
+    add(data, [with_recipe])
+    add(train, [with_recipe])
+    command = add(evaluate, [shared])
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder that train wrote")
+    command.add_argument("--split", action="append", default=[], metavar="S", help="evaluate this split only; repeatable")
+    command.add_argument("--wise-alphas", metavar="A,B,...", help="WiSE-FT sweep, for example 0,0.1,...,1 written out")
+    command = add(report, [])
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that evaluate has been run on")
+    command.add_argument("--out", type=Path, metavar="FILE", help="write here instead of to the terminal")
+    command.add_argument("--format", choices=("md", "csv", "json"), default="md", help="default: md (Markdown)")
+    command.add_argument("--baseline", metavar="NAME", help="recipe that the others are compared with, paired by seed")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        if hasattr(arguments, "recipe"):
+            config = recipe.load(arguments.recipe, arguments.set)
+            if arguments.print_config:
+                print(recipe.dumps(config, comments=True), end="")
+            else:
+                arguments.handler(arguments, config)
+        else:
+            arguments.handler(arguments)
+    except UserError as error:
+        print(f"flyp-saflex: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flyp-saflex: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,275 @@
+"""Every option, once: its name, type, range, default and meaning (floor 0; imports no torch).
+
+A recipe is a TOML file with these sections; `recipes.py` turns it into a `Config`. A string under a field documents it
+and is what `--print-config` shows. Fractions are in 0..1, sizes in pixels, lengths of training in optimiser steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+Positive = Annotated[float, Meta(gt=0)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+
+WeightRule = Literal["upstream", "sum", "label", "soft", "all"]
+Upstream = Literal["cache", "randaugment", "autoaugment", "augmix", "trivialaugment", "random-crop", "flip", "mixup", "cutmix"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    name: Literal["folder", "table", "iwildcam", "iwildcam-mini", "cub"] = "folder"
+    """Which reader. `folder`: root/<domain>/<class>/* or root/<split>/<class>/*; `table`: a CSV, TSV or Parquet file."""
+    root: str = ""
+    """The dataset's folder (for `iwildcam`: the folder that holds, or is, `iwildcam_v2.0`)."""
+    train_domains: tuple[str, ...] = ()
+    """`folder` and `table` with domains: the domains to train on. Held-out parts of them give `id_val` and `id_test`."""
+    select_domains: tuple[str, ...] = ()
+    """Domains that may select a model or give SAFLEX's validation gradient (OOD splits of role `select`)."""
+    test_domains: tuple[str, ...] = ()
+    """Domains that are only tested on (OOD splits of role `test`)."""
+    select_fraction: Fraction = 0.1
+    """Part of each class of the training domains held out as `id_val`."""
+    select_per_class: Natural = 0
+    """Images per class held out as `id_val`; 0: use `select_fraction`."""
+    test_fraction: Fraction = 0.2
+    """Part of each class of the training domains held out as `id_test`."""
+    split_seed: int = 0
+    """Seed of the held-out parts. Apart from `seed`, so that every seed is tested on the same images."""
+    shots: Natural = 0
+    """Training images per class (few-shot), drawn with `seed`; 0: all of them."""
+    add_to_train: tuple[str, ...] = ()
+    """`select` splits whose images are trained on as well; they can then select nothing."""
+    table: str = ""
+    """`table`: the file. Image paths in it are relative to `root`."""
+    path_column: str = "path"
+    """`table`: column of the image's path."""
+    label_column: str = "label"
+    """`table`: column of the class, a name or an index."""
+    split_column: str = ""
+    """`table`: column of the split (`train`, `val`, `test` or any name); empty: the file has none."""
+    domain_column: str = ""
+    """`table`: column of the domain; empty: the file has none."""
+    caption_column: str = ""
+    """`table`: column of a caption per image; empty: class captions are used."""
+    prompts: str = ""
+    """Folder with `classes.txt` and `templates.txt`; empty: the dataset's own, or the folder names and `a photo of a {}.`"""
+    box_crop: bool = False
+    """`cub`: crop every image to its bounding box before anything else."""
+    max_unreadable: Fraction = 0.01
+    """Unreadable images are skipped and counted; above this part of a split the run stops."""
+    workers: Natural = 0
+    """Processes that read images; 0: read in the main process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str = "ViT-B-16"
+    """Any open_clip model: `ViT-B-16`, `hf-hub:org/name`, or `local-dir:/path` with `open_clip_config.json` in it."""
+    pretrained: str = "openai"
+    """Pretrained tag or checkpoint file. Empty for `hf-hub:` and `local-dir:`, which carry their own weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    root: str = "augment_cache"
+    """Folder of augmented images: <root>/<data.name>/<key>/metadata.jsonl and images/."""
+    key: str = ""
+    """Entry to read; empty: the only one there."""
+    scores: str = "scores.jsonl"
+    """Scores beside the manifest, keyed by `aug_id`, read by `augment.filter = "scores"`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    upstream: tuple[Upstream, ...] = ()
+    """What makes the augmented rows, applied in order; `cache` starts from edited images instead of training images."""
+    per_train: Positive = 1.0
+    """Augmented rows per training row of a batch."""
+    on_train: tuple[Literal["random-crop", "flip"], ...] = ("random-crop",)
+    """Transformations of the training rows themselves (FLYP: `random-crop`, a crop of 90..100 % of the area)."""
+    filter: Literal["none", "scores", "argmax", "lowest-loss", "random"] = "none"
+    """Which augmented rows are used at all: `scores` reads the `keep` column of `cache.scores`; `argmax` drops rows that
+    the current model assigns to another class; `lowest-loss` keeps the `keep_fraction` with the lowest loss of each
+    batch; `random` keeps that fraction at random. The last three are baselines."""
+    keep_fraction: Fraction = 0.5
+    """For `lowest-loss` and `random`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    method: Literal["flyp", "ce-text", "ce-linear", "linear-probe", "lp-ft"] = "flyp"
+    """`flyp`: contrastive loss between image and caption. `ce-text`: cross entropy over the class captions. `ce-linear`:
+    cross entropy with a linear head. `linear-probe`: only that head. `lp-ft`: `linear-probe`, then `ce-linear`."""
+    proxies: Literal["captions", "batch"] = "captions"
+    """FLYP's columns: every distinct caption of the batch once, or one column per row as published."""
+    steps: Natural = 0
+    """Optimiser steps; 0: use `epochs`."""
+    epochs: NonNegative = 10.0
+    """Passes over the training split. With `steps = 0` and `epochs = 0` nothing is trained: the zero-shot model."""
+    probe_steps: Natural = 200
+    """`lp-ft`: steps of the linear probe before finetuning."""
+    batch_size: Count = 256
+    """Training rows per optimiser step, over all processes and accumulated parts."""
+    accumulation: Count = 1
+    """Parts that a batch is split into; each part is its own contrastive problem."""
+    lr: Positive = 1e-5
+    """Peak learning rate (AdamW)."""
+    head_lr: Positive = 1e-3
+    """Peak learning rate of a linear head."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_steps: Natural = 500
+    """Steps of linear warm-up; never more than a tenth of a short run."""
+    weight_decay: NonNegative = 0.1
+    """Not applied to biases, norms and `logit_scale`."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """AdamW's moment decays (open_clip's for ViT)."""
+    eps: Positive = 1e-6
+    """AdamW's epsilon."""
+    clip_norm: NonNegative = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of forward and backward pass."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    freeze_text: bool = False
+    """Keep the text tower as pretrained."""
+    freeze_image: bool = False
+    """Keep the image tower as pretrained, its projection included."""
+    freeze_image_blocks: Natural = 0
+    """Keep the stem and the first n blocks (stages) of the image tower as pretrained."""
+    freeze_token_embedding: bool = False
+    """Keep the text tower's token embedding as pretrained."""
+    freeze_batchnorm: bool = True
+    """BatchNorm uses its pretrained running statistics; False: batch statistics, as from-scratch training does."""
+    frozen_cache: str = ""
+    """Folder that keeps the activations behind the frozen image blocks between runs (exact; needs `on_train = []`, an
+    augmented stream without random operations, and frozen BatchNorm); empty: compute them every time."""
+    balanced_sampling: bool = False
+    """Draw every class equally often."""
+    evaluate_every: Natural = 0
+    """Steps between evaluations on `select_split`; 0: at the end only."""
+    select_split: str = "id_val"
+    """Split of role `select` that picks the best weights; empty: keep the last."""
+    select_metric: Literal["accuracy", "macro_f1", "worst_group_accuracy"] = "accuracy"
+    """Metric that picks them; the larger the better."""
+    patience: Natural = 0
+    """Stop after this many evaluations without a better one; 0: never."""
+    checkpoint_every: Natural = 200
+    """Steps between full-state checkpoints (one is always written at the end and on Ctrl-C); 0: none in between."""
+    keep_checkpoints: Count = 2
+    """Newest full-state checkpoints kept."""
+    log_every: Count = 10
+    """Steps between rows of `metrics.jsonl`."""
+    max_loss: Positive = 1e4
+    """A loss above this, or a NaN, stops the run with its state saved."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Experiment tracker through accelerate; `metrics.jsonl` is always written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaflexConfig:
+    enabled: bool = False
+    """Learn weights and soft labels of the augmented rows; False: weight 1 and the label that they came with."""
+    preset: Literal["robust", "paper"] = "robust"
+    """Values of the options below that are left at "preset" or unset."""
+    validation_split: str = "id_val"
+    """Split of role `select` whose loss the weights and labels are to lower."""
+    temperature: Positive | None = None
+    """tau of Eq. (10), softened; both presets: 0.1."""
+    penalty: NonNegative | None = None
+    """beta: pull of the learned label towards the one that the row came with."""
+    weight_rule: WeightRule | None = None
+    """Which rows are kept, from their gains; see the README's table of rules."""
+    gain_scale: Literal["none", "std"] | None = None
+    """Unit of the gains in the labels' softmax: as printed in the paper, or the batch's standard deviation."""
+    validation_loss: Literal["ce", "margin", "train"] | None = None
+    """Loss of the validation rows: cross entropy over all class captions, its infinite-temperature limit, or the
+    in-batch contrastive loss."""
+    validation_rows: Natural | None = None
+    """Validation images per refresh; 0: the whole split."""
+    refresh_every: Count | None = None
+    """Steps between validation gradients."""
+    scope: Literal["all", "head"] | None = None
+    """Parameters whose gradient is meant: all trained ones, or image projection + text tower."""
+    average: Fraction | None = None
+    """Decay of a running average of the validation gradient over refreshes; 0: the newest only."""
+    estimator: Literal["exact", "central", "one-sided"] | None = None
+    """Directional derivative: forward-mode differentiation, or finite differences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    batch_size: Count = 256
+    """Images per forward pass."""
+    wise_alphas: tuple[Fraction, ...] = ()
+    """WiSE-FT: weights (1 - alpha) * pretrained + alpha * finetuned; 1 is always evaluated."""
+    select_split: str = ""
+    """Split of role `select` that picks alpha; empty: `train.select_split`."""
+    bootstrap: Natural = 1000
+    """Resamples behind the 95 % intervals; 0: none."""
+    save_predictions: bool = True
+    """Write predictions/<split>.parquet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole recipe."""
+
+    recipe: str = ""
+    """Name of the recipe, set by the loader."""
+    seed: int = 0
+    """Seed of everything random in the run: few-shot draw, order, augmentation, heads."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    saflex: SaflexConfig = field(default_factory=SaflexConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def check(config: Config) -> list[str]:
+    """Return one line per combination of options that cannot work, naming both options and the fix."""
+    problems = []
+    train, saflex, augment = config.train, config.saflex, config.augment
+    if saflex.enabled and not augment.upstream:
+        problems.append(
+            "saflex.enabled is true but augment.upstream is empty, so there is nothing to weigh: set augment.upstream "
+            '(["cache"], ["randaugment"], ...) or saflex.enabled=false'
+        )
+    if augment.filter == "scores" and "cache" not in augment.upstream:
+        problems.append('augment.filter = "scores" needs edits: add "cache" to augment.upstream or set augment.filter="none"')
+    if "cache" in augment.upstream[1:]:
+        problems.append('augment.upstream: "cache" must come first, the operations after it are applied to its images')
+    if train.batch_size % train.accumulation:
+        problems.append(
+            f"train.batch_size = {train.batch_size} is not a multiple of train.accumulation = {train.accumulation}: "
+            "change one of them"
+        )
+    if train.freeze_image and train.freeze_text and train.method in ("flyp", "ce-text"):
+        problems.append(
+            f"train.freeze_image and train.freeze_text leave train.method = {train.method} nothing to train but logit_scale: "
+            "unfreeze one or use train.method=linear-probe"
+        )
+    if train.frozen_cache and (augment.on_train or any(name != "cache" for name in augment.upstream)):
+        problems.append(
+            "train.frozen_cache holds fixed activations, but augment.on_train or augment.upstream changes images at random: "
+            'set augment.on_train=[] and augment.upstream=[] or ["cache"], or train.frozen_cache=""'
+        )
+    if train.frozen_cache and not train.freeze_batchnorm:
+        problems.append("train.frozen_cache needs train.freeze_batchnorm=true: with batch statistics nothing is fixed")
+    if train.frozen_cache and not (train.freeze_image_blocks or train.freeze_image):
+        problems.append("train.frozen_cache needs frozen image blocks: set train.freeze_image_blocks or train.freeze_image")
+    splits = set(config.data.add_to_train)
+    for option, value in (("train.select_split", train.select_split), ("saflex.validation_split", saflex.validation_split)):
+        used = value and (option.startswith("train") or saflex.enabled)
+        if used and value in splits:
+            problems.append(f"{option} = {value} is also in data.add_to_train: a split that is trained on selects nothing")
+    return problems

@@ -1,0 +1,1 @@
+"""Readers and batches: they know files and no model (floor 2)."""

@@ -1,0 +1,180 @@
+"""A run's folder: lock, atomic writes, metrics, environment, the final DONE (floor 1; no torch).
+
+Nothing in it is ever half written: a file is written under a temporary name, flushed to disk and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import msgspec
+
+from flyp_saflex import recipe as recipe_module
+from flyp_saflex.config import Config
+from flyp_saflex.errors import RunError
+
+if sys.platform != "win32":
+    import fcntl
+
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "accelerate", "wilds", "timm", "numpy", "pillow", "transformers", "diffusers")
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; on a clean exit flush it to disk and rename it, otherwise remove it.
+
+    Raises:
+        RunError: the folder is read-only, missing or the disk is full; `path` is then as it was before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; free disk space or choose another --run-dir") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+class RunDir:
+    """The folder of one run, held by one process at a time.
+
+    Args:
+        path: the folder; it is made if missing.
+        lock: hold it against other processes (only the main process of a distributed run does).
+
+    Raises:
+        RunError: the folder cannot be written, or another process holds it.
+    """
+
+    def __init__(self, path: Path, *, lock: bool = True) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if lock:
+                self._lock = open(path / ".lock", "a+", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"run folder {path} cannot be written: {error.strerror}; choose another with --run-dir") from error
+        if self._lock is not None and sys.platform != "win32":
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._lock.close()
+                raise RunError(
+                    f"run folder {path} is in use by another process: wait for it, stop it, or choose another with --run-dir"
+                ) from None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Full-state checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The finetuned model in open_clip's `local-dir:` layout."""
+        return self.path / "model"
+
+    @property
+    def done(self) -> bool:
+        """Whether the run was finished."""
+        return (self.path / "DONE").is_file()
+
+    def mark_done(self) -> None:
+        """Write DONE, the last file of a run."""
+        with atomic_write(self.path / "DONE") as file:
+            file.write(time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
+
+    def write_config(self, config: Config) -> None:
+        """Write config.toml with every option as it is in force."""
+        with atomic_write(self.path / "config.toml") as file:
+            file.write(recipe_module.dumps(config))
+
+    def read_config(self) -> Config:
+        """Read config.toml back.
+
+        Raises:
+            RunError: there is none.
+        """
+        path = self.path / "config.toml"
+        if not path.is_file():
+            raise RunError(f"{self.path} is not a run folder: it has no config.toml; give the folder that `flyp-saflex train` wrote")
+        return recipe_module.load(str(path))
+
+    def write_environment(self, **extra: Any) -> None:
+        """Write env.json: versions, commit, hardware, command line."""
+        write_json(self.path / "env.json", environment() | extra)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl; NaN and infinity become null."""
+        with open(self.path / "metrics.jsonl", "ab") as file:
+            file.write(msgspec.json.encode(row) + b"\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl; a last line cut off by a kill is left out."""
+        path, rows = self.path / "metrics.jsonl", []
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            try:
+                rows.append(msgspec.json.decode(line))
+            except msgspec.DecodeError:
+                break
+        return rows
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop rows after `step`: a resumed run writes them again."""
+        if (self.path / "metrics.jsonl").is_file():
+            rows = [row for row in self.read_metrics() if row.get("step", 0) <= step]
+            with atomic_write(self.path / "metrics.jsonl", "wb") as file:
+                file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+
+
+def environment() -> dict[str, Any]:
+    """Return Python, platform, package versions, the project's commit if it is a checkout, and the command line."""
+    versions = {}
+    for package in ("flyp-saflex", *PACKAGES):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    source = Path(__file__).resolve().parent.parent
+    commit = None
+    if (source / ".git").exists():
+        git = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "packages": versions,
+        "commit": commit,
+        "command": sys.argv,
+    }
