@@ -83,7 +83,7 @@ def build(values: Mapping[str, Any], source: str) -> Config:
 
 def dumps(config: Config, *, comments: bool = False) -> str:
     """Return the recipe as TOML; unset options are left out, `comments` adds each field's documentation."""
-    text = tomli_w.dumps(_without_none(msgspec.to_builtins(config)))
+    text = tomli_w.dumps(_without_none(dataclasses.asdict(config)))
     if not comments:
         return text
     docs, section, lines = _field_docs(), "Config", []
@@ -98,7 +98,7 @@ def dumps(config: Config, *, comments: bool = False) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return `section.field: old -> new` for every option in which two recipes differ."""
-    a, b = _flat(msgspec.to_builtins(old)), _flat(msgspec.to_builtins(new))
+    a, b = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a | b) if a.get(key) != b.get(key)]
 
 
