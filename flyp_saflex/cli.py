@@ -34,9 +34,9 @@ def train(arguments: argparse.Namespace, config: Config) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run on every split of its dataset, and with WiSE-FT between the pretrained and the finetuned weights."""
+    alphas = None if arguments.wise_alphas is None else parse_alphas(arguments.wise_alphas)
     from flyp_saflex.stages.evaluate import evaluate as run
 
-    alphas = None if arguments.wise_alphas is None else parse_alphas(arguments.wise_alphas)
     run(
         arguments.run,
         splits=arguments.split,
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override an option; repeatable")
+    shared.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="set an option; repeatable")
     shared.add_argument("--limit", type=int, metavar="N", help="use at most N images of each split (a quick look)")
     shared.add_argument("--dry-run", action="store_true", help="run all checks, do no work")
 
@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler)
         return command
 
-    add(demo, []).add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for everything (default: demo)")
+    add(demo, []).add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to (default: demo)")
     add(data, [with_recipe])
     add(train, [with_recipe])
     command = add(evaluate, [shared])
