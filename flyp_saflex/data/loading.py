@@ -1,0 +1,116 @@
+"""Batches of preprocessed images in a fixed order (floor 2).
+
+For passes that see every image once: evaluation, features, validation gradients. An unreadable image is skipped, counted
+and listed; too many of them stop the pass. `B` batch, `S` image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from tqdm import tqdm
+
+from flyp_saflex.data.images import read_image
+from flyp_saflex.errors import DataError
+from flyp_saflex.records import Edit, Sample
+
+Preprocess = Callable[[Image.Image], Tensor]
+Row = tuple[int, Tensor | None, str]
+
+
+class ImageLoader:
+    """Reads images in batches; the same input gives the same output with any number of workers.
+
+    Args:
+        preprocess: image to tensor `[3, S, S]`, without randomness.
+        batch_size: rows per batch; a batch with unreadable images is shorter.
+        workers: processes that read; 0 reads in this one.
+        max_unreadable: largest part of the rows that may be unreadable.
+        box_crop: crop samples to their bounding box.
+        progress: show a progress bar (if the output is a terminal).
+
+    Attributes:
+        unreadable: (path, reason) of the images skipped in the latest pass.
+    """
+
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        *,
+        batch_size: int,
+        workers: int = 0,
+        max_unreadable: float = 0.01,
+        box_crop: bool = False,
+        progress: bool = False,
+    ) -> None:
+        self.preprocess = preprocess
+        self.batch_size = batch_size
+        self.workers = workers
+        self.max_unreadable = max_unreadable
+        self.box_crop = box_crop
+        self.progress = progress
+        self.unreadable: list[tuple[str, str]] = []
+
+    def batches(self, samples: Sequence[Sample | Edit]) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield (positions in `samples`, images `[B, 3, S, S]`) in order.
+
+        Raises:
+            DataError: more than `max_unreadable` of the rows cannot be read.
+        """
+        self.unreadable = []
+        rows = _Rows(samples, self.preprocess, box_crop=self.box_crop)
+        bar = tqdm(total=len(samples), unit="image", desc="reading images", disable=None if self.progress else True)
+        with bar:
+            for batch in self._read(rows):
+                positions: list[int] = []
+                images: list[Tensor] = []
+                for position, image, reason in batch:
+                    if image is None:
+                        self._skip(str(samples[position].path), reason, len(samples))
+                    else:
+                        positions.append(position)
+                        images.append(image)
+                bar.update(len(batch))
+                if images:
+                    yield positions, torch.stack(images)
+
+    def _read(self, rows: _Rows) -> Iterator[list[Row]]:
+        if self.workers == 0:
+            for start in range(0, len(rows), self.batch_size):
+                yield [rows[position] for position in range(start, min(start + self.batch_size, len(rows)))]
+            return
+        # The loader draws a seed for its workers even where nothing is random: from its own generator, not the global one.
+        yield from DataLoader(
+            rows, batch_size=self.batch_size, num_workers=self.workers, collate_fn=list, generator=torch.Generator()
+        )
+
+    def _skip(self, path: str, reason: str, total: int) -> None:
+        self.unreadable.append((path, reason))
+        if len(self.unreadable) > self.max_unreadable * total:
+            raise DataError(
+                f"{len(self.unreadable)} of {total} images cannot be read, more than data.max_unreadable = {self.max_unreadable} "
+                f"allows; first: {self.unreadable[0][1]}"
+            )
+
+
+class _Rows(TorchDataset[Row]):
+    """One row per image: its position, its tensor or None, and the reason if there is none."""
+
+    def __init__(self, samples: Sequence[Sample | Edit], preprocess: Preprocess, *, box_crop: bool) -> None:
+        self.samples, self.preprocess, self.box_crop = samples, preprocess, box_crop
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, position: int) -> Row:
+        sample = self.samples[position]
+        box = sample.box if self.box_crop and isinstance(sample, Sample) else None
+        try:
+            return position, self.preprocess(read_image(sample.path, box=box)), ""
+        except DataError as error:
+            return position, None, str(error)

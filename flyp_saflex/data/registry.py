@@ -1,0 +1,206 @@
+"""From a recipe's `[data]` section to a checked `Dataset` (floor 2).
+
+The readers know one layout each. What every dataset has to obey is here: one `train` split, no image in two splits, every
+class trained on, every file there; and what every recipe may ask for: few shots, more training rows, a quick look.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from flyp_saflex.config import DataConfig
+from flyp_saflex.data.cub import read_cub
+from flyp_saflex.data.folder import read_folder
+from flyp_saflex.data.splitting import SELECT_NAMES, few_shot, quick_look
+from flyp_saflex.data.table import read_table
+from flyp_saflex.data.wilds import read_iwildcam, read_iwildcam_mini
+from flyp_saflex.errors import DataError, nearest
+from flyp_saflex.records import Dataset, Role, Sample, Split
+
+READERS: dict[str, Callable[[DataConfig], Dataset]] = {
+    "folder": read_folder,
+    "table": read_table,
+    "iwildcam": read_iwildcam,
+    "iwildcam-mini": read_iwildcam_mini,
+    "cub": read_cub,
+}
+# Lists that are published as they are: a class that nobody trains on is worth a note, not an error.
+PUBLISHED = frozenset(("iwildcam", "iwildcam-mini", "cub"))
+
+
+def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None, check_files: bool = True) -> Dataset:
+    """Read, check and cut a dataset as the recipe says; no image is opened.
+
+    Args:
+        config: the recipe's `[data]` section.
+        seed: seed of the few-shot draw.
+        limit: at most this many images of each split, spread over classes; the same ones for every `seed`.
+        check_files: whether every image file has to exist.
+
+    Raises:
+        DataError: the dataset, or what the recipe asks of it, is wrong.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"--limit {limit}: expected at least 1 image per split")
+    dataset = READERS[config.name](config)
+    _check_splits(dataset)
+    if check_files:
+        _check_files(dataset)
+    splits = dict(dataset.splits)
+    notes = [*dataset.notes, *_shared_names(dataset)]
+    for name in config.add_to_train:
+        added = _addable(dataset, name)
+        splits["train"] = replace(splits["train"], samples=splits["train"].samples + added.samples)
+        splits.pop(added.name)
+        notes.append(f"{len(added)} images of '{name}' are trained on (data.add_to_train)")
+    notes += _check_classes(replace(dataset, splits=splits), strict=config.name not in PUBLISHED)
+    if config.shots:
+        splits["train"] = few_shot(splits["train"], config.shots, seed)
+        short = [label for label, count in splits["train"].class_counts().items() if count < config.shots]
+        if short:
+            notes.append(
+                f"data.shots = {config.shots}, but {len(short)} classes have fewer training images: all of theirs are used"
+            )
+    if limit is not None:
+        splits = {name: quick_look(split, limit, config.split_seed) for name, split in splits.items()}
+        notes.append(f"a quick look: at most {limit} images of each split")
+    return replace(dataset, splits=splits, notes=tuple(notes))
+
+
+def split_for(dataset: Dataset, name: str, role: Role | None = None) -> Split:
+    """Return a split by name, and see to it that it is used for what it is there for.
+
+    `id_val` also finds the in-distribution split of role `select` under its other usual names (`val`, `valid` ...).
+
+    Args:
+        dataset: where to look.
+        name: the split's name.
+        role: what it is wanted for; None: anything.
+
+    Raises:
+        DataError: there is no such split, or its role forbids the use.
+    """
+    split = dataset.splits.get(name) or _synonym(dataset, name)
+    if split is None:
+        raise DataError(
+            f"dataset '{dataset.name}' has no split '{name}'{nearest(name, dataset.splits)} (it has: {', '.join(dataset.splits)})"
+        )
+    if role is None or role == split.role:
+        return split
+    others = ", ".join(other.name for other in dataset.splits.values() if other.role == role) or "none"
+    reason = {
+        ("test", "select"): "test splits never select a model or steer training",
+        ("test", "train"): "test splits are never trained on",
+        ("select", "test"): "a split that selects models is no test of them",
+    }.get((split.role, role), f"it has the role '{split.role}'")
+    raise DataError(f"split '{split.name}' cannot be used as a '{role}' split: {reason}; use one of: {others}")
+
+
+def _synonym(dataset: Dataset, name: str) -> Split | None:
+    if name not in SELECT_NAMES:
+        return None
+    found = [
+        split for split in dataset.splits.values() if split.name in SELECT_NAMES and (split.role, split.shift) == ("select", "id")
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _addable(dataset: Dataset, name: str) -> Split:
+    split = split_for(dataset, name)
+    if split.name == "train" or split.role == "test":
+        allowed = [other.name for other in dataset.splits.values() if other.name != "train" and other.role != "test"]
+        raise DataError(
+            f"data.add_to_train: '{name}' cannot be added, its role is '{split.role}'; "
+            f"possible are: {', '.join(allowed) or 'none'}"
+        )
+    return split
+
+
+def _check_splits(dataset: Dataset) -> None:
+    if "train" not in dataset.splits:
+        raise DataError(
+            f"dataset '{dataset.name}' in {dataset.root} has no split 'train' (found: {', '.join(dataset.splits) or 'none'}); "
+            "call one of the splits train"
+        )
+    homes: dict[str, str] = {}
+    for split in dataset.splits.values():
+        if not split.samples:
+            raise DataError(f"split '{split.name}' of '{dataset.name}' is empty: put images into it or remove it from the data")
+        for sample in split.samples:
+            if not 0 <= sample.label < dataset.num_classes:
+                raise DataError(
+                    f"image '{sample.sample_id}' of split '{split.name}' has the label {sample.label}, but there are "
+                    f"{dataset.num_classes} classes (0..{dataset.num_classes - 1}); correct the label or the class file"
+                )
+            if sample.sample_id in homes:
+                where = (
+                    f"'{homes[sample.sample_id]}' and '{split.name}'"
+                    if homes[sample.sample_id] != split.name
+                    else "the same split"
+                )
+                raise DataError(
+                    f"image '{sample.sample_id}' is there twice, in {where}; an image belongs to one split, drop one of them"
+                )
+            homes[sample.sample_id] = split.name
+
+
+def _check_files(dataset: Dataset) -> None:
+    """Look every file up in its folder's listing: one call per folder, not per image."""
+    listings: dict[Path, frozenset[str]] = {}
+    missing: dict[str, list[Sample]] = defaultdict(list)
+    for split in dataset.splits.values():
+        for sample in split.samples:
+            folder = sample.path.parent
+            if folder not in listings:
+                listings[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+            if sample.path.name not in listings[folder]:
+                missing[split.name].append(sample)
+    if missing:
+        first = [str(sample.path) for samples in missing.values() for sample in samples][:3]
+        counts = ", ".join(f"{len(samples)} of {len(dataset.splits[name])} in {name}" for name, samples in missing.items())
+        raise DataError(
+            f"images of '{dataset.name}' are missing ({counts}), first: {', '.join(first)}; copy them there or correct data.root"
+        )
+
+
+def _check_classes(dataset: Dataset, *, strict: bool) -> list[str]:
+    """Require training images of every class; for published lists return notes instead."""
+    trained = dataset.train.class_counts()
+    problems = []
+    for split in dataset.splits.values():
+        counts = split.class_counts()
+        unseen = [label for label in sorted(counts) if label not in trained]
+        if unseen:
+            problems.append(
+                f"split '{split.name}' has {sum(counts[label] for label in unseen)} images of classes without any training image "
+                f"({_named(dataset, unseen)}); add training images of them or drop those rows"
+            )
+    absent = [label for label in range(dataset.num_classes) if label not in trained]
+    if absent:
+        problems.append(
+            f"{len(absent)} of {dataset.num_classes} classes have no training image ({_named(dataset, absent)}); "
+            "add images, or remove them from the class list or the training folder"
+        )
+    if problems and strict:
+        raise DataError(f"dataset '{dataset.name}': {problems[0]}")
+    return problems
+
+
+def _shared_names(dataset: Dataset) -> list[str]:
+    labels: dict[str, list[int]] = defaultdict(list)
+    for label, name in enumerate(dataset.class_names):
+        labels[name.casefold()].append(label)
+    doubled = Counter({name: len(found) for name, found in labels.items() if len(found) > 1})
+    if not doubled:
+        return []
+    shown = ", ".join(f"'{name}' ({', '.join(map(str, labels[name]))})" for name in sorted(doubled)[:4])
+    return [f"{len(doubled)} class names stand for more than one class, whose captions are then the same: {shown}"]
+
+
+def _named(dataset: Dataset, labels: list[int]) -> str:
+    names = ", ".join(f"'{dataset.class_names[label]}'" for label in labels[:5])
+    return names + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")

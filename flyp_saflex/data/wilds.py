@@ -1,0 +1,232 @@
+"""iWildCam: WILDS' official five splits, and ALIA's seven-class subset of it (floor 2).
+
+The official splits come from the `wilds` package itself, which also holds the official evaluator. Nothing is downloaded and
+nothing is written into the dataset's folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from flyp_saflex.config import DataConfig
+from flyp_saflex.errors import DataError
+from flyp_saflex.prompts_io import load_prompts
+from flyp_saflex.records import Dataset, Role, Sample, Shift, Split
+
+FOLDER = "iwildcam_v2.0"
+RELEASE = "RELEASE_v2.0.txt"
+COLUMNS = ("split", "filename", "y", "location_remapped", "sequence_remapped", "datetime")
+OFFICIAL: dict[str, tuple[Role, Shift]] = {
+    "train": ("train", "id"),
+    "id_val": ("select", "id"),
+    "val": ("select", "ood"),
+    "id_test": ("test", "id"),
+    "test": ("test", "ood"),
+}
+# ALIA validates on rows of WILDS' id_test. Nine in ten of its locations are not among the 15 that this subset trains on,
+# so by the rule "id shares the training split's domains" it is OOD here.
+MINI: dict[str, tuple[Role, Shift]] = {
+    "train": ("train", "id"),
+    "val": ("select", "ood"),
+    "test": ("test", "ood"),
+    "extra": ("train", "ood"),
+}
+MINI_SUFFIX = "-21bc-11ea-a13a-137349068a90"
+
+
+def read_iwildcam(config: DataConfig) -> Dataset:
+    """Read WILDS iWildCam v2.0 through the `wilds` package.
+
+    `data.root` holds `iwildcam_v2.0`, or is that folder under any name, with `metadata.csv` and the images in `train/` or
+    `images/` (flat or in folders, as on LILA).
+
+    Raises:
+        DataError: metadata or images are missing, or a row of the metadata cannot be used.
+    """
+    folder = _folder(config, needed="metadata.csv")
+    prompts = load_prompts(config.prompts or "iwildcam")
+    table = _metadata(folder / "metadata.csv", len(prompts.class_names))
+    official, notes = _open(folder)
+    names = table["filename"].tolist()
+    root, paths = _locate(folder, names)
+    locations = official.metadata_array[:, official.metadata_fields.index("location")].tolist()
+    labels = official.y_array.tolist()
+
+    def sample(row: int) -> Sample:
+        name = names[row]
+        return Sample(sample_id=name, path=paths[name], label=labels[row], domain=str(locations[row]))
+
+    splits = {
+        name: Split(
+            name=name,
+            role=role,
+            shift=shift,
+            samples=tuple(sample(row) for row in official.get_subset(name).indices.tolist()),
+        )
+        for name, (role, shift) in OFFICIAL.items()
+    }
+    return Dataset(
+        name="iwildcam",
+        root=root,
+        class_names=prompts.class_names,
+        splits=splits,
+        templates=prompts.templates,
+        notes=notes,
+    )
+
+
+def read_iwildcam_mini(config: DataConfig) -> Dataset:
+    """Read ALIA's subset of iWildCam: seven classes, 15 training locations, two test locations.
+
+    Only the images are needed; which ones, and their labels, is in the package. The split `extra` (images of further
+    locations, ALIA's upper baseline) is trained on only if `data.add_to_train` names it.
+
+    Raises:
+        DataError: no folder of images is there.
+    """
+    folder = _folder(config, needed="")
+    prompts = load_prompts(config.prompts or "iwildcam-mini")
+    rows = mini_rows()
+    label_of = {y: label for label, y in enumerate(sorted({y for _, y, _, _ in rows}))}
+    if len(prompts.class_names) != len(label_of):
+        raise DataError(
+            f"{prompts.folder / 'classes.txt'} has {len(prompts.class_names)} classes, but iwildcam-mini has {len(label_of)}; "
+            "correct the file or leave data.prompts empty"
+        )
+    root, paths = _locate(folder, [name for name, *_ in rows])
+    samples: dict[str, list[Sample]] = {name: [] for name in MINI}
+    for name, y, split, location in rows:
+        samples[split].append(Sample(sample_id=name, path=paths[name], label=label_of[y], domain=location))
+    splits = {
+        name: Split(name=name, role=role, shift=shift, samples=tuple(samples[name])) for name, (role, shift) in MINI.items()
+    }
+    return Dataset(
+        name="iwildcam-mini",
+        root=root,
+        class_names=prompts.class_names,
+        splits=splits,
+        templates=prompts.templates,
+        notes=("val has rows of WILDS' id_test, 80 % of them from locations that this subset does not train on",),
+    )
+
+
+def mini_rows() -> list[tuple[str, int, str, str]]:
+    """Return (file name, WILDS' class index y, split, location) of ALIA's subset, in ALIA's order."""
+    data = gzip.decompress((resources.files("flyp_saflex.data") / "iwildcam_mini.csv.gz").read_bytes()).decode()
+    lines = (line for line in data.splitlines() if not line.startswith("#"))
+    return [
+        (f"{row['image_id']}{MINI_SUFFIX}.jpg", int(row["y"]), row["split"], row["location"]) for row in csv.DictReader(lines)
+    ]
+
+
+def official_metrics(predictions: Tensor | Sequence[int], labels: Tensor | Sequence[int]) -> dict[str, float]:
+    """Return what WILDS reports for iWildCam, computed by WILDS' own evaluator.
+
+    Macro averages run over the classes that are present in `labels`, not over all 182.
+
+    Args:
+        predictions: class indices, one per image.
+        labels: true class indices, as many.
+
+    Returns:
+        `accuracy`, `macro_recall` and `macro_f1`, fractions in 0..1.
+    """
+    from wilds.datasets.iwildcam_dataset import IWildCamDataset
+
+    # The evaluator reads nothing of its dataset object, so it can be used without the images.
+    results, _ = IWildCamDataset.eval(cast(Any, None), torch.as_tensor(predictions), torch.as_tensor(labels), None)
+    return {
+        "accuracy": float(results["acc_avg"]),
+        "macro_recall": float(results["recall-macro_all"]),
+        "macro_f1": float(results["F1-macro_all"]),
+    }
+
+
+def _folder(config: DataConfig, *, needed: str) -> Path:
+    """Return the folder with the dataset's files."""
+    help_text = (
+        f"place WILDS' {FOLDER} there: metadata.csv and train/*.jpg, from its archive (11 GB; its download host is often down) "
+        "or a copy; the images may also be LILA's iWildCam 2020 in images/, beside WILDS' metadata.csv"
+    )
+    if not config.root:
+        raise DataError(f"data.root is empty (data.name = {config.name}); --set data.root=PATH and {help_text}")
+    root = Path(config.root).expanduser().absolute()
+    for folder in (root / FOLDER, root):
+        if folder.is_dir() and (not needed or (folder / needed).is_file()):
+            return folder
+    found = f"no {needed} in it or in its {FOLDER}" if root.is_dir() else "there is no such folder"
+    raise DataError(f"data.root = {config.root}: {found}; {help_text}")
+
+
+def _metadata(path: Path, num_classes: int) -> pd.DataFrame:
+    """Read metadata.csv and check what the `wilds` package takes on trust."""
+    try:
+        table = pd.read_csv(path, low_memory=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}; copy it again") from None
+    for column in COLUMNS:
+        if column not in table:
+            raise DataError(
+                f"{path} row 1: there is no column '{column}' (found: {', '.join(table.columns)}); copy WILDS' file again"
+            )
+        empty = table[column].isna()
+        if empty.any():
+            raise DataError(
+                f"{path} row {int(empty.argmax()) + 2}: column '{column}' is empty; drop the row or copy the file again"
+            )
+    unknown = ~table["split"].isin(OFFICIAL)
+    if unknown.any():
+        row = int(unknown.argmax())
+        raise DataError(f"{path} row {row + 2}: column 'split' is '{table['split'][row]}', expected one of {', '.join(OFFICIAL)}")
+    y = pd.to_numeric(table["y"], errors="coerce")
+    wrong = ~y.between(0, num_classes - 1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise DataError(
+            f"{path} row {row + 2}: column 'y' is {table['y'][row]}, but prompts/iwildcam has {num_classes} classes "
+            f"(0..{num_classes - 1}). Drop the row or update the class file."
+        )
+    return table
+
+
+def _open(folder: Path) -> tuple[Any, tuple[str, ...]]:
+    """Open the folder with the `wilds` package; without its release file or name, through a temporary folder of links."""
+    from wilds import get_dataset
+
+    try:
+        if folder.name == FOLDER and (folder / RELEASE).is_file():
+            return get_dataset("iwildcam", root_dir=str(folder.parent), download=False), ()
+        with tempfile.TemporaryDirectory() as temporary:
+            shadow = Path(temporary) / FOLDER
+            shadow.mkdir()
+            os.symlink(folder / "metadata.csv", shadow / "metadata.csv")
+            (shadow / RELEASE).touch()
+            note = f"{folder} is not named {FOLDER} or has no {RELEASE}: opened through a temporary link, nothing written into it"
+            return get_dataset("iwildcam", root_dir=temporary, download=False), (note,)
+    except (AssertionError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split()) or "the values of y, location_remapped or sequence_remapped have gaps"
+        raise DataError(
+            f"{folder / 'metadata.csv'}: the wilds package refuses it: {reason}; copy WILDS' own file again"
+        ) from None
+
+
+def _locate(folder: Path, names: Iterable[str]) -> tuple[Path, dict[str, Path]]:
+    """Return the folder of the images and the path of every name; names that are not found are where WILDS puts them."""
+    for base in (folder / "train", folder / "images", folder):
+        if base.is_dir():
+            found = {name: Path(current, name) for current, _, files in os.walk(base) for name in files}
+            paths = {name: found.get(name, base / name) for name in names}
+            if any(name in found for name in paths):
+                return base, paths
+    return folder / "train", {name: folder / "train" / name for name in names}
