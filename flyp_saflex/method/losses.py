@@ -1,0 +1,205 @@
+"""Weighted soft-label losses: cross entropy, CLIP/FLYP and NT-Xent (floor 2: tensors only).
+
+All of them are linear in the mass `M_ij = w_i y_ij` (SAFLEX, Eq. 7 and 14), which is what makes the weights and labels a
+linear program (Theorem 1). With weights one and one-hot labels each equals the plain loss of its field, bit for bit
+where the reference is PyTorch's or open_clip's. Half-precision logits are computed in float32.
+
+Shapes: N rows (images), K classes, C caption columns ("proxy classes"), A augmented rows, B pairs, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Proxies = Literal["captions", "batch"]
+
+
+def soft_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Return the weighted cross entropy with soft labels, Eq. (7), divided by the sum of the weights.
+
+    Equals `F.cross_entropy(logits, indices)` to the last bit for one-hot labels and weights one.
+
+    Args:
+        logits_NK: scores before the softmax; -inf is allowed where the label is zero.
+        labels_NK: rows on the simplex.
+        weights_N: non-negative; None: ones.
+
+    Returns:
+        A scalar, in float32 or float64. Zero, with zero gradient, if every weight is zero or there are no rows.
+    """
+    weights_N = _ones(logits_NK) if weights_N is None else weights_N
+    losses_N = _negative_log_likelihood(at_least_float32(logits_NK), labels_NK)
+    return _weighted_mean(losses_N, weights_N)
+
+
+def clip_loss(logits_NC: Tensor, assignment_NC: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Return the symmetric contrastive loss of images and captions, both terms of Eq. (13) generalised as Eq. (14).
+
+    With `M = w_i y_ij`:  L = 1/2 [ - sum M log softmax_j(Z) - sum M log softmax_i(Z) ] / sum M.
+
+    A caption column may have several positives (images that share the caption): its term is then the sum of their log
+    probabilities. Rows of weight zero are no negatives of the second term either; a column without mass adds nothing.
+    Weights one and the identity give open_clip's `ClipLoss`, to the last bit for the same logits.
+
+    Args:
+        logits_NC: `logit_scale * image_i . caption_j`.
+        assignment_NC: label mass of every row over the columns, rows sum to one; see `proxy_columns`.
+        weights_N: non-negative; None: ones.
+
+    Returns:
+        A scalar, in float32 or float64. Zero, with zero gradient, if every weight is zero or there are no rows.
+    """
+    logits_NC = at_least_float32(logits_NC)
+    weights_N = _ones(logits_NC) if weights_N is None else weights_N.to(logits_NC.dtype)
+    mass_NC = weights_N[:, None] * assignment_NC.to(logits_NC.dtype)
+    # Step 1, first term of Eq. (13) as Eq. (14): which caption belongs to the image?
+    image_losses_N = _negative_log_likelihood(logits_NC, mass_NC)
+    # Step 2, second term: which image belongs to the caption? Dropped rows leave the softmax, unless all are dropped
+    # (a softmax over nothing is NaN; the mass is zero then and so is the loss). The copy puts the softmax on the last
+    # dimension, as ClipLoss does: another memory layout is another rounding.
+    dropped_N = (weights_N <= 0) & (weights_N > 0).any()
+    caption_logits_CN = logits_NC.T.contiguous().masked_fill(dropped_N, -torch.inf)
+    caption_losses_C = _negative_log_likelihood(caption_logits_CN, mass_NC.T)
+    # Step 3: one normaliser for both, the mass in the loss.
+    total = mass_NC.sum()
+    total = torch.where(total > 0, total, torch.ones_like(total))
+    return (_ordered_sum(image_losses_N) / total + _ordered_sum(caption_losses_C) / total) / 2
+
+
+def proxy_columns(caption_ids_N: Tensor, proxies: Proxies = "captions") -> tuple[Tensor, Tensor]:
+    """Return the proxy classes of a batch, as the caption id of every column, and plain FLYP's assignment of its rows.
+
+    Args:
+        caption_ids_N: an integer per row; equal captions have equal ids.
+        proxies: `captions`: every distinct caption is one column, in the order of the ids, and each row is assigned to its
+            own; `batch`: one column per row, as FLYP was published: the assignment is the identity, even where captions
+            repeat.
+
+    Returns:
+        columns_C and assignment_NC (float32).
+    """
+    if proxies == "batch":
+        return caption_ids_N, torch.eye(len(caption_ids_N), device=caption_ids_N.device)
+    columns_C = torch.unique(caption_ids_N, sorted=True)
+    return columns_C, assignment(caption_ids_N, columns_C)
+
+
+def assignment(caption_ids_N: Tensor, columns_C: Tensor) -> Tensor:
+    """Return the mass of every caption over the columns that carry it: one-hot, or equal shares where it repeats.
+
+    Returns:
+        assignment_NC, float32, rows sum to one. A caption without a column is a mistake of the caller.
+    """
+    carries_NC = (caption_ids_N[:, None] == columns_C[None, :]).to(torch.float32)
+    copies_N1 = carries_NC.sum(dim=1, keepdim=True)
+    assert bool((copies_N1 > 0).all()), "a row's caption is in no column"
+    return carries_NC / copies_N1
+
+
+def spread_over_columns(labels_AK: Tensor, captions_K: Tensor, columns_C: Tensor) -> Tensor:
+    """Return soft labels over K distinct captions as mass over C columns; columns of one caption share its mass."""
+    return labels_AK @ assignment(captions_K, columns_C).to(labels_AK.dtype)
+
+
+def average_over_columns(gains_AC: Tensor, captions_K: Tensor, columns_C: Tensor) -> Tensor:
+    """Return the gain of every distinct caption: the mean over the columns that share its mass.
+
+    The adjoint of `spread_over_columns`: <gains, spread(labels)> = <average(gains), labels>.
+    """
+    return gains_AC @ assignment(captions_K, columns_C).to(gains_AC.dtype).T
+
+
+def nt_xent(
+    first_BD: Tensor,
+    second_BD: Tensor,
+    temperature: float = 0.5,
+    labels_NC: Tensor | None = None,
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """Return the contrastive loss of two views of each image, Eq. (12), averaged over the N = 2B views.
+
+    Args:
+        first_BD: embeddings of the first views, any length (they are normalised here).
+        second_BD: embeddings of the second views of the same images.
+        temperature: tau of Eq. (12).
+        labels_NC: soft labels over the proxies of `nt_xent_logits`; None: every view's own partner.
+        weights_N: weight of each view as an anchor; None: ones. A view of weight zero stays a candidate of the others,
+            because their learned labels may put mass on it.
+    """
+    logits_NC = nt_xent_logits(first_BD, second_BD, temperature)
+    if labels_NC is None:
+        labels_NC = F.one_hot(nt_xent_partners(len(first_BD), logits_NC.device), logits_NC.shape[1])
+    return soft_cross_entropy(logits_NC, labels_NC, weights_N)
+
+
+def nt_xent_logits(first_BD: Tensor, second_BD: Tensor, temperature: float = 0.5) -> Tensor:
+    """Return `cosine / temperature` of every view with the C = 2B - 1 others: the proxy classes of Eq. (12).
+
+    Views are numbered 0 .. B-1 (first) and B .. 2B-1 (second). Column j of row i is view j for j < i, else view j + 1: a
+    view is no candidate for itself, and so no column has to be masked.
+    """
+    views_ND = F.normalize(at_least_float32(torch.cat([first_BD, second_BD])), dim=1)
+    num_views = len(views_ND)
+    logits_NN = views_ND @ views_ND.T / temperature
+    # Without its last entry the flat matrix has one diagonal entry at the head of every N + 1 entries.
+    return logits_NN.flatten()[:-1].view(num_views - 1, num_views + 1)[:, 1:].reshape(num_views, num_views - 1)
+
+
+def nt_xent_partners(num_pairs: int, device: torch.device | None = None) -> Tensor:
+    """Return the column, in `nt_xent_logits`, of every view's partner (the other view of its image)."""
+    pairs_B = torch.arange(num_pairs, device=device)
+    return torch.cat([pairs_B + num_pairs - 1, pairs_B])
+
+
+def cross_entropy(logits_VK: Tensor, labels_V: Tensor) -> Tensor:
+    """Return the mean cross entropy of the validation rows over the class captions (`saflex.validation_loss = "ce"`)."""
+    return F.cross_entropy(at_least_float32(logits_VK), labels_V)
+
+
+def margin(logits_VK: Tensor, labels_V: Tensor) -> Tensor:
+    """Return the mean over rows of `mean_k z_k - z_y` (`saflex.validation_loss = "margin"`).
+
+    Cross entropy at infinite temperature: lim T (CE(z / T) - log K). Its gradient does not fade when the rows are already
+    classified right.
+    """
+    logits_VK = at_least_float32(logits_VK)
+    return (logits_VK.mean(dim=1) - logits_VK.gather(1, labels_V[:, None])[:, 0]).mean()
+
+
+VALIDATION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin}
+"""By name; the third choice, `train`, is the training loss itself and belongs to the caller."""
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return half-precision values as float32, others as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _ones(logits_NK: Tensor) -> Tensor:
+    return torch.ones(len(logits_NK), dtype=at_least_float32(logits_NK[:0]).dtype, device=logits_NK.device)
+
+
+def _negative_log_likelihood(logits_NK: Tensor, mass_NK: Tensor) -> Tensor:
+    """Return `- sum_k M_ik log softmax_k(Z)_ik` per row, with 0 log 0 = 0 (also in the backward pass)."""
+    log_probs_NK = logits_NK.log_softmax(dim=1)
+    impossible_NK = (log_probs_NK == -torch.inf) & (mass_NK == 0)
+    return -(mass_NK * log_probs_NK.masked_fill(impossible_NK, 0)).sum(dim=1)
+
+
+def _weighted_mean(losses_N: Tensor, weights_N: Tensor) -> Tensor:
+    weights_N = weights_N.to(losses_N.dtype)
+    total = weights_N.sum()
+    return _ordered_sum(losses_N * weights_N) / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _ordered_sum(losses_N: Tensor) -> Tensor:
+    """Sum in the order in which PyTorch's cross entropy sums its rows: `Tensor.sum` differs in the last bit."""
+    if not len(losses_N):
+        return losses_N.sum()
+    only_class_N = torch.zeros(len(losses_N), dtype=torch.long, device=losses_N.device)
+    return F.nll_loss(-losses_N[:, None], only_class_N, reduction="sum")

@@ -1,0 +1,311 @@
+"""SAFLEX: weights and soft labels of augmented rows, in closed form from their gains (floor 2: tensors only).
+
+Each row's weight and label are chosen so that the coming step lowers the validation loss most, to first order (Eq. 3-4).
+That is a linear program which separates over rows (Theorem 1); `closed_form.py` solves it, `gains.py` has its
+coefficients, this file has the settings and the object that a training loop talks to.
+
+With a few lines it joins any training loop; the model is any function of named parameters:
+
+    saflex = Saflex(preset="robust")
+    for step, (x, y, x_aug, y_aug) in enumerate(batches):
+        parameters = dict(model.named_parameters())
+        if saflex.due(step):
+            saflex.refresh(parameters, lambda p: F.cross_entropy(functional_call(model, p, (x_val,)), y_val))
+        weights, labels = saflex(lambda p: functional_call(model, p, (x_aug,)), parameters, y_aug)
+        loss = F.cross_entropy(model(x), y) + soft_cross_entropy(model(x_aug), labels, weights)
+
+Shapes: A augmented rows, K labels (classes, or the distinct captions of the batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flyp_saflex.errors import ConfigError, nearest
+from flyp_saflex.method.closed_form import WEIGHT_RULES, renormalise, soft_labels, spread
+from flyp_saflex.method.gains import Estimator, Parameters, directional_derivative, gains, gradient, rms
+from flyp_saflex.method.losses import VALIDATION_LOSSES, at_least_float32
+
+GainScale = Literal["none", "std"]
+Scope = Literal["all", "head"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaflexSettings:
+    """What SAFLEX does; field names are those of the recipe's `[saflex]` section. See `preset` for values."""
+
+    temperature: float = 0.1
+    """tau of the soft labels."""
+    penalty: float = 1e6
+    """beta: pull of the learned label towards the one that the row came with; 1e6 retains it exactly."""
+    weight_rule: str = "upstream"
+    """A name in `WEIGHT_RULES`."""
+    gain_scale: GainScale = "std"
+    """Unit of the gains: as printed in the paper, or their standard deviation over the batch."""
+    validation_loss: str = "ce"
+    """`ce`, `margin` or `train`; for the trainer, which builds the loss function."""
+    validation_rows: int = 0
+    """Validation rows per refresh, 0: the whole split; for the trainer."""
+    refresh_every: int = 4
+    """Steps between validation gradients."""
+    scope: Scope = "head"
+    """Parameters whose gradient is meant; for the trainer, which passes them."""
+    average: float = 0.5
+    """Decay of the validation gradient's running average; 0: the newest only."""
+    estimator: Estimator = "exact"
+    """How the directional derivative is computed."""
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {
+            "weight_rule": tuple(WEIGHT_RULES),
+            "gain_scale": get_args(GainScale),
+            "validation_loss": (*VALIDATION_LOSSES, "train"),
+            "scope": get_args(Scope),
+            "estimator": get_args(Estimator),
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f"saflex.{name} = {value!r}: expected one of {', '.join(known)}{nearest(str(value), known)}")
+        ranges = {
+            "temperature": (self.temperature > 0, "a number above 0"),
+            "penalty": (self.penalty >= 0, "a number of at least 0"),
+            "validation_rows": (self.validation_rows >= 0, "a whole number of at least 0 (0: the whole split)"),
+            "refresh_every": (self.refresh_every >= 1, "a whole number of at least 1"),
+            "average": (0 <= self.average < 1, "at least 0 and below 1 (at 1 no gradient but the first would count)"),
+        }
+        for name, (holds, expected) in ranges.items():
+            if not holds:
+                raise ConfigError(f"saflex.{name} = {getattr(self, name)}: expected {expected}")
+
+
+PRESETS: dict[str, SaflexSettings] = {
+    # The appendix' values for CLIP finetuning: its tau and beta, Eq. (11) as printed, the training loss, all parameters. It
+    # does not say how many validation rows; 256 is our batch size.
+    "paper": SaflexSettings(
+        temperature=0.1,
+        penalty=0.0,
+        weight_rule="sum",
+        gain_scale="none",
+        validation_loss="train",
+        validation_rows=256,
+        refresh_every=1,
+        scope="all",
+        average=0.0,
+        estimator="exact",
+    ),
+    # Ours: labels are retained, rows whose own label does not help are dropped. Many validation rows, reused over steps,
+    # because the sampling noise of the validation gradient is larger than any other error.
+    "robust": SaflexSettings(),
+}
+
+
+def preset(name: str = "robust", **overrides: Any) -> SaflexSettings:
+    """Return the named settings with some changed; an override of None leaves the preset's value.
+
+    Raises:
+        ConfigError: unknown preset or field (with the nearest name), or a value out of range.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"saflex.preset = {name!r}: expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+    known = [field.name for field in fields(SaflexSettings)]
+    for key in overrides:
+        if key not in known:
+            raise ConfigError(f"saflex has no option {key!r}{nearest(key, known)} (known: {', '.join(known)})")
+    values = {key: getattr(PRESETS[name], key) for key in known}
+    return SaflexSettings(**values | {key: value for key, value in overrides.items() if value is not None})
+
+
+_preset = preset  # `Saflex.__init__` has an argument of that name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """What the last call decided, for a log row."""
+
+    num_rows: int
+    """Augmented rows."""
+    kept_fraction: float
+    """Part of them with a weight above zero; 0 without rows."""
+    label_entropy: float
+    """Mean entropy of the kept rows' labels in nats; 0: one-hot."""
+    mean_gain: float
+    """Mean gain of the label that the row came with, over rows with finite gains, in the gains' raw unit."""
+    num_invalid: int
+    """Rows dropped because a gain was not finite."""
+
+
+class Saflex:
+    """Weights and soft labels for augmented rows in any training loop.
+
+    It holds the running average of the validation gradient, nothing else of the model; it writes no `.grad`, changes no
+    parameter, and what it returns is detached.
+
+    Args:
+        settings: what to do; None: the named preset with overrides.
+        preset: `robust` or `paper`, if `settings` is None.
+        overrides: fields of `SaflexSettings`.
+    """
+
+    def __init__(self, settings: SaflexSettings | None = None, *, preset: str = "robust", **overrides: Any) -> None:
+        assert settings is None or not overrides, "give settings, or a preset with overrides, not both"
+        self.settings = settings if settings is not None else _preset(preset, **overrides)
+        self._gradient: dict[str, Tensor] | None = None
+        self._previous_rms: float | None = None
+        self._last: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def due(self, step: int) -> bool:
+        """Return whether the validation gradient is to be refreshed before this optimiser step."""
+        return self._gradient is None or step % self.settings.refresh_every == 0
+
+    def refresh(
+        self,
+        parameters: Parameters,
+        validation_loss_fn: Callable[[dict[str, Tensor]], Tensor],
+        reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> float:
+        """Take the validation gradient and add it to the running average; return the new gradient's norm.
+
+        Args:
+            parameters: the scope, by name.
+            validation_loss_fn: takes those parameters, returns the scalar validation loss.
+            reduce: averages a gradient over processes (`lambda g: accelerator.reduce(g, "mean")`); None: one process.
+        """
+        newest = gradient(validation_loss_fn, parameters)
+        return self.update(reduce(newest) if reduce else newest)
+
+    def update(self, newest: Mapping[str, Tensor]) -> float:
+        """Add a validation gradient that the caller computed to the running average; return its norm.
+
+        Raises:
+            ConfigError: other parameter names than before.
+        """
+        old, decay = self._gradient, self.settings.average
+        if old is not None and old.keys() != newest.keys():
+            odd = sorted(old.keys() ^ newest.keys())
+            raise ConfigError(
+                f"saflex: the validation gradient has other parameters than before ({len(odd)}, for example '{odd[0]}'): "
+                "keep the scope, or make a new Saflex"
+            )
+        detached = {name: value.detach() for name, value in newest.items()}
+        if old is not None and decay > 0:
+            self._gradient = {name: decay * old[name] + (1 - decay) * value for name, value in detached.items()}
+        else:
+            self._gradient = {name: value.clone() for name, value in detached.items()}
+        return float(torch.stack([value.double().square().sum() for value in detached.values()]).sum().sqrt())
+
+    def tangent(
+        self, logits_fn: Callable[[dict[str, Tensor]], Tensor], parameters: Parameters, logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits and their derivative along the averaged validation gradient (see `directional_derivative`).
+
+        Raises:
+            ConfigError: before the first `refresh`.
+        """
+        if self._gradient is None:
+            raise ConfigError("saflex has no validation gradient yet: call refresh(parameters, validation_loss_fn) first")
+        values, tangent = directional_derivative(
+            logits_fn,
+            parameters,
+            self._gradient,
+            estimator=self.settings.estimator,
+            logits=logits,
+            previous_rms=self._previous_rms,
+        )
+        if self.settings.estimator != "exact":
+            self._previous_rms = rms(tangent)
+        return values, tangent
+
+    def __call__(
+        self,
+        logits_fn: Callable[[dict[str, Tensor]], Tensor],
+        parameters: Parameters,
+        upstream: Tensor,
+        *,
+        logits: Tensor | None = None,
+        gains_fn: Callable[[Tensor, Tensor], Tensor] = gains,
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights_A and labels_AK of the augmented rows.
+
+        Args:
+            logits_fn: takes the parameters by name, returns logits_AK.
+            parameters: the same names as at `refresh`.
+            upstream: labels that the rows came with: indices [A] or rows on the simplex [A, K].
+            logits: the training step's own logits, for `one-sided`.
+            gains_fn: turns logits and tangent into gains; `symmetric_gains` for both terms of the CLIP loss.
+        """
+        return self.solve(gains_fn(*self.tangent(logits_fn, parameters, logits)), upstream)
+
+    def solve(self, gains_AK: Tensor, upstream: Tensor, *, keep_A: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return weights_A and labels_AK for given gains: all of the method but the derivative.
+
+        A row whose gains are not all finite gets weight zero and its upstream label, and is counted. A row whose gains are
+        all exactly zero has no preference: every label solves the program, and it keeps its upstream one. If no row is kept
+        the weights are all zero and the step is a plain one on the train rows.
+
+        Args:
+            gains_AK: of every row of the step, over all processes: their scale is the batch's.
+            upstream: indices [A] or rows on the simplex [A, K].
+            keep_A: a second vote; rows that are False are dropped whatever their gains.
+
+        Returns:
+            Weights, renormalised to sum to the number of kept rows (the paper: to one; the losses divide by the sum, and
+            beside train rows of weight one a kept row counts like one of them), and labels, rows on the simplex.
+        """
+        settings = self.settings
+        raw_AK = at_least_float32(gains_AK.detach())
+        num_rows, num_labels = raw_AK.shape
+        upstream_AK = (F.one_hot(upstream, num_labels) if upstream.ndim == 1 else upstream.detach()).to(raw_AK.dtype)
+        assert upstream_AK.shape == raw_AK.shape, f"gains {tuple(raw_AK.shape)}, upstream labels {tuple(upstream_AK.shape)}"
+        valid_A = raw_AK.isfinite().all(dim=1)
+        raw_AK = torch.where(valid_A[:, None], raw_AK, torch.zeros_like(raw_AK))
+        # Step 1: the gains' unit.
+        scaled_AK = raw_AK / spread(raw_AK, valid_A) if settings.gain_scale == "std" else raw_AK
+        # Step 2, Eq. (10): labels.
+        learned_AK = soft_labels(scaled_AK, upstream_AK, settings.temperature, settings.penalty)
+        has_preference_A1 = (raw_AK != 0).any(dim=1, keepdim=True)
+        labels_AK = torch.where(has_preference_A1, learned_AK, upstream_AK)
+        assert labels_AK.shape == (num_rows, num_labels)
+        # Step 3, Eq. (11) or another rule: weights, renormalised.
+        weights_A = WEIGHT_RULES[settings.weight_rule](scaled_AK, labels_AK, upstream_AK, settings.penalty)
+        weights_A = torch.where(valid_A, weights_A, torch.zeros_like(weights_A))
+        if keep_A is not None:
+            weights_A = torch.where(keep_A, weights_A, torch.zeros_like(weights_A))
+        weights_A = renormalise(weights_A)
+        assert weights_A.shape == (num_rows,)
+        self._last = (raw_AK, upstream_AK, weights_A, labels_AK, valid_A)
+        return weights_A, labels_AK
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """What the last call decided. Computed when asked, so that a step which logs nothing waits for no device."""
+        if self._last is None:
+            return Diagnostics(num_rows=0, kept_fraction=0.0, label_entropy=0.0, mean_gain=0.0, num_invalid=0)
+        raw_AK, upstream_AK, weights_A, labels_AK, valid_A = self._last
+        num_rows, kept_A = len(weights_A), weights_A > 0
+        num_valid, num_kept = int(valid_A.sum()), int(kept_A.sum())
+        entropy_A = torch.special.entr(labels_AK).sum(dim=1)
+        return Diagnostics(
+            num_rows=num_rows,
+            kept_fraction=num_kept / max(num_rows, 1),
+            label_entropy=float(entropy_A[kept_A].sum()) / max(num_kept, 1),
+            mean_gain=float((raw_AK * upstream_AK).sum()) / max(num_valid, 1),
+            num_invalid=num_rows - num_valid,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on bit for bit."""
+        stored = None if self._gradient is None else {name: value.clone() for name, value in self._gradient.items()}
+        return {"gradient": stored, "previous_rms": self._previous_rms}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        stored = state["gradient"]
+        self._gradient = None if stored is None else {name: value.clone() for name, value in stored.items()}
+        self._previous_rms = state["previous_rms"]
