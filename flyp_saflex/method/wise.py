@@ -123,7 +123,7 @@ class WiseModel:
     def _head(self, alpha: float) -> Head:
         device = next(self.clip.model.parameters()).device
         if self._linear is None:
-            scale = float(self.clip.model.logit_scale.exp())  # type: ignore[operator]
+            scale = float(self.clip.model.logit_scale.detach().exp())  # type: ignore[operator]
             return Head(zero_shot_head(self.clip, self.class_names, self.templates), scale=scale)
         before, after = ({name: self._linear[prefix + name] for name in ("weight", "bias")} for prefix in ("initial_", ""))
         head = interpolate(before, after, alpha)
