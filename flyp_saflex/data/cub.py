@@ -24,7 +24,7 @@ def read_cub(config: DataConfig) -> Dataset:
     Raises:
         DataError: a metadata file is missing or a line of it cannot be used.
     """
-    root = existing_root(config)
+    root = existing_root(config, f"CUB_200_2011 as unpacked from its archive ({', '.join(FILES)}, bounding_boxes.txt, images/)")
     folder = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:

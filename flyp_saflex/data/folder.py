@@ -46,20 +46,18 @@ def read_folder(config: DataConfig) -> Dataset:
     )
 
 
-def existing_root(config: DataConfig) -> Path:
+def existing_root(config: DataConfig, contents: str = "the folder of the images") -> Path:
     """Return `data.root` as an absolute path.
 
     Raises:
         DataError: it is empty, missing or no folder.
     """
     if not config.root:
-        raise DataError(
-            f"data.root is empty, expected the folder of the images (data.name = {config.name}); --set data.root=PATH"
-        )
+        raise DataError(f"data.root is empty (data.name = {config.name}); --set data.root=PATH of {contents}")
     root = Path(config.root).expanduser().absolute()
     if not root.is_dir():
         found = "a file, not a folder" if root.exists() else "not there"
-        raise DataError(f"data.root = {config.root} is {found}; --set data.root=PATH of the dataset's folder")
+        raise DataError(f"data.root = {config.root} is {found}; --set data.root=PATH of {contents}")
     return root
 
 

@@ -108,9 +108,8 @@ def _spread(values: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _print_counts(dataset: Dataset, splits: Mapping[str, Mapping[str, Any]]) -> None:
-    print(
-        f"{dataset.name}: {dataset.num_classes} classes, {sum(counts['n'] for counts in splits.values())} images in {dataset.root}"
-    )
+    total = sum(counts["n"] for counts in splits.values())
+    print(f"{dataset.name}: {dataset.num_classes} classes, {total} images in {dataset.root}")
     print(f"captions: {' | '.join(dataset.templates)}")
     print("\nsplit          role    shift  images  classes  domains")
     for name, counts in splits.items():
