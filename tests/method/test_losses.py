@@ -222,4 +222,4 @@ def test_margin_is_cross_entropy_at_infinite_temperature(generator):
     torch.testing.assert_close(margin(logits, labels), limit, rtol=0, atol=1e-5)
     by_hand = sum(logits[i].mean() - logits[i, labels[i]] for i in range(5)) / 5
     torch.testing.assert_close(margin(logits, labels), by_hand)
-    assert VALIDATION_LOSSES == {"ce": cross_entropy, "margin": margin}
+    assert set(VALIDATION_LOSSES) == {"ce", "margin"}
