@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flyp_saflex import __version__, recipe
+from flyp_saflex import __version__, allocator, recipe
 from flyp_saflex.config import Config
 from flyp_saflex.errors import UserError
 
@@ -121,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = build_parser().parse_args(argv)
+    allocator.keep_freed_memory()
     try:
         if hasattr(arguments, "recipe"):
             config = recipe.load(arguments.recipe, arguments.set)

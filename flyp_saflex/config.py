@@ -99,6 +99,10 @@ class AugmentConfig:
     batch; `random` keeps that fraction at random. The last three are baselines."""
     keep_fraction: Fraction = 0.5
     """For `lowest-loss` and `random`."""
+    mixup_alpha: Positive = 0.2
+    """`mixup`: both parameters of the Beta distribution of the mixing share."""
+    cutmix_alpha: Positive = 1.0
+    """`cutmix`: the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +171,8 @@ class TrainConfig:
     """Newest full-state checkpoints kept."""
     log_every: Count = 10
     """Steps between rows of `metrics.jsonl`."""
+    log_augmented: bool = False
+    """Write weight, gain and learned label of every augmented row of every step to augmented.jsonl."""
     max_loss: Positive = 1e4
     """A loss above this, or a NaN, stops the run with its state saved."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"

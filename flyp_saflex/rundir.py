@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,18 @@ from flyp_saflex.errors import RunError
 if sys.platform != "win32":
     import fcntl
 
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "accelerate", "wilds", "timm", "numpy", "pillow", "transformers", "diffusers")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "accelerate",
+    "wilds",
+    "timm",
+    "numpy",
+    "pillow",
+    "transformers",
+    "diffusers",
+)
 
 
 @contextmanager
@@ -126,7 +137,9 @@ class RunDir:
         """
         path = self.path / "config.toml"
         if not path.is_file():
-            raise RunError(f"{self.path} is not a run folder: it has no config.toml; give the folder that `flyp-saflex train` wrote")
+            raise RunError(
+                f"{self.path} is not a run folder: it has no config.toml; give the folder that `flyp-saflex train` wrote"
+            )
         return recipe_module.load(str(path))
 
     def write_environment(self, **extra: Any) -> None:
@@ -135,12 +148,24 @@ class RunDir:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl; NaN and infinity become null."""
-        with open(self.path / "metrics.jsonl", "ab") as file:
-            file.write(msgspec.json.encode(row) + b"\n")
+        self._append("metrics.jsonl", [row])
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl; a last line cut off by a kill is left out."""
-        path, rows = self.path / "metrics.jsonl", []
+    def append_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows to augmented.jsonl: what was decided about each augmented row."""
+        self._append("augmented.jsonl", rows)
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            with open(self.path / name, "ab") as file:
+                file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path / name}: {error.strerror}; free disk space and go on with --resume"
+            ) from error
+
+    def read_rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """Read metrics.jsonl or augmented.jsonl; a last line cut off by a kill is left out."""
+        path, rows = self.path / name, []
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 rows.append(msgspec.json.decode(line))
@@ -148,12 +173,13 @@ class RunDir:
                 break
         return rows
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop rows after `step`: a resumed run writes them again."""
-        if (self.path / "metrics.jsonl").is_file():
-            rows = [row for row in self.read_metrics() if row.get("step", 0) <= step]
-            with atomic_write(self.path / "metrics.jsonl", "wb") as file:
-                file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    def rewind(self, step: int) -> None:
+        """Drop logged rows after `step`: a resumed run writes them again."""
+        for name in ("metrics.jsonl", "augmented.jsonl"):
+            if (self.path / name).is_file():
+                rows = [row for row in self.read_rows(name) if row.get("step", 0) <= step and "diverged" not in row]
+                with atomic_write(self.path / name, "wb") as file:
+                    file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
 
 
 def environment() -> dict[str, Any]:

@@ -70,7 +70,9 @@ def load_clip(name: str, pretrained: str = "", *, device: str | torch.device = "
     known = open_clip.list_models()
     local = name.startswith(("hf-hub:", "local-dir:"))
     if not local and name not in known:
-        raise ModelError(f"model.name = {name}: open_clip has no such model{nearest(name, known)}, or use hf-hub:... or local-dir:...")
+        raise ModelError(
+            f"model.name = {name}: open_clip has no such model{nearest(name, known)}, or use hf-hub:... or local-dir:..."
+        )
     options: dict[str, Any] = {"device": device, "precision": "fp32"}
     if pretrained == RANDOM:
         options["load_weights"] = False
@@ -81,18 +83,23 @@ def load_clip(name: str, pretrained: str = "", *, device: str | torch.device = "
         tag = open_clip.get_pretrained_cfg(name, pretrained) or {}
         if tag.get("quick_gelu"):
             options["force_quick_gelu"] = True
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))
+    if name.lower().startswith("coca"):
+        raise ModelError(f"model.name = {name}: CoCa's captioning loss has no place in FLYP; use the CLIP model of the same size")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # open_clip and the hub log every attempt; the reason is in the error below
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             model = open_clip.create_model(name, require_pretrained=pretrained != RANDOM, **options)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip raises a dozen types here, hub clients a dozen more
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise ModelError(
             f"model.name = {name}, model.pretrained = {pretrained or '(none)'}: the weights cannot be loaded ({reason}); "
             "without a network, give model.name=local-dir:FOLDER or the path of a checkpoint file as model.pretrained"
         ) from error
+    finally:
+        logging.disable(disabled)
     preprocess_cfg = dict(model.visual.preprocess_cfg)
     model_cfg = _model_config(name)
     if options.get("force_quick_gelu"):
@@ -136,14 +143,14 @@ def _model_config(name: str) -> dict[str, Any]:
     return deepcopy(open_clip.get_model_config(name))
 
 
-class ImageTower(nn.Module):
+class ImageTower:
     """An open_clip image tower cut behind its first `num_frozen` blocks and before its projection.
 
     Knows open_clip's VisionTransformer and ModifiedResNet, and timm's EfficientNet, ConvNeXt and VisionTransformer
     families; any other tower works uncut (`num_frozen = 0`).
 
     Args:
-        visual: `model.visual`; shared with the model, not copied.
+        visual: `model.visual`; only referred to, so that its parameters keep one owner and one name.
         num_frozen: blocks (of a ViT) or stages (of a ConvNet) in the lower part, after the stem.
 
     Raises:
@@ -151,12 +158,10 @@ class ImageTower(nn.Module):
     """
 
     def __init__(self, visual: nn.Module, num_frozen: int = 0) -> None:
-        super().__init__()
         self.visual = visual
         self.num_frozen = num_frozen
         self.checkpointing = False
-        parts = _parts(visual)
-        self._parts = [parts] if parts else []  # in a list: nn.Module must not register the modules a second time
+        self._parts = parts = _parts(visual)
         blocks = len(parts.blocks) if parts else 0
         if num_frozen > blocks:
             found = f"it has {blocks} blocks" if parts else "this tower's structure is not known"
@@ -165,13 +170,13 @@ class ImageTower(nn.Module):
     @property
     def has_projection(self) -> bool:
         """Whether pooled features and projection can be told apart (head scope needs it)."""
-        return bool(self._parts)
+        return self._parts is not None
 
     def lower(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] -> activations behind the frozen blocks; the images themselves when none are frozen."""
         if not self.num_frozen:
             return images
-        parts = self._parts[0]
+        parts = self._cut()
         hidden = parts.stem(images)
         for block in parts.blocks[: self.num_frozen]:
             hidden = block(hidden)
@@ -179,27 +184,33 @@ class ImageTower(nn.Module):
 
     def upper(self, hidden: Tensor) -> Tensor:
         """What `lower` returned -> pooled features [B, F], or embeddings if the tower has no known projection."""
-        if not self._parts:
+        parts = self._parts
+        if parts is None:
             return self.visual(hidden)
-        parts = self._parts[0]
         if not self.num_frozen:
             hidden = parts.stem(hidden)
         for block in parts.blocks[self.num_frozen :]:
-            hidden = checkpoint(block, hidden, use_reentrant=False) if self.checkpointing and hidden.requires_grad else block(hidden)
+            hidden = (
+                checkpoint(block, hidden, use_reentrant=False) if self.checkpointing and hidden.requires_grad else block(hidden)
+            )
         return parts.pool(hidden)
 
     def project(self, pooled: Tensor) -> Tensor:
         """Pooled features [B, F] -> embeddings [B, D], not normalised."""
-        return self._parts[0].project(pooled) if self._parts else pooled
+        return pooled if self._parts is None else self._parts.project(pooled)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor) -> Tensor:
         """What `lower` returned -> embeddings [B, D], not normalised."""
         return self.project(self.upper(hidden))
+
+    def _cut(self) -> _Parts:
+        assert self._parts is not None, "the constructor refuses to cut a tower of unknown structure"
+        return self._parts
 
     def frozen_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the stem and of the frozen blocks."""
         if self.num_frozen:
-            parts = self._parts[0]
+            parts = self._cut()
             for module in parts.frozen_stem:
                 yield from [module] if isinstance(module, nn.Parameter) else module.parameters()
             for block in parts.blocks[: self.num_frozen]:
@@ -207,10 +218,16 @@ class ImageTower(nn.Module):
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Parameters of the projection; empty when it cannot be told apart."""
-        if not self._parts:
+        if self._parts is None:
             return []
-        head = self._parts[0].head
+        head = self._parts.head
         return [head] if isinstance(head, nn.Parameter) else list(head.parameters())
+
+
+def num_blocks(visual: nn.Module) -> int:
+    """Return the number of blocks (stages) that an image tower can be cut behind; 0 for an unknown structure."""
+    parts = _parts(visual)
+    return len(parts.blocks) if parts else 0
 
 
 @dataclass

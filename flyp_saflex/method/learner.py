@@ -1,0 +1,158 @@
+"""The trained module: image tower in parts, text tower, optional linear head (floor 2).
+
+One `forward` serves every method, so that one wrapped module (DistributedDataParallel) sees every trained parameter.
+Shapes: N images, C captions (columns), L tokens, F pooled width, D embedding, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flyp_saflex.method.clip import ImageTower
+
+Trainable = Literal["all", "head"]
+
+
+class Outputs(NamedTuple):
+    """What a forward pass gives: pooled features, embeddings of length one (float32), and how they meet in logits."""
+
+    pooled_NF: Tensor
+    images_ND: Tensor
+    columns_CD: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def logits(self, images_ND: Tensor | None = None, columns_C: Tensor | None = None) -> Tensor:
+        """Return `scale * image . column + bias`, in float32 under autocast too: small gains lose their sign in bf16.
+
+        Args:
+            images_ND: other images than this pass's own (those of all processes).
+            columns_C: which columns, repeats allowed (a linear head's columns are taken whole); None: all.
+        """
+        images_ND = self.images_ND if images_ND is None else images_ND
+        with torch.autocast(images_ND.device.type, enabled=False):
+            columns_CD = self.columns_CD if columns_C is None else self.columns_CD[columns_C]
+            return self.scale * images_ND @ columns_CD.T + self.bias
+
+
+def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
+    """Encode texts, reading no further than the longest of them.
+
+    Attention is causal in CLIP's text tower, so padding behind the end token changes nothing; towers with another
+    attention or pooling take the whole context.
+
+    Returns:
+        Embeddings [N, D], not normalised.
+    """
+    tower = getattr(model, "text", model)
+    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
+    mask = getattr(tower, "attn_mask", None)
+    if pool != "argmax" or not plain or mask is None or not hasattr(tower, "token_embedding"):
+        return model.encode_text(tokens_NL)
+    ends_N = tokens_NL.argmax(dim=-1)
+    length = int(ends_N.max()) + 1
+    hidden_NLW = tower.token_embedding(tokens_NL[:, :length]) + tower.positional_embedding[:length]
+    hidden_NLW = tower.ln_final(tower.transformer(hidden_NLW, attn_mask=mask[:length, :length]))
+    pooled_NW = hidden_NLW[torch.arange(len(ends_N), device=ends_N.device), ends_N]
+    projection = tower.text_projection
+    if projection is None:
+        return pooled_NW
+    return projection(pooled_NW) if isinstance(projection, nn.Module) else pooled_NW @ projection
+
+
+class Learner(nn.Module):
+    """A CLIP model with its image tower cut behind the frozen blocks, and a linear head where the method has one.
+
+    Args:
+        model: open_clip's module; its parameters are shared, so saving `model` saves what was trained.
+        num_frozen: image blocks behind which the tower is cut.
+        head: linear classifier [K, D] on normalised embeddings, or None for captions as columns.
+    """
+
+    def __init__(self, model: Any, *, num_frozen: int = 0, head: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.clip = model
+        self.tower = ImageTower(model.visual, num_frozen)
+        self.head = head
+
+    def forward(self, inputs: Tensor, tokens_CL: Tensor | None = None, from_pooled: bool = False) -> Outputs:
+        """Embed images and columns.
+
+        Args:
+            inputs: activations behind the frozen blocks (`tower.lower`), or pooled features [N, F] with `from_pooled`.
+            tokens_CL: captions, one per column; unused with a linear head.
+            from_pooled: start behind the pooling: the head scope of SAFLEX.
+        """
+        pooled_NF = inputs if from_pooled else self.tower.upper(inputs)
+        images_ND = F.normalize(self.tower.project(pooled_NF).float(), dim=-1)
+        if self.head is not None:
+            return Outputs(pooled_NF, images_ND, self.head.weight.float(), images_ND.new_ones(()), self.head.bias.float())
+        assert tokens_CL is not None, "captions are the columns of a model without a linear head"
+        columns_CD = F.normalize(encode_text(self.clip, tokens_CL).float(), dim=-1)
+        return Outputs(pooled_NF, images_ND, columns_CD, self.clip.logit_scale.float().exp(), images_ND.new_zeros(()))
+
+    def freeze(
+        self,
+        *,
+        text: bool = False,
+        image: bool = False,
+        token_embedding: bool = False,
+        only_head: bool = False,
+    ) -> None:
+        """Set `requires_grad` of every parameter: what is not frozen, and is used, is trained."""
+        self.requires_grad_(not only_head)
+        if self.head is not None:
+            self.head.requires_grad_(True)
+            text = True
+            self.clip.logit_scale.requires_grad_(False)
+        visual = {id(parameter) for parameter in self.clip.visual.parameters()}
+        locked = {id(parameter) for parameter in self.tower.frozen_parameters()}
+        for name, parameter in self.clip.named_parameters():
+            is_text = id(parameter) not in visual and name != "logit_scale"
+            frozen = (text and is_text) or (image and id(parameter) in visual) or id(parameter) in locked
+            frozen |= token_embedding and "token_embedding" in name
+            frozen |= name == "logit_bias"  # shifts all logits alike: softmax never sees it
+            if frozen:
+                parameter.requires_grad_(False)
+
+    def set_mode(self, *, training: bool, freeze_batchnorm: bool) -> None:
+        """Like `train(training)`, with BatchNorm kept on its running statistics if asked (and always when frozen)."""
+        self.train(training)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                fixed = freeze_batchnorm or not any(parameter.requires_grad for parameter in module.parameters())
+                module.train(training and not fixed)
+
+    def parameters_in(self, scope: Trainable) -> dict[str, Tensor]:
+        """Return the trained parameters whose gradient SAFLEX looks at.
+
+        Args:
+            scope: `all`, or `head`: image projection, text tower, logit_scale and the linear head. A tower whose
+                projection cannot be told apart has no projection in its head scope.
+        """
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if scope == "all":
+            return dict(trained)
+        trunk = {id(parameter) for parameter in self.clip.visual.parameters()}
+        trunk -= {id(parameter) for parameter in self.tower.projection_parameters()}
+        return {name: parameter for name, parameter in trained.items() if id(parameter) not in trunk}
+
+
+def parameter_groups(learner: Learner, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's groups: no weight decay on biases, norms, embeddings' scales and `logit_scale`.
+
+    As in open_clip's trainer: decay applies to trained tensors with two dimensions or more.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if parameter.ndim >= 2 and not name.endswith("bias") else 0.0
+            rate = head_lr if name.startswith("head.") else lr
+            group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay})
+            group["params"].append(parameter)
+    return list(groups.values())

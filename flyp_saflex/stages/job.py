@@ -1,0 +1,222 @@
+"""From a recipe to everything a run needs, checked before anything is spent (floor 3, shared by stages).
+
+Shapes: M captions, L tokens, K classes, V validation rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flyp_saflex.cache import AugmentCache
+from flyp_saflex.config import Config
+from flyp_saflex.data.batches import Operation, Plan, derived_seed
+from flyp_saflex.data.images import augmentation
+from flyp_saflex.data.loading import ImageLoader
+from flyp_saflex.data.registry import load_dataset, split_for
+from flyp_saflex.errors import ConfigError, DataError
+from flyp_saflex.method.clip import Clip, load_clip, num_blocks
+from flyp_saflex.method.learner import Learner
+from flyp_saflex.method.saflex import Saflex, preset
+from flyp_saflex.method.zeroshot import zero_shot_head
+from flyp_saflex.records import Dataset, Edit, Sample
+from flyp_saflex.stages.activations import ActivationStore, fingerprint
+
+LINEAR_METHODS = ("ce-linear", "linear-probe", "lp-ft")
+MIXES = ("mixup", "cutmix")
+
+
+@dataclass
+class Captions:
+    """Every caption that can occur in training, by id: class k in template m is k * num_templates + m, then own captions."""
+
+    texts: list[str]
+    num_templates: int
+    own: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dataset: Dataset, samples: Sequence[Sample]) -> Captions:
+        """Collect the captions of the classes, and of the samples that have their own."""
+        texts = [template.replace("{}", name) for name in dataset.class_names for template in dataset.templates]
+        own: dict[str, int] = {}
+        for sample in samples:
+            if sample.caption is not None and sample.caption not in own:
+                own[sample.caption] = len(texts)
+                texts.append(sample.caption)
+        return cls(texts, len(dataset.templates), own)
+
+    def of_class(self, label: int, seed: int) -> int:
+        """Return a class' caption in a template that the seed picks."""
+        return label * self.num_templates + seed % self.num_templates
+
+    def of_row(self, sample: Sample | Edit, seed: int) -> int:
+        """Return the caption of a row: the sample's own, or its class' in a random template."""
+        if isinstance(sample, Sample) and sample.caption is not None:
+            return self.own[sample.caption]
+        return self.of_class(sample.label, seed)
+
+
+@dataclass
+class Job:
+    """A checked run, ready to start."""
+
+    config: Config
+    dataset: Dataset
+    clip: Clip
+    learner: Learner
+    captions: Captions
+    tokens_ML: Tensor
+    edits: tuple[Edit, ...] | None
+    plan: Plan
+    saflex: Saflex | None
+    on_train: list[Operation]
+    on_augmented: list[Operation]
+    notes: list[str]
+    initial_head: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the classes are columns of a linear head instead of captions."""
+        return self.config.train.method in LINEAR_METHODS
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of finetuning (without the linear probe of `lp-ft`)."""
+        train = self.config.train
+        return train.steps or round(train.epochs * len(self.dataset.train) / train.batch_size)
+
+    @property
+    def num_augmented(self) -> int:
+        """Augmented rows per step."""
+        return self.plan.num_augmented
+
+    def class_captions(self, template: int = 0) -> Tensor:
+        """Return caption_ids_K of the classes in one template."""
+        return torch.arange(self.dataset.num_classes) * self.captions.num_templates + template
+
+    def loader(self, *, progress: bool = False) -> ImageLoader:
+        """Return a reader of images as evaluation sees them."""
+        data = self.config.data
+        return ImageLoader(
+            self.clip.preprocess,
+            batch_size=self.config.evaluate.batch_size,
+            workers=data.workers,
+            max_unreadable=data.max_unreadable,
+            box_crop=data.box_crop,
+            progress=progress,
+        )
+
+    def store(self, device: torch.device) -> ActivationStore | None:
+        """Return the store of frozen activations, if the recipe asks for one."""
+        return open_store(self.config, self.clip, self.learner, self.loader(progress=True), device)
+
+
+def open_store(config: Config, clip: Clip, learner: Learner, loader: ImageLoader, device: torch.device) -> ActivationStore | None:
+    """Return the store of activations behind `learner`'s frozen blocks, or None if `train.frozen_cache` is empty."""
+    if not config.train.frozen_cache:
+        return None
+    name = fingerprint(clip, learner.tower, box_crop=config.data.box_crop)
+
+    def lower(images: Tensor) -> Tensor:
+        return learner.tower.lower(images.to(device))
+
+    return ActivationStore(Path(config.train.frozen_cache) / name, lower, loader)
+
+
+def build_learner(config: Config, clip: Clip, num_classes: int) -> Learner:
+    """Return the module that a method trains, with nothing frozen yet but the cut behind frozen blocks."""
+    train = config.train
+    whole = train.freeze_image or train.method == "linear-probe"
+    num_frozen = num_blocks(clip.model.visual) if whole else train.freeze_image_blocks
+    head = None
+    if train.method in LINEAR_METHODS:
+        width = clip.model.encode_text(clip.tokenizer(["a"])).shape[1]
+        head = nn.Linear(width, num_classes)
+    return Learner(clip.model, num_frozen=num_frozen, head=head)
+
+
+def prepare(config: Config, *, limit: int | None = None) -> Job:
+    """Load and check everything of a run: dataset, splits, edits, model, captions, options that depend on them.
+
+    Raises:
+        UserError: whatever is wrong, in one line.
+    """
+    train, augment = config.train, config.augment
+    dataset = load_dataset(config.data, seed=config.seed, limit=limit)
+    notes = list(dataset.notes)
+    if train.select_split:
+        split_for(dataset, train.select_split, "select")
+    if config.saflex.enabled:
+        split_for(dataset, config.saflex.validation_split, "select")
+    if train.batch_size > len(dataset.train):
+        raise ConfigError(
+            f"train.batch_size = {train.batch_size} is larger than the training split ({len(dataset.train)} images): "
+            f"set train.batch_size={len(dataset.train)} or less"
+        )
+    is_cut = bool(config.data.shots or limit)
+    edits = _edits(config, dataset, notes, partial=is_cut) if "cache" in augment.upstream else None
+    torch.manual_seed(derived_seed(config.seed, "model") % 2**63)  # only linear heads and random models draw from it
+    clip = load_clip(config.model.name, config.model.pretrained)
+    learner = build_learner(config, clip, dataset.num_classes)
+    initial_head = None
+    if learner.head is not None:
+        with torch.no_grad():  # WiSE-FT's start: the zero-shot classifier as a linear head
+            scale = clip.model.logit_scale.exp()
+            learner.head.weight.copy_(scale * zero_shot_head(clip, dataset.class_names, dataset.templates))
+            learner.head.bias.zero_()
+            initial_head = learner.head.weight.clone(), learner.head.bias.clone()
+    captions = Captions.of(dataset, dataset.train.samples)
+    num_augmented = round(augment.per_train * train.batch_size) if augment.upstream else 0
+    plan = Plan(
+        seed=config.seed,
+        train=dataset.train.samples,
+        edits=edits,
+        batch_size=train.batch_size,
+        num_augmented=num_augmented,
+        balanced=train.balanced_sampling,
+    )
+    operation = partial(augmentation, image_size_px=clip.image_size_px)
+    saflex = None
+    if config.saflex.enabled:
+        options = asdict(config.saflex)
+        name = options.pop("preset")
+        for key in ("enabled", "validation_split"):
+            options.pop(key)
+        saflex = Saflex(preset(name, **options))
+    return Job(
+        config=config,
+        dataset=dataset,
+        clip=clip,
+        learner=learner,
+        captions=captions,
+        tokens_ML=clip.tokenizer(captions.texts),
+        edits=edits,
+        plan=plan,
+        saflex=saflex,
+        on_train=[operation(name) for name in augment.on_train],
+        on_augmented=[operation(name) for name in augment.upstream if name not in ("cache", *MIXES)],
+        notes=notes,
+        initial_head=initial_head,
+    )
+
+
+def _edits(config: Config, dataset: Dataset, notes: list[str], *, partial: bool) -> tuple[Edit, ...]:
+    cache = AugmentCache.open(Path(config.cache.root), dataset.name, config.cache.key)
+    usable = cache.check_against(dataset, partial=partial)
+    notes += cache.notes
+    if config.augment.filter == "scores":
+        kept = {edit.aug_id for edit in cache.kept(config.cache.scores)}
+        usable = tuple(edit for edit in usable if edit.aug_id in kept)
+    notes.append(f"{len(usable)} of the {len(cache)} edits in {cache.folder} are used")
+    if not usable:
+        filtered = " and passes the filter" if config.augment.filter == "scores" else ""
+        raise DataError(
+            f"augment cache {cache.folder}: none of its {len(cache)} edits belongs to one of the {len(dataset.train)} training "
+            f"images{filtered}: set cache.key to another entry, or make edits of this training split"
+        )
+    return usable

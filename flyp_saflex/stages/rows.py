@@ -1,0 +1,141 @@
+"""From batches of the reader to the tensors of a step, and SAFLEX's validation rows (floor 3, shared by stages)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flyp_saflex.data.batches import Batch, Row, Stream, derived_seed
+from flyp_saflex.data.registry import split_for
+from flyp_saflex.method import baselines
+from flyp_saflex.method.saflex import SaflexSettings
+from flyp_saflex.method.step import Rows, StepResult, Validation
+from flyp_saflex.records import Edit, Sample
+from flyp_saflex.stages.activations import ActivationStore
+from flyp_saflex.stages.job import MIXES, Job
+
+KEEP_BYTES = 2 * 2**30
+"""Validation rows up to this size are read once and kept on the device; larger ones are read at every refresh."""
+
+
+class RowBuilder:
+    """Puts labels and captions to images, and mixes augmented rows if the recipe says so."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job, self.device = job, device
+        self.mix = next((name for name in job.config.augment.upstream if name in MIXES), None)
+
+    def items(self, batch: Batch) -> list[Sample | Edit]:
+        """Return what each row of a batch was read from."""
+        return [self._source(row)[int(index)] for row, index in zip(batch.rows, batch.indices, strict=True)]
+
+    def names(self, batch: Batch) -> list[str]:
+        """Return the identity of every row of a batch."""
+        return [item.aug_id if isinstance(item, Edit) else item.sample_id for item in self.items(batch)]
+
+    def build(self, batch: Batch, step: int, part: int) -> Rows:
+        """Return the rows of a part of a step, on the device, behind the frozen blocks."""
+        job, device = self.job, self.device
+        items = self.items(batch)
+        seeds = [derived_seed(row.seed, "caption") for row in batch.rows]
+        captions_N = torch.tensor(
+            [job.captions.of_row(item, seed) for item, seed in zip(items, seeds, strict=True)], device=device
+        )
+        labels_N = torch.tensor([item.label for item in items], device=device)
+        inputs = batch.inputs.to(device, non_blocking=True)
+        rows = Rows(inputs, captions_N, labels_N, batch.indices.to(device), batch.num_train)
+        if self.mix is not None and len(items) > batch.num_train:
+            self._mix(rows, step, part)
+        if job.config.train.frozen_cache == "":
+            with torch.no_grad():
+                rows.inputs = job.learner.tower.lower(rows.inputs)
+        return rows
+
+    def describe(self, step: int, results: list[StepResult]) -> list[dict[str, Any]]:
+        """Return one record per augmented row of a step: identity, weight, gain of its label, learned label."""
+        source = self.job.edits if self.job.edits is not None else self.job.dataset.train.samples
+        records = []
+        for result in results:
+            for place, index in enumerate(result.ids_A.tolist()):
+                item = source[index]
+                record: dict[str, Any] = {
+                    "step": step,
+                    "id": item.aug_id if isinstance(item, Edit) else item.sample_id,
+                    "label": item.label,
+                    "weight": float(result.weights_A[place]),
+                }
+                if result.gains_A is not None and result.top_labels_A is not None:
+                    record["gain"] = float(result.gains_A[place])
+                    top = int(result.top_labels_A[place])
+                    # A caption id names its class unless it is a sample's own caption.
+                    is_class = self.job.is_linear or self.job.config.train.method == "ce-text"
+                    in_classes = top < self.job.dataset.num_classes * self.job.captions.num_templates
+                    record["learned_label"] = top if is_class else top // self.job.captions.num_templates if in_classes else None
+                records.append(record)
+        return records
+
+    def _source(self, row: Row) -> Any:
+        return self.job.edits if row.kind == "augmented" and self.job.edits is not None else self.job.dataset.train.samples
+
+    def _mix(self, rows: Rows, step: int, part: int) -> None:
+        """Mixup or CutMix among the augmented rows; training rows keep their images and labels."""
+        augment, first = self.job.config.augment, rows.num_train
+        generator = torch.Generator().manual_seed(derived_seed(self.job.config.seed, "mix", step, part))
+        images = rows.inputs[first:]
+        alpha = augment.mixup_alpha if self.mix == "mixup" else augment.cutmix_alpha
+        share, partner = baselines.draw_mix(len(images), alpha, generator)
+        partner = partner.to(self.device)
+        own_A = torch.eye(len(images), device=self.device)
+        if self.mix == "mixup":
+            mixed, mass_AA = baselines.mixup(images, own_A, share, partner)
+        else:
+            mixed, mass_AA = baselines.cutmix(images, own_A, share, partner, generator)
+        everyone = torch.arange(len(rows.labels_N), device=self.device)
+        everyone[first:] = first + partner
+        rows.partners_N, rows.partner_labels_N = rows.captions_N[everyone], rows.labels_N[everyone]
+        rows.share_N = torch.ones(len(everyone), device=self.device)
+        rows.share_N[first:] = mass_AA.diagonal()
+        rows.inputs = torch.cat([rows.inputs[:first], mixed])
+
+
+class ValidationRows:
+    """The rows behind SAFLEX's validation gradient: a split of role `select`, in parts or whole."""
+
+    def __init__(self, job: Job, store: ActivationStore | None, device: torch.device) -> None:
+        self.job, self.store, self.device = job, store, device
+        self.samples = split_for(job.dataset, job.config.saflex.validation_split, "select").samples
+        self._kept: dict[tuple[int, ...], Validation] = {}
+
+    def at(self, step: int, settings: SaflexSettings) -> Validation:
+        """Return the validation rows of the refresh before `step`."""
+        wanted = settings.validation_rows or len(self.samples)
+        if wanted >= len(self.samples):
+            positions = list(range(len(self.samples)))
+        else:
+            stream = Stream(len(self.samples), derived_seed(self.job.config.seed, "validation"))
+            positions = stream.take(step // settings.refresh_every * wanted, wanted)
+        key = tuple(positions)
+        if key not in self._kept:
+            validation = self._read([self.samples[position] for position in positions])
+            if len(positions) < len(self.samples) or validation.inputs.nbytes > KEEP_BYTES:
+                return validation
+            self._kept[key] = validation
+        return self._kept[key]
+
+    def _read(self, samples: list[Sample]) -> Validation:
+        job = self.job
+        if self.store is not None:
+            batches = self.store.batches(samples, job.config.evaluate.batch_size)
+        else:
+            batches = job.loader().batches(samples)
+        positions, parts = [], []
+        for found, inputs in batches:
+            positions += found
+            with torch.no_grad():
+                inputs = inputs.to(self.device)
+                parts.append(inputs if self.store is not None else job.learner.tower.lower(inputs))
+        labels_V = torch.tensor([samples[position].label for position in positions], device=self.device)
+        captions_V = labels_V * job.captions.num_templates
+        return Validation(torch.cat(parts), labels_V, captions_V)
