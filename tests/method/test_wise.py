@@ -95,7 +95,9 @@ def test_wise_model_gives_the_logits_of_a_model_that_holds_the_weights(tiny_clip
     fine = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
     wise = WiseModel(clip, CLASSES, TEMPLATES, pretrained=pre)
     alphas = (0.0, 0.5, 1.0)
-    _, logits = predict([wise.variant(alpha) for alpha in alphas], [([0, 1], images[:2]), ([2, 3, 4], images[2:])], rows_at_once=2)
+    _, logits = predict(
+        [wise.variant(alpha) for alpha in alphas], [([0, 1], images[:2]), ([2, 3, 4], images[2:])], rows_at_once=2
+    )
     for alpha, found in zip(alphas, logits, strict=True):
         model = load_clip(f"local-dir:{tiny_clip_dir}")
         model.model.load_state_dict(interpolate(pre, fine, alpha))
