@@ -12,7 +12,9 @@ An image is written before its row, so a row's image is complete; an image witho
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -26,6 +28,10 @@ from flyp_saflex.rundir import atomic_write
 
 MANIFEST = "metadata.jsonl"
 SCORES = "scores.jsonl"
+SPLIT_WORDS = re.compile(
+    r"(?i)(?:^|[-._ 0-9/])(train|training|val|valid|validation|dev|test|testing|eval|evaluation)(?:$|[-._ 0-9/])"
+)
+"""Words that Hugging Face's `imagefolder` takes for splits in a path; it then overlooks the manifest."""
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
@@ -101,6 +107,19 @@ class AugmentCache:
         if cache.edits and (found := cache._stated_dataset()) not in ("", dataset):
             raise DataError(f"augment cache {folder} belongs to the dataset '{found}', not to '{dataset}'; choose another key")
         return cache
+
+    @staticmethod
+    def file_name(source_id: str, instruction: str = "", number: int = 0, suffix: str = ".png") -> str:
+        """Return a name for an edit that is the same on every run and free of words that mean something to other tools.
+
+        Args:
+            source_id: the image that it is made from.
+            instruction: the text that makes it.
+            number: counts several edits with the same text.
+            suffix: `.png` or `.jpg`.
+        """
+        digest = hashlib.sha256(f"{source_id}\n{instruction}\n{number}".encode("utf-8", "surrogateescape")).hexdigest()
+        return f"images/{digest[:2]}/{digest[2:18]}{suffix}"
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -185,7 +204,7 @@ class AugmentCache:
         if unknown and (not partial or len(unknown) == len(self.edits)):
             raise DataError(
                 f"augment cache {self.folder}: {len(unknown)} of {len(self.edits)} edits were made from images that "
-                f"'{dataset.name}' in {dataset.root} does not have (first: '{unknown[0].source_id}'); correct data.root or cache.key"
+                f"'{dataset.name}' in {dataset.root} lacks (first: '{unknown[0].source_id}'); correct data.root or cache.key"
             )
         for edit in self.edits:
             if edit.label != labels.get(edit.source_id, edit.label) or not 0 <= edit.label < dataset.num_classes:
@@ -201,7 +220,7 @@ class AugmentCache:
 
         Args:
             image: a Pillow image.
-            row: `file_name` (below `images/`, ending in .png or .jpg), `source_id`, `label`, and any provenance.
+            row: `file_name` (below `images/`, see `AugmentCache.file_name`), `source_id`, `label`, and any provenance.
 
         Raises:
             DataError: the row is incomplete, points outside of the entry or is there already; or the disk is full.
@@ -211,6 +230,11 @@ class AugmentCache:
         first = ("file_name", "aug_id", "dataset", "source_id", "label", "instruction")
         full = {name: fields.get(name) for name in first} | {k: v for k, v in fields.items() if k not in first}
         edit = self._edit(full, "the new row")
+        if found := SPLIT_WORDS.search(str(full["file_name"])):
+            raise DataError(
+                f"augment cache: file_name '{full['file_name']}' has the word '{found[1]}', which Hugging Face's "
+                "imagefolder takes for a split; use AugmentCache.file_name"
+            )
         suffix = edit.path.suffix.lower()
         if suffix not in FORMATS or not str(full["file_name"]).startswith("images/"):
             raise DataError(f"augment cache: file_name is '{full['file_name']}', expected a .png or .jpg below images/")

@@ -126,4 +126,4 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from None
-    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if not line.startswith("#")]
+    return [(number, line.strip(" ")) for number, line in enumerate(text.splitlines(), 1) if not line.startswith("#")]

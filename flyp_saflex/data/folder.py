@@ -196,7 +196,8 @@ def _samples(root: Path, folder: Path, keys: Sequence[str], domain: str, notes: 
 
 def _subfolders(folder: Path) -> list[str]:
     try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise DataError(f"folder {folder} cannot be read: {error.strerror}; check the path and its permissions") from None
 
@@ -210,7 +211,7 @@ def _files(folder: Path) -> Iterator[Path]:
 def _has_images(folder: Path, *, nested: bool) -> bool:
     if nested:
         return any(_has_images(folder / name, nested=False) for name in _subfolders(folder))
-    return any(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in os.scandir(folder) if entry.is_file())
+    return any(os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES for name in os.listdir(folder))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -187,6 +187,12 @@ def _parts(table: _Table, config: DataConfig) -> tuple[list[str], list[str]]:
                     f"{table.at(index, config.split_column)} is empty, expected train, val, test or another split's name; "
                     "fill or drop the row"
                 )
+        found = sorted(set(table.columns[config.split_column]))
+        if "train" not in found:
+            raise DataError(
+                f"{table.file}: no row has 'train' in column '{config.split_column}' (found: {', '.join(found[:8])}); "
+                "name the training rows' split train"
+            )
         return table.columns[config.split_column], []
     if not (config.train_domains or config.select_domains or config.test_domains):
         return ["pool"] * count, []
