@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from flyp_saflex.method.clip import load_clip as load_clip
     from flyp_saflex.method.losses import clip_loss as clip_loss
     from flyp_saflex.method.saflex import Saflex as Saflex
-    from flyp_saflex.recipe import load as load_recipe
+    from flyp_saflex.recipe import load as load_recipe  # noqa: F401 - in __all__ by way of _HOMES
     from flyp_saflex.stages.evaluate import evaluate as evaluate
     from flyp_saflex.stages.train import train as train
 

@@ -17,12 +17,17 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 
+LINEAR_METHODS = ("ce-linear", "linear-probe", "lp-ft")
+"""Values of `train.method` whose classes are columns of a linear head instead of captions."""
+
 WeightRule = Literal["upstream", "sum", "label", "soft", "all"]
 Upstream = Literal["cache", "randaugment", "autoaugment", "augmix", "trivialaugment", "random-crop", "flip", "mixup", "cutmix"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """Which images, and how they are split."""
+
     name: Literal["folder", "table", "iwildcam", "iwildcam-mini", "cub"] = "folder"
     """Which reader. `folder`: root/<domain>/<class>/* or root/<split>/<class>/*; `table`: a CSV, TSV or Parquet file."""
     root: str = ""
@@ -69,6 +74,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The CLIP model to start from."""
+
     name: str = "ViT-B-16"
     """Any open_clip model: `ViT-B-16`, `hf-hub:org/name`, or `local-dir:/path` with `open_clip_config.json` in it."""
     pretrained: str = "openai"
@@ -77,6 +84,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
+    """Where edited images are kept."""
+
     root: str = "augment_cache"
     """Folder of augmented images: <root>/<data.name>/<key>/metadata.jsonl and images/."""
     key: str = ""
@@ -87,6 +96,8 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
+    """What is done to training images, and what makes the augmented rows."""
+
     upstream: tuple[Upstream, ...] = ()
     """What makes the augmented rows, applied in order; `cache` starts from edited images instead of training images."""
     per_train: Positive = 1.0
@@ -107,6 +118,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """Loss, optimiser, what is trained, and how long."""
+
     method: Literal["flyp", "ce-text", "ce-linear", "linear-probe", "lp-ft"] = "flyp"
     """`flyp`: contrastive loss between image and caption. `ce-text`: cross entropy over the class captions. `ce-linear`:
     cross entropy with a linear head. `linear-probe`: only that head. `lp-ft`: `linear-probe`, then `ce-linear`."""
@@ -181,6 +194,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SaflexConfig:
+    """Weights and soft labels of the augmented rows; an option left unset has the value of `preset`."""
+
     enabled: bool = False
     """Learn weights and soft labels of the augmented rows; False: weight 1 and the label that they came with."""
     preset: Literal["robust", "paper"] = "robust"
@@ -212,6 +227,8 @@ class SaflexConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
+    """How a run is evaluated."""
+
     batch_size: Count = 256
     """Images per forward pass."""
     wise_alphas: tuple[Fraction, ...] = ()

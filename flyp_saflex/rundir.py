@@ -85,7 +85,7 @@ class RunDir:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if lock:
-                self._lock = open(path / ".lock", "a+", encoding="utf-8")
+                self._lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
         except OSError as error:
             raise RunError(f"run folder {path} cannot be written: {error.strerror}; choose another with --run-dir") from error
         if self._lock is not None and sys.platform != "win32":
