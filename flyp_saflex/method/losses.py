@@ -60,10 +60,10 @@ def clip_loss(logits_NC: Tensor, assignment_NC: Tensor, weights_N: Tensor | None
     # Step 1, first term of Eq. (13) as Eq. (14): which caption belongs to the image?
     image_losses_N = _negative_log_likelihood(logits_NC, mass_NC)
     # Step 2, second term: which image belongs to the caption? Dropped rows leave the softmax, unless all are dropped
-    # (a softmax over nothing is NaN; the mass is zero then and so is the loss). The copy puts the softmax on the last
-    # dimension, as ClipLoss does: another memory layout is another rounding.
+    # (a softmax over nothing is NaN; the mass is zero then and so is the loss). Transposed, because a softmax over the
+    # first dimension rounds differently from ClipLoss'.
     dropped_N = (weights_N <= 0) & (weights_N > 0).any()
-    caption_logits_CN = logits_NC.T.contiguous().masked_fill(dropped_N, -torch.inf)
+    caption_logits_CN = logits_NC.T.masked_fill(dropped_N, -torch.inf)
     caption_losses_C = _negative_log_likelihood(caption_logits_CN, mass_NC.T)
     # Step 3: one normaliser for both, the mass in the loss.
     total = mass_NC.sum()

@@ -177,6 +177,11 @@ def test_one_sided_takes_the_training_steps_logits_and_saves_a_pass():
     _, again = directional_derivative(counted, c.parameters, g, estimator="one-sided", logits=base.bfloat16(), previous_rms=0.1)
     assert len(passes) == 3
     assert torch.equal(found, again)
+    # So are those of an autocast step: they may have been computed in half precision and converted since.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        off = base.bfloat16().float()
+        _, again = directional_derivative(counted, c.parameters, g, estimator="one-sided", logits=off, previous_rms=0.1)
+    assert torch.equal(found, again)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "central", "one-sided"])
