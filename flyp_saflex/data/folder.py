@@ -1,7 +1,7 @@
 """Images in folders: `root/<domain>/<class>/*`, `root/<split>/<class>/*` or `root/<class>/*` (floor 2).
 
 Which of the three it is follows from the recipe and the names: with `data.train_domains` the folders are domains; with a
-folder called `train` they are splits; otherwise they are classes of one domain.
+folder called `train` (of folders) they are splits; otherwise they are classes of one domain.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flyp_saflex.config import DataConfig
-from flyp_saflex.data.splitting import hold_out, in_reporting_order, role_and_shift
+from flyp_saflex.data.splitting import SELECT_NAMES, TEST_NAMES, hold_out, in_reporting_order, role_and_shift
 from flyp_saflex.errors import DataError, nearest
 from flyp_saflex.prompts_io import Prompts, load_prompts
 from flyp_saflex.records import Dataset, Sample, Split
@@ -31,8 +31,13 @@ def read_folder(config: DataConfig) -> Dataset:
     folders = _subfolders(root)
     if config.train_domains or config.select_domains or config.test_domains:
         return _read_domains(config, root, folders)
-    if "train" in folders:
+    if "train" in folders and not _has_images(root / "train", nested=False):
         return _read_splits(config, root, folders)
+    if "train" in folders and any(name in (*SELECT_NAMES, *TEST_NAMES) for name in folders):
+        raise DataError(
+            f"data.root = {root}: {root / 'train'} holds images without class folders; expected root/<split>/<class>/*.jpg, "
+            'or a table (data.name = "table") that says which class an image has'
+        )
     if any(_has_images(root / name, nested=False) for name in folders):
         return _read_classes(config, root, folders)
     if any(_has_images(root / name, nested=True) for name in folders):

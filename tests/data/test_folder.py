@@ -70,6 +70,14 @@ def test_plain_class_folders_are_one_domain(tmp_path: Path):
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 14, "id_val": 2, "id_test": 4}
 
 
+def test_train_may_be_a_class_but_not_a_split_without_classes(tmp_path: Path):
+    root = make(tmp_path, "train", "bus", count=10)
+    assert load_dataset(DataConfig(root=str(root))).class_names == ("bus", "train")
+    make(tmp_path, "test")
+    with pytest.raises(DataError, match="holds images without class folders"):
+        load_dataset(DataConfig(root=str(root)))
+
+
 def test_held_out_parts_depend_on_split_seed_only_and_survive_a_new_image(tmp_path: Path):
     root = make(tmp_path, "cat", "dog", count=20)
 
