@@ -16,24 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from numpy.typing import NDArray
 from torch import Tensor
 
 from flyp_saflex import recipe as recipe_module
-from flyp_saflex.config import Config
+from flyp_saflex.config import LINEAR_METHODS, Config
 from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError, RunError
-from flyp_saflex.method.clip import RANDOM, load_clip
+from flyp_saflex.method.clip import RANDOM, ImageTower, load_clip
 from flyp_saflex.method.predict import Variant, predict
 from flyp_saflex.method.scoring import Scored, details, prediction_columns, score_split
 from flyp_saflex.method.wise import WiseModel
 from flyp_saflex.records import Dataset, Split
 from flyp_saflex.results import Results
 from flyp_saflex.rundir import RunDir
+from flyp_saflex.stages.activations import ActivationStore, frozen_blocks, open_store
 
-LINEAR_METHODS = ("ce-linear", "linear-probe", "lp-ft")
+Loader = ImageLoader | ActivationStore
 
 
 def evaluate(
@@ -63,7 +64,8 @@ def evaluate(
     run, overrides = Path(run), tuple(overrides)
     if not run.is_dir():
         raise RunError(f"run folder {run}: there is no such folder; give the folder that `flyp-saflex train` wrote")
-    state = PartialState()
+    # PartialState by itself does not read this flag, unlike Accelerator: processes on CPUs would not see each other
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with RunDir(run, lock=state.is_main_process and not dry_run) as folder:
         config = folder.read_config()
         if overrides:
@@ -87,7 +89,7 @@ def evaluate(
                 print(f"{run}: would evaluate {', '.join(f'{s.name} ({len(s)})' for s in todo)} at alpha {_list(alphas)}")
             return results.as_dict()
         model = load_model(folder.path, config, dataset, alphas=alphas, device=state.device)
-        loader = ImageLoader(
+        images = ImageLoader(
             model.clip.preprocess,
             batch_size=config.evaluate.batch_size,
             workers=config.data.workers,
@@ -95,6 +97,8 @@ def evaluate(
             box_crop=config.data.box_crop,
             progress=state.is_main_process,
         )
+        store = open_store(config, model.clip, model.tower, images, torch.device(state.device)) if model.tower else None
+        loader = store or images
         variants = {alpha: model.variant(alpha) for alpha in alphas}
         extras = {key: value for key, value in (("limit", limit), ("overrides", telling(overrides))) if value}
         for split in todo:
@@ -116,7 +120,7 @@ def evaluate(
 def evaluate_split(
     variants: Mapping[Any, Variant],
     split: Split,
-    loader: ImageLoader,
+    loader: Loader,
     *,
     bootstrap: int = 0,
     seed: int = 0,
@@ -171,7 +175,16 @@ def load_model(
     if any(alpha != 1 for alpha in alphas):
         start = load_clip(config.model.name, config.model.pretrained).model.state_dict()
     head = read_head(run / "head.safetensors", dataset.num_classes) if config.train.method in LINEAR_METHODS else None
-    return WiseModel(clip, dataset.class_names, dataset.templates, pretrained=start, head=head, precision=config.train.precision)
+    tower = ImageTower(clip.model.visual, frozen_blocks(config, clip)) if config.train.frozen_cache else None
+    return WiseModel(
+        clip,
+        dataset.class_names,
+        dataset.templates,
+        pretrained=start,
+        head=head,
+        precision=config.train.precision,
+        tower=tower,
+    )
 
 
 def read_head(path: Path, num_classes: int) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from scipy import stats
@@ -195,6 +197,11 @@ def test_results_never_choose_on_a_test_split(tmp_path):
     found = results(tmp_path, select="test")
     found.add([row("test", 0.5, 0.9), row("test", 1.0, 0.1)])
     assert found.chosen_alpha is None
+
+
+def test_the_report_needs_no_torch():
+    code = "import sys, flyp_saflex.stages.report as r; sys.exit('torch' in sys.modules or not r.RENDERERS)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_align_pads_to_columns():
