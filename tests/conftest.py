@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# The models are so small that more threads only get in each other's way; torch and its child processes read this when loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY_CLIP = {
@@ -23,17 +26,6 @@ TINY_PREPROCESS = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Give torch one thread: the models are so small that more only get in each other's way."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
