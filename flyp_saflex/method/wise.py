@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flyp_saflex.errors import ModelError
-from flyp_saflex.method.clip import Clip
+from flyp_saflex.method.clip import Clip, ImageTower
 from flyp_saflex.method.predict import Head, Predictor, Variant, clip_predictor
 from flyp_saflex.method.zeroshot import zero_shot_head
 
@@ -81,6 +81,7 @@ class WiseModel:
         head: linear head instead of the zero-shot one: `weight` [K, D], `bias` [K] and, as they were before training,
             `initial_weight`, `initial_bias`.
         precision: `no`, `bf16` or `fp16`, of the image tower.
+        tower: the image tower, cut behind blocks that both ends share; predictors then take activations for images.
 
     Raises:
         ModelError: the two ends differ in a name or a shape.
@@ -95,7 +96,9 @@ class WiseModel:
         pretrained: Mapping[str, Tensor] | None = None,
         head: Mapping[str, Tensor] | None = None,
         precision: str = "no",
+        tower: ImageTower | None = None,
     ) -> None:
+        self.tower = tower
         self.clip, self.class_names, self.templates, self.precision = clip, class_names, templates, precision
         self._linear = head
         self._at = 1.0
@@ -116,14 +119,14 @@ class WiseModel:
                 self._at = alpha
             if alpha not in self._heads:  # text tower and head depend on alpha, not on the images
                 self._heads[alpha] = self._head(alpha)
-            return clip_predictor(self.clip.model, self._heads[alpha], precision=self.precision)
+            return clip_predictor(self.clip.model, self._heads[alpha], precision=self.precision, tower=self.tower)
 
         return enter
 
     def _head(self, alpha: float) -> Head:
         device = next(self.clip.model.parameters()).device
         if self._linear is None:
-            scale = float(self.clip.model.logit_scale.detach().exp())  # type: ignore[operator]
+            scale = float(self.clip.model.logit_scale.detach().exp())
             return Head(zero_shot_head(self.clip, self.class_names, self.templates), scale=scale)
         before, after = ({name: self._linear[prefix + name] for name in ("weight", "bias")} for prefix in ("initial_", ""))
         head = interpolate(before, after, alpha)
