@@ -91,19 +91,21 @@ with RunDir(pathlib.Path({str(tmp_path)!r})):
 
 def test_metrics_survive_a_kill_and_are_rewound(tmp_path: Path) -> None:
     with RunDir(tmp_path / "run") as run:
-        assert run.read_metrics() == []
+        assert run.read_rows() == []
         for step in (10, 20, 30):
             run.append_metrics({"step": step, "loss": math.nan if step == 20 else 0.1 * step})
+            run.append_rows([{"step": step, "weight": 1.0}, {"step": step, "weight": 0.0}])
         with open(run.path / "metrics.jsonl", "ab") as file:
             file.write(b'{"step": 40, "lo')  # cut off by a kill
-        assert [row["step"] for row in run.read_metrics()] == [10, 20, 30]
-        assert run.read_metrics()[1]["loss"] is None
-        run.rewind_metrics(20)
+        assert [row["step"] for row in run.read_rows()] == [10, 20, 30]
+        assert run.read_rows()[1]["loss"] is None
+        run.rewind(20)
         run.append_metrics({"step": 30, "loss": 1.5})
-        rows = run.read_metrics()
+        rows = run.read_rows()
     assert [row["step"] for row in rows] == [10, 20, 30]
     assert rows[0]["loss"] == 0.1 * 10  # to the last digit
     assert rows[2]["loss"] == 1.5
+    assert [row["step"] for row in run.read_rows("augmented.jsonl")] == [10, 10, 20, 20]
 
 
 def test_config_round_trip_and_done(tmp_path: Path) -> None:
