@@ -198,7 +198,8 @@ class BatchReader(TorchDataset[Batch]):
         return self.edits if kind == "augmented" and self.edits is not None else self.samples
 
     def _read_or_next(self, row: Row) -> tuple[Tensor, int, list[tuple[str, str]]]:
-        source, failures = self.source(row.kind), []
+        source = self.source(row.kind)
+        failures: list[tuple[str, str]] = []
         for offset in range(min(len(source), 100)):
             index = (row.index + offset) % len(source)
             try:

@@ -43,7 +43,7 @@ class Clip:
         config: open_clip's `model_cfg` and `preprocess_cfg`, as they go into open_clip_config.json.
     """
 
-    model: nn.Module
+    model: Any
     preprocess: Callable[[Image.Image], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     config: dict[str, Any]

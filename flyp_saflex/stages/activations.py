@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flyp_saflex.config import Config
 from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.errors import DataError, RunError
-from flyp_saflex.method.clip import Clip, ImageTower
+from flyp_saflex.method.clip import Clip, ImageTower, num_blocks
 from flyp_saflex.records import Edit, Sample
 
 if sys.platform != "win32":
@@ -42,6 +43,23 @@ def fingerprint(clip: Clip, tower: ImageTower, *, box_crop: bool) -> str:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def frozen_blocks(config: Config, clip: Clip) -> int:
+    """Return behind how many image blocks the recipe cuts the tower: all of them where the image tower is not trained."""
+    train = config.train
+    whole = train.freeze_image or train.method == "linear-probe"
+    return num_blocks(clip.model.visual) if whole else train.freeze_image_blocks
+
+
+def open_store(
+    config: Config, clip: Clip, tower: ImageTower, loader: ImageLoader, device: torch.device
+) -> ActivationStore | None:
+    """Return the store of activations behind `tower`'s frozen blocks, or None if `train.frozen_cache` is empty."""
+    if not config.train.frozen_cache:
+        return None
+    name = fingerprint(clip, tower, box_crop=config.data.box_crop)
+    return ActivationStore(Path(config.train.frozen_cache) / name, lambda images: tower.lower(images.to(device)), loader)
 
 
 class ActivationStore:
@@ -93,8 +111,9 @@ class ActivationStore:
             raise DataError(self.unreadable.get(str(path), f"{path}: its activations were never stored"))
         return torch.from_numpy(np.array(self._open()[row]))
 
-    def batches(self, samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (positions, activations) of the readable samples, in order: what an `ImageLoader` yields of images."""
+        batch_size = self.loader.batch_size
         self.ensure(samples)
         known = [position for position, sample in enumerate(samples) if self._key(sample.path) in self._rows]
         for start in range(0, len(known), batch_size):

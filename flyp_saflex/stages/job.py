@@ -14,20 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from flyp_saflex.cache import AugmentCache
-from flyp_saflex.config import Config
+from flyp_saflex.config import LINEAR_METHODS, Config
 from flyp_saflex.data.batches import Operation, Plan, derived_seed
 from flyp_saflex.data.images import augmentation
 from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
-from flyp_saflex.method.clip import Clip, load_clip, num_blocks
+from flyp_saflex.method.clip import Clip, load_clip
 from flyp_saflex.method.learner import Learner
 from flyp_saflex.method.saflex import Saflex, preset
 from flyp_saflex.method.zeroshot import zero_shot_head
 from flyp_saflex.records import Dataset, Edit, Sample
-from flyp_saflex.stages.activations import ActivationStore, fingerprint
+from flyp_saflex.stages.activations import ActivationStore, frozen_blocks, open_store
 
-LINEAR_METHODS = ("ce-linear", "linear-probe", "lp-ft")
 MIXES = ("mixup", "cutmix")
 
 
@@ -113,31 +112,17 @@ class Job:
 
     def store(self, device: torch.device) -> ActivationStore | None:
         """Return the store of frozen activations, if the recipe asks for one."""
-        return open_store(self.config, self.clip, self.learner, self.loader(progress=True), device)
-
-
-def open_store(config: Config, clip: Clip, learner: Learner, loader: ImageLoader, device: torch.device) -> ActivationStore | None:
-    """Return the store of activations behind `learner`'s frozen blocks, or None if `train.frozen_cache` is empty."""
-    if not config.train.frozen_cache:
-        return None
-    name = fingerprint(clip, learner.tower, box_crop=config.data.box_crop)
-
-    def lower(images: Tensor) -> Tensor:
-        return learner.tower.lower(images.to(device))
-
-    return ActivationStore(Path(config.train.frozen_cache) / name, lower, loader)
+        return open_store(self.config, self.clip, self.learner.tower, self.loader(progress=True), device)
 
 
 def build_learner(config: Config, clip: Clip, num_classes: int) -> Learner:
     """Return the module that a method trains, with nothing frozen yet but the cut behind frozen blocks."""
     train = config.train
-    whole = train.freeze_image or train.method == "linear-probe"
-    num_frozen = num_blocks(clip.model.visual) if whole else train.freeze_image_blocks
     head = None
     if train.method in LINEAR_METHODS:
         width = clip.model.encode_text(clip.tokenizer(["a"])).shape[1]
         head = nn.Linear(width, num_classes)
-    return Learner(clip.model, num_frozen=num_frozen, head=head)
+    return Learner(clip.model, num_frozen=frozen_blocks(config, clip), head=head)
 
 
 def prepare(config: Config, *, limit: int | None = None) -> Job:

@@ -126,12 +126,8 @@ class ValidationRows:
 
     def _read(self, samples: list[Sample]) -> Validation:
         job = self.job
-        if self.store is not None:
-            batches = self.store.batches(samples, job.config.evaluate.batch_size)
-        else:
-            batches = job.loader().batches(samples)
         positions, parts = [], []
-        for found, inputs in batches:
+        for found, inputs in (self.store or job.loader()).batches(samples):
             positions += found
             with torch.no_grad():
                 inputs = inputs.to(self.device)

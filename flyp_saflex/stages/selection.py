@@ -59,10 +59,7 @@ class Selection:
         if not options.select_split:
             return None
         split = split_for(self.job.dataset, options.select_split, "select")
-        if self.store is not None:
-            batches = self.store.batches(split.samples, self.job.config.evaluate.batch_size)
-        else:
-            batches = self.job.loader().batches(split.samples)
+        batches = (self.store or self.job.loader()).batches(split.samples)
         positions, (logits_NK,) = predict([lambda: self._predictor()], batches)
         chosen = [split.samples[position] for position in positions.tolist()]
         score = metrics.score(logits_NK, [sample.label for sample in chosen], [sample.domain for sample in chosen])
