@@ -10,7 +10,7 @@ import csv
 import gzip
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -221,12 +221,11 @@ def _open(folder: Path) -> tuple[Any, tuple[str, ...]]:
         ) from None
 
 
-def _locate(folder: Path, names: Iterable[str]) -> tuple[Path, dict[str, Path]]:
+def _locate(folder: Path, names: Sequence[str]) -> tuple[Path, dict[str, Path]]:
     """Return the folder of the images and the path of every name; names that are not found are where WILDS puts them."""
     for base in (folder / "train", folder / "images", folder):
         if base.is_dir():
-            found = {name: Path(current, name) for current, _, files in os.walk(base) for name in files}
-            paths = {name: found.get(name, base / name) for name in names}
-            if any(name in found for name in paths):
-                return base, paths
+            homes = {name: home for current, _, files in os.walk(base) for home in [Path(current)] for name in files}
+            if any(name in homes for name in names):
+                return base, {name: homes.get(name, base) / name for name in names}
     return folder / "train", {name: folder / "train" / name for name in names}
