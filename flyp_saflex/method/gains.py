@@ -63,7 +63,7 @@ def directional_derivative(
     *,
     estimator: Estimator = "exact",
     logits: Tensor | None = None,
-    target_rms: float = 1e-3,
+    target_rms: float = 3e-3,
     previous_rms: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the logits and their derivative along `direction`, detached, outside of autocast.
@@ -73,12 +73,13 @@ def directional_derivative(
         parameters: the point.
         direction: the same names; usually the validation gradient.
         estimator: `exact`: forward-mode differentiation (attention is computed by its plain formula: the fused kernels
-            have no forward mode). `central`: two passes, relative error about 1e-4. `one-sided`: one pass beside the base
-            logits, about 1e-3; finite differences need parameters in float32.
+            have no forward mode). `central`: two passes. `one-sided`: one pass beside the base logits. Both need parameters
+            in float32 or better.
         logits: `one-sided`: the logits at `parameters`, if the caller has them from the same function in the same
             precision. Recomputed if they are half precision or autocast is on: the rounding would be the whole difference.
-        target_rms: finite differences: root mean square change of the logits that the step aims at. The default balances
-            rounding and truncation in float32.
+        target_rms: finite differences: root mean square change of the logits that the step aims at. In float32 rounding
+            falls as it grows and truncation grows with it. On a pretrained mini CLIP with noise for images, the error of
+            both estimators was 1 % at 1e-3, 0.2 % at 3e-3 and 0.2 (central) to 0.3 % (one-sided) at 1e-2.
         previous_rms: finite differences: root mean square of a recent derivative, which fixes the step size
             h = target_rms / previous_rms; None: found by trial, one or two passes more.
 

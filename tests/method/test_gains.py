@@ -135,9 +135,9 @@ def test_finite_differences_come_close_in_float32(kind, estimator):
     c = case(kind, torch.float32)
     g = gradient(c.validation_loss_fn, c.parameters)
     _, exact = directional_derivative(c.logits_fn, c.parameters, g)
-    # At a logit change of 1e-3 rounding is about 7e-7 / 1e-3 and the one-sided truncation of the same order as the change;
-    # a deep random network is less smooth than the trained ones these figures come from: five times that.
-    tolerance = {"central": 4e-3, "one-sided": 1e-2}[estimator]
+    # At a logit change of 3e-3 the one-sided truncation is up to 1.3 times the change; rounding, and for the central
+    # difference a ReLU that switches inside the step, are a part of it. Random networks are rough: twice that.
+    tolerance = {"central": 6e-3, "one-sided": 1e-2}[estimator]
     for previous in (None, rms(exact)):  # step size by trial, and from the last step's derivative
         logits, found = directional_derivative(c.logits_fn, c.parameters, g, estimator=estimator, previous_rms=previous)
         assert rms(found - exact) < tolerance * rms(exact)

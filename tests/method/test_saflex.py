@@ -315,6 +315,12 @@ def test_refresh_returns_the_norm_and_keeps_a_running_average():
     assert newest.state_dict()["gradient"]["a"].tolist() == [-1.0, 0.0]
 
 
+def test_a_gradient_that_still_has_its_graph_is_cut_from_it():
+    saflex = Saflex()
+    saflex.update({"a": torch.ones(1, requires_grad=True)})
+    assert not saflex.state_dict()["gradient"]["a"].requires_grad
+
+
 def test_gradients_of_several_processes_can_be_reduced():
     saflex = Saflex()
     norm = saflex.refresh({"a": torch.ones(1)}, lambda p: 2 * p["a"].sum(), reduce=lambda g: {k: v / 2 for k, v in g.items()})
