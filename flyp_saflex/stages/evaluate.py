@@ -105,7 +105,7 @@ def evaluate(
             scored = evaluate_split(
                 variants, split, loader, bootstrap=config.evaluate.bootstrap, seed=config.seed, state=state, extras=extras
             )
-            results.add(part.row | {"wise_alpha": alpha} for alpha, part in scored.items())
+            results.add(_with_alpha(part.row, alpha) for alpha, part in scored.items())
             if state.is_main_process:
                 shown = {alpha: part for alpha, part in scored.items() if alpha in (1.0, results.chosen_alpha)}
                 if config.evaluate.save_predictions:
@@ -273,6 +273,11 @@ def telling(overrides: Iterable[str]) -> list[str]:
     """Return the overrides that belong beside a result: not where images are, how they are read, or what is computed."""
     silent = ("data.root=", "data.workers=", "evaluate.")
     return [override for override in overrides if not override.startswith(silent)]
+
+
+def _with_alpha(row: dict[str, Any], alpha: float) -> dict[str, Any]:
+    """Return the row with `wise_alpha` beside the split that it is about, where a reader looks for it."""
+    return {name: row[name] for name in ("split", "role", "shift")} | {"wise_alpha": alpha} | row
 
 
 def _list(alphas: Sequence[float]) -> str:

@@ -187,7 +187,7 @@ def tables(found: Sequence[Cell], baseline: str) -> list[Table]:
     for metric, title in METRICS.items():
         for shift, words in SHIFTS.items():
             here = [cell for cell in found if (cell.metric, cell.shift) == (metric, shift)]
-            if not here:
+            if not here or (metric == "worst_group_accuracy" and not _has_groups(found, shift)):
                 continue
             splits = {cell.split: cell.role for cell in here}
             header = ("", *(f"{split} (select)" if role == "select" else split for split, role in splits.items()))
@@ -259,6 +259,12 @@ RENDERERS: dict[str, Callable[[Sequence[Cell], Sequence[str], str], str]] = {
     "json": _json,
     "html": _html,
 }
+
+
+def _has_groups(found: Sequence[Cell], shift: str) -> bool:
+    """Whether the worst group is anywhere another number than the accuracy: with one domain per split it is not."""
+    here = {(c.metric, c.split, c.recipe, c.kind): c.values for c in found if c.shift == shift}
+    return any(values != here[("accuracy", *key[1:])] for key, values in here.items() if key[0] == "worst_group_accuracy")
 
 
 def _values(group: dict[int, tuple[float, dict[str, Any]]], metric: str) -> dict[int, float]:

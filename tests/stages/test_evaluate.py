@@ -115,6 +115,7 @@ def test_every_split_but_train_with_the_rows_of_the_contract(run, capsys):
         ("night", "test", "ood"),
     ]
     for row in results["results"]:
+        assert list(row)[:4] == ["split", "role", "shift", "wise_alpha"]
         assert row.keys() >= CONTRACT | {"ece", "accuracy_interval", "macro_f1_interval", "unreadable"}
         samples, logits = by_hand(run, row["split"])
         labels = [sample.label for sample in samples]

@@ -147,6 +147,14 @@ def test_notes_tell_what_is_not_comparable(tmp_path):
     assert "Note" not in report(runs[:1])
 
 
+def test_worst_group_tables_are_left_out_where_every_split_is_one_group(tmp_path):
+    runs = [write_run(tmp_path, "a", 0, 0.5, 0.75, worst_group_accuracy=0.5)]
+    text = report(runs)
+    assert "Worst-group accuracy, in distribution" not in text
+    assert "Worst-group accuracy, out of distribution" in text
+    assert ("worst_group_accuracy", "id_test", "a", "finetuned") in cells(report(runs, form="json"))
+
+
 def test_mistakes_are_named(tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(RunError, match=r"raw has no results.json: run `flyp-saflex evaluate .*raw` first"):
