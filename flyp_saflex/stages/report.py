@@ -263,8 +263,9 @@ RENDERERS: dict[str, Callable[[Sequence[Cell], Sequence[str], str], str]] = {
 
 def _has_groups(found: Sequence[Cell], shift: str) -> bool:
     """Whether the worst group is anywhere another number than the accuracy: with one domain per split it is not."""
-    here = {(c.metric, c.split, c.recipe, c.kind): c.values for c in found if c.shift == shift}
-    return any(values != here[("accuracy", *key[1:])] for key, values in here.items() if key[0] == "worst_group_accuracy")
+    here = [cell for cell in found if cell.shift == shift]
+    values = {metric: [cell.values for cell in here if cell.metric == metric] for metric in ("accuracy", "worst_group_accuracy")}
+    return values["worst_group_accuracy"] not in ([], values["accuracy"])
 
 
 def _values(group: dict[int, tuple[float, dict[str, Any]]], metric: str) -> dict[int, float]:
