@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import tomli_w
@@ -35,7 +35,9 @@ SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if f.name not in 
 def shipped() -> list[str]:
     """Return the names of the recipes in the package."""
     return sorted(
-        entry.name.removesuffix(".toml") for entry in resources.files("flyp_saflex.recipes").iterdir() if entry.name.endswith(".toml")
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("flyp_saflex.recipes").iterdir()
+        if entry.name.endswith(".toml")
     )
 
 
@@ -55,7 +57,8 @@ def load(recipe: str, overrides: Iterable[str] = ()) -> Config:
         text, name = (resources.files("flyp_saflex.recipes") / f"{recipe}.toml").read_text(encoding="utf-8"), recipe
     else:
         raise ConfigError(
-            f"unknown recipe '{recipe}'{nearest(recipe, shipped())} (shipped: {', '.join(shipped())}; or give the path of a .toml file)"
+            f"unknown recipe '{recipe}'{nearest(recipe, shipped())} "
+            f"(shipped: {', '.join(shipped())}; or give the path of a .toml file)"
         )
     try:
         values = tomllib.loads(text)
@@ -150,23 +153,26 @@ def _choices(where: str) -> str:
     hint = annotation if isinstance(annotation, str) else ""
     aliases = {"Upstream": config_module.Upstream, "WeightRule": config_module.WeightRule}
     for alias, literal in aliases.items():
-        hint = hint.replace(alias, f"Literal{list(literal.__args__)}")
+        hint = hint.replace(alias, f"Literal{list(get_args(literal))}")
     return f" (expected {hint})" if "Literal" in hint else ""
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """Let a single word stand for a list of one, so that `--set augment.upstream=randaugment` works."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            default = getattr(Config(), key)
-            value = {
-                name: [item] if isinstance(getattr(default, name), tuple) and isinstance(item, (str, int, float)) else item
-                for name, item in value.items()
+    result = dict(values)
+    for section, options in values.items():
+        if isinstance(options, Mapping):
+            default = getattr(Config(), section)
+            result[section] = {
+                name: _listed(item) if isinstance(getattr(default, name), tuple) else item for name, item in options.items()
             }
-            value = {name: [] if item == [""] else item for name, item in value.items()}
-        result[key] = value
     return result
+
+
+def _listed(item: Any) -> Any:
+    if item == "":
+        return []
+    return [item] if isinstance(item, (str, int, float)) else item
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
