@@ -223,6 +223,8 @@ class SaflexConfig:
     """Decay of a running average of the validation gradient over refreshes; 0: the newest only."""
     estimator: Literal["exact", "central", "one-sided"] | None = None
     """Directional derivative: forward-mode differentiation, or finite differences."""
+    class_balance: Fraction | None = None
+    """How far kept rows are weighed so that dropping does not shift the classes' shares; 0: not, 1: wholly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +290,7 @@ def check(config: Config) -> list[str]:
         )
     if train.frozen_cache and not train.freeze_batchnorm:
         problems.append("train.frozen_cache needs train.freeze_batchnorm=true: with batch statistics nothing is fixed")
-    if train.frozen_cache and not (train.freeze_image_blocks or train.freeze_image):
+    if train.frozen_cache and not (train.freeze_image_blocks or train.freeze_image or train.method == "linear-probe"):
         problems.append("train.frozen_cache needs frozen image blocks: set train.freeze_image_blocks or train.freeze_image")
     splits = set(config.data.add_to_train)
     for option, value in (("train.select_split", train.select_split), ("saflex.validation_split", saflex.validation_split)):

@@ -35,8 +35,12 @@ if sys.platform != "win32":
 
 
 def fingerprint(clip: Clip, tower: ImageTower, *, box_crop: bool) -> str:
-    """Return a hash of all that the stored activations depend on but the image: frozen weights, buffers, preprocessing."""
-    digest = hashlib.sha256(json.dumps([clip.config["preprocess_cfg"], tower.num_frozen, box_crop], sort_keys=True).encode())
+    """Return a hash of all that the stored activations depend on but the image: architecture, weights, preprocessing."""
+    model = clip.config["model_cfg"]
+    # Not a property of the model that was loaded, and left out where one is saved.
+    architecture = {key: value for key, value in model.get("vision_cfg", {}).items() if key != "timm_model_pretrained"}
+    known = [architecture, bool(model.get("quick_gelu")), clip.config["preprocess_cfg"], tower.num_frozen, box_crop]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     frozen = {id(parameter) for parameter in tower.frozen_parameters()}
     for name, value in clip.model.visual.state_dict(keep_vars=True).items():
         if id(value) in frozen or not isinstance(value, torch.nn.Parameter):
@@ -92,7 +96,7 @@ class ActivationStore:
         with open(self.folder / ".lock", "a+", encoding="utf-8") as lock:
             if sys.platform != "win32":
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            self._read_index()
+            self._read_index(mend=True)
             missing = [item for item in items if self._key(item.path) not in self._rows]
             for positions, images in self.loader.batches(missing):
                 with torch.no_grad():
@@ -129,15 +133,22 @@ class ActivationStore:
                 self._keys[path] = ""  # missing: never stored
         return self._keys[path]
 
-    def _read_index(self) -> None:
-        index = self.folder / "index.jsonl"
-        for line in index.read_bytes().splitlines() if index.is_file() else ():
+    def _read_index(self, *, mend: bool = False) -> None:
+        """Read what is stored, up to a line cut off by a kill; with `mend`, and the lock, cut that line away."""
+        index, good = self.folder / "index.jsonl", 0
+        text = index.read_bytes() if index.is_file() else b""
+        for line in text.splitlines(keepends=True):
             try:
-                entry = msgspec.json.decode(line)
+                entry = msgspec.json.decode(line) if line.endswith(b"\n") else None
             except msgspec.DecodeError:
-                break  # cut off by a kill
+                entry = None
+            if entry is None:
+                break
+            good += len(line)
             self._rows[entry["key"]] = entry["row"]
             self._shape = tuple(entry["shape"])
+        if mend and good < len(text):
+            os.truncate(index, good)
         self._map = None
 
     def _append(self, keys: Sequence[str], hidden: np.ndarray) -> None:

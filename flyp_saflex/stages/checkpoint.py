@@ -30,10 +30,14 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
     Raises:
         RunError: read-only folder or full disk; older checkpoints are then still there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    with atomic_write(path, "wb") as file:
-        torch.save(state, file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "wb") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the file refuses a write
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        raise RunError(f"cannot write {path}: {reason}; free disk space and go on with --resume") from error
     for old in saved_steps(folder)[:-keep]:
         (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
     return path

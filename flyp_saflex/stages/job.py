@@ -143,6 +143,12 @@ def prepare(config: Config, *, limit: int | None = None) -> Job:
             f"train.batch_size = {train.batch_size} is larger than the training split ({len(dataset.train)} images): "
             f"set train.batch_size={len(dataset.train)} or less"
         )
+    if train.min_lr > train.lr:
+        raise ConfigError(
+            f"train.min_lr = {train.min_lr:g} is above train.lr = {train.lr:g}: the cosine ends at min_lr, set it to lr or less"
+        )
+    if train.patience and not (train.evaluate_every and train.select_split):
+        notes.append("train.patience has no effect without train.evaluate_every and train.select_split")
     is_cut = bool(config.data.shots or limit)
     edits = _edits(config, dataset, notes, partial=is_cut) if "cache" in augment.upstream else None
     torch.manual_seed(derived_seed(config.seed, "model") % 2**63)  # only linear heads and random models draw from it

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing import get_all_start_methods
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils.data import DataLoader
 
-from flyp_saflex.data.batches import Batch, Row, Stream, derived_seed
+from flyp_saflex.data.batches import Batch, BatchReader, Plan, Row, Stream, derived_seed
 from flyp_saflex.data.registry import split_for
 from flyp_saflex.method import baselines
 from flyp_saflex.method.saflex import SaflexSettings
@@ -18,6 +21,40 @@ from flyp_saflex.stages.job import MIXES, Job
 
 KEEP_BYTES = 2 * 2**30
 """Validation rows up to this size are read once and kept on the device; larger ones are read at every refresh."""
+
+
+def read_steps(
+    job: Job, store: ActivationStore | None, first: int, end: int, rank: int = 0, num_processes: int = 1
+) -> Iterator[list[Batch]]:
+    """Yield the accumulated parts of each step from `first` to before `end`, as this process reads them."""
+    parts = job.config.train.accumulation
+    reader = BatchReader(
+        partial(_rows_of, job.plan, first, parts, rank, num_processes),
+        (end - first) * parts,
+        job.dataset.train.samples,
+        job.edits,
+        job.clip.preprocess,
+        on_train=job.on_train,
+        on_augmented=job.on_augmented,
+        box_crop=job.config.data.box_crop,
+        stored=store.read if store is not None else None,
+    )
+    workers = job.config.data.workers if store is None else 0
+    # Operations are closures, which only a forked worker can take over.
+    method = "fork" if workers and "fork" in get_all_start_methods() else None
+    loader = DataLoader(reader, batch_size=None, num_workers=workers, generator=torch.Generator(), multiprocessing_context=method)
+    collected: list[Batch] = []
+    for batch in loader:
+        collected.append(batch)
+        if len(collected) == parts:
+            yield collected
+            collected = []
+
+
+def _rows_of(plan: Plan, first: int, parts: int, rank: int, num_processes: int, number: int) -> list[Row]:
+    """Return the rows of the `number`-th batch of a process that starts at step `first`."""
+    step, part = divmod(number, parts)
+    return plan.shard(first + step, rank, num_processes, part, parts)
 
 
 class RowBuilder:
@@ -127,10 +164,10 @@ class ValidationRows:
     def _read(self, samples: list[Sample]) -> Validation:
         job = self.job
         positions, parts = [], []
-        for found, inputs in (self.store or job.loader()).batches(samples):
+        for found, read in (self.store or job.loader()).batches(samples):
             positions += found
             with torch.no_grad():
-                inputs = inputs.to(self.device)
+                inputs = read.to(self.device)
                 parts.append(inputs if self.store is not None else job.learner.tower.lower(inputs))
         labels_V = torch.tensor([samples[position].label for position in positions], device=self.device)
         captions_V = labels_V * job.captions.num_templates

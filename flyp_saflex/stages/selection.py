@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -60,7 +61,7 @@ class Selection:
             return None
         split = split_for(self.job.dataset, options.select_split, "select")
         batches = (self.store or self.job.loader()).batches(split.samples)
-        positions, (logits_NK,) = predict([lambda: self._predictor()], batches)
+        positions, (logits_NK,) = predict([self._predictor], batches)
         chosen = [split.samples[position] for position in positions.tolist()]
         score = metrics.score(logits_NK, [sample.label for sample in chosen], [sample.domain for sample in chosen])
         value = score[options.select_metric]
@@ -110,8 +111,9 @@ class Selection:
         try:
             save_file(state, temporary)
             temporary.replace(self._file)
-        except OSError as error:
-            raise RunError(f"cannot write {self._file}: {error.strerror}; free disk space and go on with --resume") from error
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise RunError(f"cannot write {self._file}: {error}; free disk space and go on with --resume") from error
 
 
 def save_model(job: Job, run: RunDir) -> None:
@@ -131,5 +133,6 @@ def save_model(job: Job, run: RunDir) -> None:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, run.path / "head.safetensors")
         shutil.rmtree(run.model, ignore_errors=True)
         temporary.rename(run.model)
-    except OSError as error:
-        raise RunError(f"cannot write {run.model}: {error.strerror or error}; free disk space and go on with --resume") from error
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"cannot write {run.model}: {error}; free disk space and go on with --resume") from error
