@@ -8,7 +8,7 @@ validation image; its random operations are seeded from (seed, stream, position)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +124,7 @@ class Plan:
         """Return this process's rows of one accumulated part of a step: training rows first, then augmented rows."""
         rows = self.step(step)
         stride = num_processes * num_parts
-        first = part * num_processes + rank
+        first = rank * num_parts + part  # a part holds the same rows for every number of processes
         train, augmented = rows[: self.batch_size], rows[self.batch_size :]
         return train[first::stride] + augmented[first::stride]
 
@@ -206,7 +206,7 @@ class BatchReader(TorchDataset[Batch]):
                 return self._read(row, source[index]), index, failures
             except DataError as error:
                 failures.append((str(source[index].path), str(error)))
-        raise DataError(f"{failures[0][1]}; the {len(failures)} images after it cannot be read either: check data.root")
+        raise DataError(f"{failures[0][1]}; the {len(failures) - 1} images after it cannot be read either: check data.root")
 
     def _read(self, row: Row, item: Sample | Edit) -> Tensor:
         if self.stored is not None:
@@ -216,9 +216,3 @@ class BatchReader(TorchDataset[Batch]):
         for number, operation in enumerate(operations):
             image = operation(image, derived_seed(row.seed, number))
         return self.preprocess(image)
-
-
-def chunks(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Yield consecutive parts of at most `size` values."""
-    for start in range(0, len(values), size):
-        yield values[start : start + size]

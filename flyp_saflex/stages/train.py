@@ -85,6 +85,8 @@ class _Trainer:
         self.signals = StopSignals()
         self.unreadable: dict[str, str] = {}
         self.new_unreadable: dict[str, str] = {}
+        self.saflex_before: dict[str, Any] | None = None
+        self.buffers_before: dict[str, Tensor] = {}
         self.refreshed = -1
         self.seconds = 0.0
 
@@ -161,7 +163,8 @@ class _Trainer:
         job, options, accelerator = self.job, self.options, self.accelerator
         torch.manual_seed(derived_seed(job.config.seed, "step", step))  # dropout, if the model has any
         job.learner.set_mode(training=True, freeze_batchnorm=options.freeze_batchnorm)
-        buffers = {} if options.freeze_batchnorm else {name: value.clone() for name, value in job.learner.named_buffers()}
+        self.saflex_before = job.saflex.state_dict() if job.saflex is not None else None
+        self.buffers_before = {} if options.freeze_batchnorm else {k: value.clone() for k, value in job.learner.named_buffers()}
         template = derived_seed(job.config.seed, "template", step) % job.captions.num_templates
         columns_K = job.class_captions(template).to(accelerator.device)
         generator = torch.Generator().manual_seed(derived_seed(job.config.seed, "filter", step))
@@ -173,7 +176,7 @@ class _Trainer:
                     result = step_loss(rows, class_columns_K=columns_K, generator=generator)
                 loss = float(result.loss.detach())
                 if not loss <= options.max_loss:
-                    self._stop_diverged(step, "loss", loss, batches, optimizer, buffers)
+                    self._stop_diverged(step, "loss", loss, batches, optimizer)
                 accelerator.backward(result.loss / len(batches))
             result.loss = result.loss.detach()
             results.append(result)
@@ -181,7 +184,7 @@ class _Trainer:
         if options.clip_norm:
             norm = float(accelerator.clip_grad_norm_(job.learner.parameters(), options.clip_norm))
             if not math.isfinite(norm) and options.precision != "fp16":  # fp16's scaler skips such a step by itself
-                self._stop_diverged(step, "gradient norm", norm, batches, optimizer, buffers)
+                self._stop_diverged(step, "gradient norm", norm, batches, optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if options.method in ("flyp", "ce-text"):
@@ -311,11 +314,11 @@ class _Trainer:
             **self.environment,
         )
 
-    def _stop_diverged(
-        self, step: int, what: str, value: float, batches: list[Batch], optimizer: Any, buffers: dict[str, Tensor]
-    ) -> None:
-        for name, before in buffers.items():
+    def _stop_diverged(self, step: int, what: str, value: float, batches: list[Batch], optimizer: Any) -> None:
+        for name, before in self.buffers_before.items():
             self.job.learner.get_buffer(name).copy_(before)
+        if self.job.saflex is not None and self.saflex_before is not None:
+            self.job.saflex.load_state_dict(self.saflex_before)
         self._save(step, optimizer)
         names = [identity for batch in batches for identity in self.rows.names(batch)]
         if self.accelerator.is_main_process:
