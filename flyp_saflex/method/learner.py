@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flyp_saflex.method.clip import ImageTower
+from flyp_saflex.method.losses import at_least_float32
 
 Trainable = Literal["all", "head"]
 
@@ -89,12 +90,14 @@ class Learner(nn.Module):
             from_pooled: start behind the pooling: the head scope of SAFLEX.
         """
         pooled_NF = inputs if from_pooled else self.tower.upper(inputs)
-        images_ND = F.normalize(self.tower.project(pooled_NF).float(), dim=-1)
+        images_ND = F.normalize(at_least_float32(self.tower.project(pooled_NF)), dim=-1)
         if self.head is not None:
-            return Outputs(pooled_NF, images_ND, self.head.weight.float(), images_ND.new_ones(()), self.head.bias.float())
+            weight, bias = at_least_float32(self.head.weight), at_least_float32(self.head.bias)
+            return Outputs(pooled_NF, images_ND, weight, images_ND.new_ones(()), bias)
         assert tokens_CL is not None, "captions are the columns of a model without a linear head"
-        columns_CD = F.normalize(encode_text(self.clip, tokens_CL).float(), dim=-1)
-        return Outputs(pooled_NF, images_ND, columns_CD, self.clip.logit_scale.float().exp(), images_ND.new_zeros(()))
+        columns_CD = F.normalize(at_least_float32(encode_text(self.clip, tokens_CL)), dim=-1)
+        scale = at_least_float32(self.clip.logit_scale).exp()
+        return Outputs(pooled_NF, images_ND, columns_CD, scale, images_ND.new_zeros(()))
 
     def freeze(
         self,

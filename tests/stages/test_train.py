@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from flyp_saflex.method.clip import Clip, load_clip, save_clip
 from flyp_saflex.method.learner import encode_text, parameter_groups
 from flyp_saflex.rundir import RunDir
 from flyp_saflex.stages import selection
@@ -295,3 +296,26 @@ def test_groups_decay_matrices_only(make_config):
     assert kinds[2.0, 0.0] == {"head.bias"}
     assert "clip.logit_scale" in kinds[1.0, 0.0]
     assert all(not name.endswith("bias") for name in kinds[1.0, 0.1])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_batchnorm_statistics_stay_unless_asked(make_config, tmp_path, frozen):
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    folder = tmp_path / "resnet"
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    clip = load_clip(make_config().model.name)
+    preprocess = clip.config["preprocess_cfg"]
+    save_clip(
+        Clip(open_clip.CLIP(**config), clip.preprocess, clip.tokenizer, {"model_cfg": config, "preprocess_cfg": preprocess}),
+        folder,
+    )
+    options = (f"train.freeze_batchnorm={str(frozen).lower()}", "train.steps=2", "augment.upstream=flip", *SAFLEX)
+    train(make_config(f"model.name=local-dir:{folder}", *options), tmp_path / "run")
+    start, after = load_file(folder / "open_clip_model.safetensors"), weights(tmp_path / "run")
+    running = [name for name in start if "running_" in name]
+    assert len(running) > 10
+    assert {torch.equal(start[name], after[name]) for name in running} == {frozen}
+    assert not torch.equal(start["visual.conv1.weight"], after["visual.conv1.weight"])
+    assert not torch.equal(start["visual.bn1.weight"], after["visual.bn1.weight"]), "scale and shift are trained either way"

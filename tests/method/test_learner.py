@@ -1,0 +1,123 @@
+"""The trained module: text read no further than needed, what is frozen, BatchNorm, the scopes of SAFLEX."""
+
+import open_clip
+import pytest
+import torch
+
+from flyp_saflex.method.clip import load_clip
+from flyp_saflex.method.learner import Learner, encode_text
+
+TEXTS = ["a photo of a cat.", "a dog", "a rather longer caption of two horses", ""]
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+
+
+@pytest.fixture
+def clip(tiny_clip_dir):
+    return load_clip(f"local-dir:{tiny_clip_dir}")
+
+
+def read_lengths(model, monkeypatch):
+    """Record how many tokens the text transformer is given."""
+    tower, lengths = getattr(model, "text", model), []
+    forward = tower.transformer.forward
+    monkeypatch.setattr(tower.transformer, "forward", lambda x, *a, **k: (lengths.append(x.shape[1]), forward(x, *a, **k))[1])
+    return lengths
+
+
+def test_truncated_text_equals_the_full_context(clip, monkeypatch):
+    """1e-12 in float64: the padding has exactly no influence, only sums over it have another order."""
+    model, tokens = clip.model.double(), clip.tokenizer(TEXTS)
+    lengths = read_lengths(model, monkeypatch)
+    torch.testing.assert_close(encode_text(model, tokens), model.encode_text(tokens), rtol=0, atol=1e-12)
+    assert lengths == [9, 16]
+
+
+def test_truncated_text_of_a_separate_text_tower(shared_dir, monkeypatch):
+    if not (shared_dir / "models" / "mini_clip").is_dir():
+        pytest.skip("mini_clip is not beside this checkout")
+    clip = load_clip(f"local-dir:{shared_dir / 'models' / 'mini_clip'}")
+    lengths = read_lengths(clip.model, monkeypatch)
+    tokens = clip.tokenizer(TEXTS)
+    with torch.no_grad():
+        torch.testing.assert_close(encode_text(clip.model, tokens), clip.model.encode_text(tokens), rtol=0, atol=1e-5)
+    assert lengths[0] == 9 < lengths[1]
+
+
+def test_another_attention_takes_the_whole_context(monkeypatch):
+    """Without a causal mask padding matters: nothing is cut."""
+    torch.manual_seed(0)
+    model = open_clip.CLIP(embed_dim=32, vision_cfg=RESNET, text_cfg=TEXT | {"no_causal_mask": True}).eval()
+    tokens = open_clip.tokenize(TEXTS, context_length=16)
+    lengths = read_lengths(model, monkeypatch)
+    assert torch.equal(encode_text(model, tokens), model.encode_text(tokens))
+    assert lengths == [16, 16]
+
+
+def test_outputs_are_those_of_open_clip(clip):
+    images, tokens = torch.randn(3, 3, 32, 32), clip.tokenizer(TEXTS)
+    with torch.no_grad():
+        out = Learner(clip.model)(images, tokens)
+        image, text, scale = clip.model(images, tokens)
+        torch.testing.assert_close(out.logits(), scale * image @ text.T, rtol=0, atol=1e-5)
+        again = Learner(clip.model)(out.pooled_NF, tokens, from_pooled=True)
+        assert torch.equal(again.logits(), out.logits())
+        chosen = out.logits(columns_C=torch.tensor([1, 1, 0]))
+        torch.testing.assert_close(chosen, out.logits()[:, [1, 1, 0]], rtol=0, atol=1e-6)
+
+
+def trained(learner):
+    return {name for name, parameter in learner.named_parameters() if parameter.requires_grad}
+
+
+def test_freezing(clip):
+    learner = Learner(clip.model, num_frozen=1)
+    everything = {name for name, _ in learner.named_parameters()}
+    learner.freeze()
+    locked = ("visual.conv1", "visual.class_emb", "visual.positional", "visual.ln_pre", "visual.transformer.resblocks.0.")
+    assert everything - trained(learner) == {name for name in everything if name.startswith(tuple(f"clip.{p}" for p in locked))}
+    learner.freeze(text=True)
+    assert all(name.startswith("clip.visual.") or name == "clip.logit_scale" for name in trained(learner))
+    learner.freeze(image=True, token_embedding=True)
+    assert not any(name.startswith("clip.visual.") for name in trained(learner))
+    assert "clip.token_embedding.weight" not in trained(learner)
+    assert "clip.text_projection" in trained(learner)
+
+
+def test_freezing_with_a_linear_head(clip):
+    learner = Learner(clip.model, head=torch.nn.Linear(32, 3))
+    learner.freeze()
+    assert {"head.weight", "head.bias", "clip.visual.proj"} <= trained(learner)
+    assert all(name.startswith(("head.", "clip.visual.")) for name in trained(learner)), "nothing unused is trained"
+    learner.freeze(only_head=True)
+    assert trained(learner) == {"head.weight", "head.bias"}
+    learner.freeze()  # the second phase of LP-FT
+    assert "clip.visual.proj" in trained(learner)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_batchnorm_statistics(freeze):
+    torch.manual_seed(0)
+    learner = Learner(open_clip.CLIP(embed_dim=32, vision_cfg=RESNET, text_cfg=TEXT), num_frozen=1)
+    learner.freeze()
+    learner.set_mode(training=True, freeze_batchnorm=freeze)
+    before = {name: value.clone() for name, value in learner.named_buffers() if "running" in name}
+    images = torch.randn(4, 3, 32, 32)
+    learner.tower(learner.tower.lower(images))
+    after = dict(learner.named_buffers())
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    lower = ("clip.visual.bn", "clip.visual.layer1.")
+    assert moved == (set() if freeze else {name for name in before if not name.startswith(lower)})
+    assert learner.training
+    learner.set_mode(training=False, freeze_batchnorm=freeze)
+    assert not any(module.training for module in learner.modules())
+
+
+def test_head_scope_is_projection_text_tower_and_scale(clip):
+    learner = Learner(clip.model)
+    learner.freeze(token_embedding=True)
+    head = set(learner.parameters_in("head"))
+    assert {"clip.visual.proj", "clip.logit_scale", "clip.text_projection", "clip.positional_embedding"} <= head
+    assert {name for name in head if name.startswith("clip.visual.")} == {"clip.visual.proj"}
+    assert "clip.token_embedding.weight" not in head
+    assert set(learner.parameters_in("all")) == trained(learner)

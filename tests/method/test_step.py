@@ -1,0 +1,170 @@
+"""The step: gains are those of brute-force gradients, the loss is the sum of its parts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flyp_saflex.method.clip import load_clip
+from flyp_saflex.method.learner import Learner
+from flyp_saflex.method.saflex import Saflex
+from flyp_saflex.method.step import Rows, StepLoss, Validation
+
+CLASSES = ["a photo of a cat.", "a photo of a dog.", "a photo of an owl."]
+OWN = ["two cats asleep on one chair", "an owl"]
+TRAIN, AUGMENTED = 4, 3
+# Captions repeat, also between training and augmented rows (twice: halves are exact); 3 and 4 are captions of single samples.
+CAPTIONS = [0, 1, 1, 3, 0, 2, 4]
+LABELS = [0, 1, 1, 0, 0, 2, 2]
+
+
+@pytest.fixture
+def clip(tiny_clip_dir):
+    clip = load_clip(f"local-dir:{tiny_clip_dir}")
+    clip.model.double()
+    return clip
+
+
+def make(clip, *, scope="head", head=False, num_frozen=0, validation_loss="ce", **options):
+    torch.manual_seed(0)
+    learner = Learner(clip.model, num_frozen=num_frozen, head=torch.nn.Linear(32, 3).double() if head else None)
+    learner.freeze()
+    saflex = Saflex(scope=scope, validation_loss=validation_loss, gain_scale="none", penalty=0.0, weight_rule="all")
+    step = StepLoss(
+        learner,
+        learner,
+        caption_tokens_ML=clip.tokenizer([*CLASSES, *OWN]),
+        class_captions_K=torch.arange(3),
+        saflex=saflex,
+        **options,
+    )
+    images = torch.randn(TRAIN + AUGMENTED, 3, 32, 32, dtype=torch.float64)
+    rows = Rows(learner.tower.lower(images).detach(), torch.tensor(CAPTIONS), torch.tensor(LABELS), torch.arange(7), TRAIN)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    validation = Validation(learner.tower.lower(torch.randn(5, 3, 32, 32, dtype=torch.float64)).detach(), labels, labels)
+    return learner, step, rows, validation
+
+
+def gains_of(step, rows, monkeypatch):
+    """Run a step and return the gains that SAFLEX was given [A, K], and the result."""
+    seen = []
+    solve = step.saflex.solve
+    monkeypatch.setattr(step.saflex, "solve", lambda gains, *a, **k: (seen.append(gains), solve(gains, *a, **k))[1])
+    return step(rows), seen[0]
+
+
+def brute_force(learner, step, rows, columns, choices):
+    """<g, grad(-log p)> of every augmented row and choice, by one backward pass each; repeated columns share a choice's mass."""
+    gradient = step.saflex.state_dict()["gradient"]
+    parameters = dict(learner.named_parameters())
+    learner.eval()
+    if learner.head is None:
+        logits = learner(rows.inputs[TRAIN:], step.caption_tokens_ML[columns]).logits()
+    else:
+        logits = learner(rows.inputs[TRAIN:]).logits()
+    log_probs = logits.log_softmax(dim=1)
+    gains = torch.empty(AUGMENTED, len(choices), dtype=torch.float64)
+    for row in range(AUGMENTED):
+        for k, choice in enumerate(choices):
+            value = -log_probs[row, torch.tensor([column == choice for column in columns])].mean()
+            found = torch.autograd.grad(value, [parameters[name] for name in gradient], retain_graph=True, allow_unused=True)
+            gains[row, k] = sum((g * v).sum() for g, v in zip(found, gradient.values(), strict=True) if g is not None)
+    return gains
+
+
+@pytest.mark.parametrize("proxies", ["captions", "batch"])
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("validation_loss", ["ce", "train"])
+def test_gains_match_brute_force(clip, monkeypatch, proxies, scope, validation_loss):
+    learner, step, rows, validation = make(clip, scope=scope, proxies=proxies, num_frozen=1, validation_loss=validation_loss)
+    step.refresh(validation)
+    result, gains = gains_of(step, rows, monkeypatch)
+    choices = sorted(set(CAPTIONS))
+    expected = brute_force(learner, step, rows, CAPTIONS if proxies == "batch" else choices, choices)
+    torch.testing.assert_close(gains, expected, rtol=1e-8, atol=1e-8)
+    assert gains.abs().max() > 1e-3
+    own = [choices.index(caption) for caption in CAPTIONS[TRAIN:]]
+    torch.testing.assert_close(result.gains_A, expected[range(AUGMENTED), own], rtol=1e-8, atol=1e-8)
+    assert result.top_labels_A.tolist() == [choices[k] for k in expected.argmax(dim=1)]
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("scope", ["head", "all"])
+def test_gains_of_cross_entropy_match_brute_force(clip, monkeypatch, head, scope):
+    learner, step, rows, validation = make(clip, scope=scope, head=head, contrastive=False)
+    step.refresh(validation)
+    result, gains = gains_of(step, rows, monkeypatch)
+    torch.testing.assert_close(gains, brute_force(learner, step, rows, [0, 1, 2], [0, 1, 2]), rtol=1e-8, atol=1e-8)
+    assert result.top_labels_A.tolist() == gains.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_refresh_in_parts_equals_refresh_at_once(clip, scope, loss):
+    gradients = []
+    for rows_at_once in (2, 100):
+        _, step, _, validation = make(clip, scope=scope, validation_loss=loss)
+        step.rows_at_once = rows_at_once
+        step.refresh(validation)
+        gradients.append(step.saflex.state_dict()["gradient"])
+    for name in gradients[1]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=0, atol=1e-12)
+
+
+def test_head_scope_gradient_is_a_part_of_the_whole_one(clip):
+    gradients = {}
+    for scope in ("head", "all"):
+        _, step, _, validation = make(clip, scope=scope)
+        step.refresh(validation)
+        gradients[scope] = step.saflex.state_dict()["gradient"]
+    assert gradients["head"].keys() < gradients["all"].keys()
+    for name, value in gradients["head"].items():
+        torch.testing.assert_close(value, gradients["all"][name], rtol=0, atol=1e-12)
+
+
+def test_learned_mass_is_in_the_loss(clip, monkeypatch):
+    """Labels are learned and two of three rows dropped: the loss is Eq. (14) with just these."""
+    learner, step, rows, validation = make(clip)
+    step.refresh(validation)
+    labels = torch.tensor([[0.5, 0.0, 0.2, 0.3, 0.0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1.0]], dtype=torch.float64)
+    weights = torch.tensor([0.0, 0.0, 1.0])
+    labels = labels[[1, 2, 0]]
+    monkeypatch.setattr(step.saflex, "solve", lambda *a, **k: (weights, labels))
+    loss = step(rows).loss
+    logits = learner(rows.inputs, step.caption_tokens_ML).logits()[[0, 1, 2, 3, 6]]
+    mass = torch.cat([F.one_hot(torch.tensor(CAPTIONS[:TRAIN]), 5), labels[2:]])
+    expected = -(mass * logits.log_softmax(1)).sum() - (mass * logits.log_softmax(0)).sum()
+    torch.testing.assert_close(loss, expected / 2 / 5, rtol=1e-6, atol=0)
+
+
+def test_nothing_of_the_model_is_touched(clip):
+    learner, step, rows, validation = make(clip, scope="all")
+    learner.train()
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    step.refresh(validation)
+    step(rows)
+    assert all(parameter.grad is None for parameter in learner.parameters())
+    assert all(torch.equal(before[name], value) for name, value in learner.state_dict().items())
+    assert all(module.training for module in learner.modules())
+
+
+@pytest.mark.parametrize(("name", "kept"), [("argmax", None), ("lowest-loss", 1), ("random", 1), ("none", 3)])
+def test_plain_filters_drop_rows(clip, name, kept):
+    learner, step, rows, _ = make(clip, upstream_filter=name, keep_fraction=0.34)
+    step.saflex = None
+    result = step(rows, generator=torch.Generator().manual_seed(0))
+    if name == "argmax":
+        choices = sorted(set(CAPTIONS))
+        agrees = learner(rows.inputs[TRAIN:], step.caption_tokens_ML[choices]).logits().argmax(dim=1)
+        assert (result.weights_A > 0).tolist() == [choices[k] == own for k, own in zip(agrees, CAPTIONS[TRAIN:], strict=True)]
+    else:
+        assert int((result.weights_A > 0).sum()) == kept
+    assert result.ids_A.tolist() == [4, 5, 6]
+
+
+def test_a_step_without_augmented_rows_has_none(clip):
+    _, step, rows, validation = make(clip)
+    step.refresh(validation)
+    few = Rows(rows.inputs[:TRAIN], rows.captions_N[:TRAIN], rows.labels_N[:TRAIN], rows.ids_N[:TRAIN], TRAIN)
+    result = step(few)
+    assert len(result.weights_A) == len(result.ids_A) == 0
+    assert result.loss.isfinite()
