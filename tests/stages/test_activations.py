@@ -55,7 +55,12 @@ def direct(samples):
 
 
 @pytest.mark.parametrize(
-    "options", [("train.freeze_image_blocks=1",), ("train.freeze_image=true",), ("train.method=linear-probe",)]
+    "options",
+    [
+        ("train.freeze_image_blocks=1",),
+        ("train.freeze_image=true",),
+        pytest.param(("train.method=linear-probe",), marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_with_stored_activations_equals_the_run_without(make_config, edits, tmp_path, options):
     """To 1e-6: the frozen blocks run on other groupings of rows, whose matrix products may sum in another order."""

@@ -57,7 +57,7 @@ def train_until(monkeypatch, step, *arguments, **options):
         train(*arguments, **options)
 
 
-@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("scope", ["head", pytest.param("all", marks=pytest.mark.slow)])
 def test_resumed_run_equals_the_undisturbed_one(make_config, tmp_path, monkeypatch, scope):
     config = make_config(
         *SAFLEX,
@@ -74,7 +74,7 @@ def test_resumed_run_equals_the_undisturbed_one(make_config, tmp_path, monkeypat
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_resume_across_the_phases_of_lp_ft(make_config, tmp_path, monkeypatch, step):
     config = make_config(
         *SAFLEX,
