@@ -223,6 +223,8 @@ class SaflexConfig:
     """Decay of a running average of the validation gradient over refreshes; 0: the newest only."""
     estimator: Literal["exact", "central", "one-sided"] | None = None
     """Directional derivative: forward-mode differentiation, or finite differences."""
+    agreement: Literal["ignore", "keep", "require"] | None = None
+    """Rows whose label the model itself predicts: `ignore` that, `keep` them whatever their gain, or `require` it."""
     class_balance: Fraction | None = None
     """How far kept rows are weighed so that dropping does not shift the classes' shares; 0: not, 1: wholly."""
 

@@ -92,3 +92,38 @@ def spread(gains_AK: Tensor, valid_A: Tensor) -> Tensor:
     mean = (gains_AK * weights_A1).sum() / count
     deviation = (((gains_AK - mean).square() * weights_A1).sum() / count).sqrt()
     return torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+
+
+class KeptRates:
+    """Running share of kept rows per class, to undo the class bias of dropping (ours).
+
+    A gradient finds some classes' edits helpful more often than others', so dropping rows shifts the class prior of what is
+    trained on; out of distribution the class that loses fewest rows then takes over. Kept rows of class c are weighed by
+    (r / r_c) ** strength, where r_c is the class's kept share and r that of all classes: with strength 1 every class weighs
+    what it would weigh if nothing were dropped.
+
+    Args:
+        decay: of the counts, per call.
+        prior: rows of the overall rate that every class starts with: few rows seen, little correction.
+    """
+
+    def __init__(self, decay: float = 0.95, prior: float = 8.0) -> None:
+        self.decay, self.prior = decay, prior
+        self.counts: dict[int, tuple[float, float]] = {}
+
+    def update(self, classes_A: Tensor, kept_A: Tensor) -> None:
+        """Count the rows of a step."""
+        self.counts = {k: (kept * self.decay, seen * self.decay) for k, (kept, seen) in self.counts.items()}
+        for label, kept in zip(classes_A.tolist(), kept_A.tolist(), strict=True):
+            before = self.counts.get(label, (0.0, 0.0))
+            self.counts[label] = before[0] + bool(kept), before[1] + 1
+
+    def factors(self, classes_A: Tensor, strength: float) -> Tensor:
+        """Return (r / r_c) ** strength for every row; ones before anything was kept."""
+        kept, seen = (sum(part) for part in zip(*self.counts.values(), strict=True)) if self.counts else (0.0, 0.0)
+        if kept == 0:
+            return torch.ones(len(classes_A), device=classes_A.device)
+        overall = kept / seen
+        rates = {k: (hits + self.prior * overall) / (rows + self.prior) for k, (hits, rows) in self.counts.items()}
+        values = [(overall / rates.get(label, overall)) ** strength for label in classes_A.tolist()]
+        return torch.tensor(values, device=classes_A.device)

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from flyp_saflex.method.clip import ImageTower
 
 Predictor = Callable[[Tensor], Tensor]
 Variant = Callable[[], Predictor]
@@ -44,20 +47,23 @@ def logits_over(features_ND: Tensor, head: Head) -> Tensor:
     return logits_NK if head.bias_K is None else logits_NK + head.bias_K.float()
 
 
-def clip_predictor(model: nn.Module, head: Head, *, precision: str = "no") -> Predictor:
+def clip_predictor(model: nn.Module, head: Head, *, precision: str = "no", tower: ImageTower | None = None) -> Predictor:
     """Return the predictor of an open_clip model as it is, with a head on the model's device.
 
     Args:
         model: open_clip model in eval mode.
         head: zero-shot or linear head.
         precision: `no`, `bf16` or `fp16`, of the image tower; logits are always float32.
+        tower: the model's image tower, cut; the predictor then takes activations behind the frozen blocks for images.
     """
     device = next(model.parameters()).device
 
     @torch.no_grad()
     def predict_batch(images_BCHW: Tensor) -> Tensor:
         with autocast(device, precision):
-            features_BD = model.encode_image(images_BCHW.to(device, non_blocking=True), normalize=True)  # type: ignore[operator]
+            inputs = images_BCHW.to(device, non_blocking=True)
+            features_BD = model.encode_image(inputs) if tower is None else tower(inputs)  # type: ignore[operator]
+        features_BD = normalize(features_BD.float(), dim=-1)
         return logits_over(features_BD, head)
 
     return predict_batch

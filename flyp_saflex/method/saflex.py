@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flyp_saflex.errors import ConfigError, nearest
-from flyp_saflex.method.closed_form import WEIGHT_RULES, renormalise, soft_labels, spread
+from flyp_saflex.method.closed_form import WEIGHT_RULES, KeptRates, renormalise, soft_labels, spread
 from flyp_saflex.method.gains import Estimator, Parameters, directional_derivative, gains, gradient, rms
 from flyp_saflex.method.losses import VALIDATION_LOSSES, at_least_float32
 
 GainScale = Literal["none", "std"]
 Scope = Literal["all", "head"]
+Agreement = Literal["ignore", "keep", "require"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class SaflexSettings:
     """A name in `WEIGHT_RULES`."""
     gain_scale: GainScale = "std"
     """Unit of the gains: as printed in the paper, or their standard deviation over the batch."""
-    validation_loss: str = "ce"
+    validation_loss: str = "margin"
     """`ce`, `margin` or `train`; for the trainer, which builds the loss function."""
     validation_rows: int = 0
     """Validation rows per refresh, 0: the whole split; for the trainer."""
@@ -60,6 +61,10 @@ class SaflexSettings:
     """Decay of the validation gradient's running average; 0: the newest only."""
     estimator: Estimator = "exact"
     """How the directional derivative is computed."""
+    agreement: Agreement = "keep"
+    """Rows whose label the model itself predicts: `ignore` that, `keep` them whatever their gain, or `require` it."""
+    class_balance: float = 1.0
+    """0..1: weigh kept rows so that dropping does not shift the classes' shares (`KeptRates`); 0: off."""
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[str, ...]] = {
@@ -68,6 +73,7 @@ class SaflexSettings:
             "validation_loss": (*VALIDATION_LOSSES, "train"),
             "scope": get_args(Scope),
             "estimator": get_args(Estimator),
+            "agreement": get_args(Agreement),
         }
         for name, known in choices.items():
             value = getattr(self, name)
@@ -78,6 +84,7 @@ class SaflexSettings:
             "penalty": (self.penalty >= 0, "a number of at least 0"),
             "validation_rows": (self.validation_rows >= 0, "a whole number of at least 0 (0: the whole split)"),
             "refresh_every": (self.refresh_every >= 1, "a whole number of at least 1"),
+            "class_balance": (0 <= self.class_balance <= 1, "a number from 0 to 1"),
             "average": (0 <= self.average < 1, "at least 0 and below 1 (at 1 no gradient but the first would count)"),
         }
         for name, (holds, expected) in ranges.items():
@@ -99,9 +106,13 @@ PRESETS: dict[str, SaflexSettings] = {
         scope="all",
         average=0.0,
         estimator="exact",
+        class_balance=0.0,
+        agreement="ignore",
     ),
-    # Ours: labels are retained, rows whose own label does not help are dropped. Many validation rows, reused over steps,
-    # because the sampling noise of the validation gradient is larger than any other error.
+    # Ours: labels are retained, rows whose own label does not help are dropped. The margin's gradient does not fade when the
+    # validation rows are classified right. Many validation rows, reused over steps, because the sampling noise of the
+    # gradient is larger than any other error. The model's own prediction may overrule a negative gain: of the clean edits the two
+    # votes together drop half as many as either. Class balance, because dropping otherwise favours the classes it drops least.
     "robust": SaflexSettings(),
 }
 
@@ -158,6 +169,7 @@ class Saflex:
         self.settings = settings if settings is not None else _preset(preset, **overrides)
         self._gradient: dict[str, Tensor] | None = None
         self._previous_rms: float | None = None
+        self._rates = KeptRates()
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
     def due(self, step: int) -> bool:
@@ -240,9 +252,19 @@ class Saflex:
             logits: the training step's own logits, for `one-sided`.
             gains_fn: turns logits and tangent into gains; `symmetric_gains` for both terms of the CLIP loss.
         """
-        return self.solve(gains_fn(*self.tangent(logits_fn, parameters, logits)), upstream)
+        values, tangent = self.tangent(logits_fn, parameters, logits)
+        labels_A = upstream if upstream.ndim == 1 else upstream.argmax(dim=1)
+        return self.solve(gains_fn(values, tangent), upstream, agrees_A=values.argmax(dim=1) == labels_A)
 
-    def solve(self, gains_AK: Tensor, upstream: Tensor, *, keep_A: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def solve(
+        self,
+        gains_AK: Tensor,
+        upstream: Tensor,
+        *,
+        keep_A: Tensor | None = None,
+        agrees_A: Tensor | None = None,
+        classes_A: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return weights_A and labels_AK for given gains: all of the method but the derivative.
 
         A row whose gains are not all finite gets weight zero and its upstream label, and is counted. A row whose gains are
@@ -252,7 +274,9 @@ class Saflex:
         Args:
             gains_AK: of every row of the step, over all processes: their scale is the batch's.
             upstream: indices [A] or rows on the simplex [A, K].
-            keep_A: a second vote; rows that are False are dropped whatever their gains.
+            keep_A: rows that are False are dropped whatever their gains: a filter's verdict.
+            agrees_A: whether the model itself predicts the label that the row came with; None: it has no vote.
+            classes_A: class of every row, for `class_balance`, where the K labels are not the classes; None: upstream's.
 
         Returns:
             Weights, renormalised to sum to the number of kept rows (the paper: to one; the losses divide by the sum, and
@@ -274,9 +298,19 @@ class Saflex:
         assert labels_AK.shape == (num_rows, num_labels)
         # Step 3, Eq. (11) or another rule: weights, renormalised.
         weights_A = WEIGHT_RULES[settings.weight_rule](scaled_AK, labels_AK, upstream_AK, settings.penalty)
+        if agrees_A is None and settings.agreement == "require":
+            raise ConfigError('saflex.agreement = "require": solve() needs agrees_A, the votes of the model itself')
+        if agrees_A is not None and settings.agreement == "keep":
+            weights_A = torch.where(agrees_A & (weights_A == 0), torch.ones_like(weights_A), weights_A)
+        elif agrees_A is not None and settings.agreement == "require":
+            weights_A = torch.where(agrees_A, weights_A, torch.zeros_like(weights_A))
         weights_A = torch.where(valid_A, weights_A, torch.zeros_like(weights_A))
         if keep_A is not None:
             weights_A = torch.where(keep_A, weights_A, torch.zeros_like(weights_A))
+        if settings.class_balance > 0:
+            classes_A = upstream_AK.argmax(dim=1) if classes_A is None else classes_A
+            self._rates.update(classes_A, weights_A > 0)
+            weights_A = weights_A * self._rates.factors(classes_A, settings.class_balance).to(weights_A)
         weights_A = renormalise(weights_A)
         assert weights_A.shape == (num_rows,)
         self._last = (raw_AK, upstream_AK, weights_A, labels_AK, valid_A)
@@ -299,13 +333,18 @@ class Saflex:
             num_invalid=num_rows - num_valid,
         )
 
+    def reset(self) -> None:
+        """Forget everything: the next step starts with a refresh (another set of parameters is trained from now on)."""
+        self._gradient, self._previous_rms, self._rates, self._last = None, None, KeptRates(), None
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on bit for bit."""
-        stored = None if self._gradient is None else {name: value.clone() for name, value in self._gradient.items()}
-        return {"gradient": stored, "previous_rms": self._previous_rms}
+        """Return what a resumed run needs to go on bit for bit; tensors are shared, and never changed in place here."""
+        stored = None if self._gradient is None else dict(self._gradient)
+        return {"gradient": stored, "previous_rms": self._previous_rms, "kept_rates": dict(self._rates.counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         stored = state["gradient"]
         self._gradient = None if stored is None else {name: value.clone() for name, value in stored.items()}
         self._previous_rms = state["previous_rms"]
+        self._rates.counts = dict(state["kept_rates"])

@@ -155,8 +155,9 @@ class StepLoss:
             if self.saflex is None:
                 result.weights_A = keep_A.to(weights_N.dtype)
             else:
-                assignment_NC[augmented_N] = self._learn(rows, out, logits_NC.detach(), columns, keep_A, result)
-            weights_N[augmented_N] = result.weights_A
+                learned_AC = self._learn(rows, out, logits_NC.detach(), columns, keep_A, result)
+                assignment_NC[augmented_N] = learned_AC.to(assignment_NC.dtype)
+            weights_N[augmented_N] = result.weights_A.to(weights_N.dtype)
         loss_fn = losses.clip_loss if self.contrastive else losses.soft_cross_entropy
         result.loss = loss_fn(logits_NC, assignment_NC, weights_N)
         return result
@@ -193,7 +194,9 @@ class StepLoss:
         own_N = gather(own_N)
         mixed = rows.partners_N is not None and rows.partner_labels_N is not None and rows.share_N is not None
         if mixed:
-            assert rows.partners_N is not None and rows.partner_labels_N is not None and rows.share_N is not None
+            assert rows.partners_N is not None
+            assert rows.partner_labels_N is not None
+            assert rows.share_N is not None
             partner_N = gather(rows.partners_N if self.contrastive else rows.partner_labels_N)
             share_N1 = gather(rows.share_N)[:, None]
         if self.contrastive:
@@ -243,10 +246,13 @@ class StepLoss:
 
         with self._evaluation_mode():
             logits_AC, tangent_AC = saflex.tangent(logits_fn, self.learner.parameters_in(saflex.settings.scope))
-        gains_AC = gains.gains(self.processes.gather(logits_AC), self.processes.gather(tangent_AC))
+        logits_AC = self.processes.gather(logits_AC)
+        gains_AC = gains.gains(logits_AC, self.processes.gather(tangent_AC))
         gains_AK = losses.average_over_columns(gains_AC, columns.choices_K, columns.columns_C)
         upstream_AK = columns.upstream_NK[columns.augmented_N]
-        result.weights_A, labels_AK = saflex.solve(gains_AK, upstream_AK, keep_A=keep_A)
+        classes_A = self.processes.gather(rows.labels_N)[columns.augmented_N]
+        agrees_A = columns.inverse_C[logits_AC.argmax(dim=1)] == upstream_AK.argmax(dim=1)
+        result.weights_A, labels_AK = saflex.solve(gains_AK, upstream_AK, keep_A=keep_A, agrees_A=agrees_A, classes_A=classes_A)
         result.gains_A = (gains_AK * upstream_AK).sum(dim=1)
         result.top_labels_A = columns.choices_K[labels_AK.argmax(dim=1)]
         return losses.spread_over_columns(labels_AK, columns.choices_K, columns.columns_C)

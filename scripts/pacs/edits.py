@@ -1,6 +1,7 @@
 """Stylising edits of PACS photographs, some of them corrupted, as augment caches (one per seed and corruption rate).
 
-Every training photograph gets four edits by different image operations. A corrupted edit is either *swapped* (an edit of a
+Every training photograph gets four edits: as a painting, a cartoon and a sketch, and in other colours, the instructions that one
+would give an editor to be ready for pictures that are no photographs. A corrupted edit is either *swapped* (an edit of a
 photograph of another class, under this one's label) or *destroyed* (its patches shuffled). Which edit is corrupted at which
 rate is nested: what is corrupted at 0.25 is corrupted at 0.5 too, so rates can be compared pairwise. The truth is written
 beside the caches, where training does not look.
@@ -13,63 +14,50 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from flyp_saflex import AugmentCache
 from flyp_saflex.data.batches import derived_seed
 from flyp_saflex.data.images import read_image
 from flyp_saflex.records import Dataset, Sample
 
-EDITS_PER_PHOTO = 4
 PATCHES = 4  # per side, of a destroyed edit
 
 
-def posterise(image: Image.Image) -> Image.Image:
-    """Two bits per channel."""
-    return ImageOps.posterize(image, 2)
+def painting(image: Image.Image) -> Image.Image:
+    """Flat patches with soft edges, as with a broad brush."""
+    return image.filter(ImageFilter.ModeFilter(7)).filter(ImageFilter.SMOOTH)
+
+
+def cartoon(image: Image.Image) -> Image.Image:
+    """Few, strong colours and dark outlines."""
+    flat = image.filter(ImageFilter.MedianFilter(5)).filter(ImageFilter.ModeFilter(5))
+    flat = ImageOps.posterize(ImageEnhance.Color(flat).enhance(1.8), 3)
+    lines = ImageOps.invert(outlines(image)).point(lambda value: 255 if value > 90 else 0).filter(ImageFilter.GaussianBlur(0.5))
+    return Image.composite(Image.new("RGB", image.size, "black"), flat, lines)
 
 
 def sketch(image: Image.Image) -> Image.Image:
     """Dark outlines on white."""
+    return outlines(image).convert("RGB")
+
+
+def recolour(image: Image.Image) -> Image.Image:
+    """Other hues, stronger: every colour turned by 120 degrees."""
+    hue, saturation, value = image.convert("HSV").split()
+    turned = Image.merge("HSV", (hue.point(lambda degree: (degree + 85) % 256), saturation, value)).convert("RGB")
+    return ImageEnhance.Color(turned).enhance(1.3)
+
+
+def outlines(image: Image.Image) -> Image.Image:
+    """Edges of a slightly blurred image, dark on white, one channel."""
     edges = image.convert("L").filter(ImageFilter.GaussianBlur(1)).filter(ImageFilter.FIND_EDGES)
-    return ImageOps.autocontrast(ImageOps.invert(edges), cutoff=2).convert("RGB")
-
-
-def solarise(image: Image.Image) -> Image.Image:
-    """Bright values inverted."""
-    return ImageOps.solarize(image, 128)
-
-
-def swap_colours(image: Image.Image) -> Image.Image:
-    """Red, green and blue exchanged."""
-    red, green, blue = image.split()
-    return Image.merge("RGB", (blue, red, green))
-
-
-def paint(image: Image.Image) -> Image.Image:
-    """Flat areas, as with a broad brush."""
-    return image.filter(ImageFilter.ModeFilter(7))
-
-
-def emboss(image: Image.Image) -> Image.Image:
-    """A grey relief."""
-    return ImageOps.autocontrast(image.convert("L").filter(ImageFilter.EMBOSS), cutoff=1).convert("RGB")
-
-
-def ink(image: Image.Image) -> Image.Image:
-    """Black, white and two greys."""
-    return ImageOps.posterize(ImageOps.autocontrast(ImageOps.grayscale(image), cutoff=5), 2).convert("RGB")
-
-
-def pixelate(image: Image.Image) -> Image.Image:
-    """Blocks of six pixels."""
-    width, height = image.size
-    small = image.resize((max(width // 6, 1), max(height // 6, 1)), Image.Resampling.BOX)
-    return small.resize((width, height), Image.Resampling.NEAREST)
+    edges = ImageOps.expand(ImageOps.crop(edges, 1), 1)  # the filter draws a frame
+    return ImageOps.autocontrast(ImageOps.invert(edges), cutoff=2)
 
 
 OPERATIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    operation.__name__: operation for operation in (posterise, sketch, solarise, swap_colours, paint, emboss, ink, pixelate)
+    operation.__name__: operation for operation in (painting, cartoon, sketch, recolour)
 }
 
 
@@ -83,9 +71,8 @@ def shuffle_patches(image: Image.Image, generator: np.random.Generator) -> Image
     return result
 
 
-def write_cache(dataset: Dataset, root: Path, *, seed: int, rate: float) -> Path:
-    """Write the cache entry of a seed and rate, unless it is there; return its folder."""
-    key = f"seed{seed}-rate{rate:g}"
+def write_cache(dataset: Dataset, root: Path, key: str, *, seed: int, rate: float) -> Path:
+    """Write the cache entry `key` of a seed and rate, unless it is there; return its folder."""
     folder = root / dataset.name / key
     truth_file = root / "truth" / f"{key}.json"
     if (folder / "DONE").is_file() and truth_file.is_file():
@@ -94,13 +81,11 @@ def write_cache(dataset: Dataset, root: Path, *, seed: int, rate: float) -> Path
     photos = sorted(dataset.train.samples, key=lambda sample: sample.sample_id)
     truth: dict[str, str] = {}
     for photo in photos:
-        generator = np.random.default_rng(derived_seed(seed, "edits", photo.sample_id))
-        names = generator.permutation(list(OPERATIONS))[:EDITS_PER_PHOTO]
-        for name in names:
+        for name in OPERATIONS:
             aug_id = f"images/{photo.label}/{Path(photo.sample_id).stem}-{name}.jpg"
-            image, truth[aug_id] = edit(photo, photos, str(name), rate, np.random.default_rng(derived_seed(seed, aug_id)))
+            image, truth[aug_id] = edit(photo, photos, name, rate, np.random.default_rng(derived_seed(seed, aug_id)))
             if aug_id not in cache:
-                row = {"source_id": photo.sample_id, "label": photo.label, "instruction": str(name), "file_name": aug_id, "seed": seed}
+                row = {"source_id": photo.sample_id, "label": photo.label, "instruction": name, "file_name": aug_id, "seed": seed}
                 cache.append(image, row)
     cache.finish()
     cache.write_scores(({"aug_id": aug_id, "keep": kind == "clean"} for aug_id, kind in truth.items()), "oracle.jsonl")
@@ -109,9 +94,7 @@ def write_cache(dataset: Dataset, root: Path, *, seed: int, rate: float) -> Path
     return folder
 
 
-def edit(
-    photo: Sample, photos: list[Sample], name: str, rate: float, generator: np.random.Generator
-) -> tuple[Image.Image, str]:
+def edit(photo: Sample, photos: list[Sample], name: str, rate: float, generator: np.random.Generator) -> tuple[Image.Image, str]:
     """Return an edit and what became of it: `clean`, `swapped` or `destroyed`."""
     corrupted, swapped = generator.random() < rate, generator.random() < 0.5
     others = [other for other in photos if other.label != photo.label]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from edits import write_cache
+
 from flyp_saflex import AugmentCache, allocator, recipe, rundir
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.method.filters import confidence_filter, confident_thresholds
@@ -33,11 +33,13 @@ class Condition:
     Attributes:
         overrides: of the recipe `pacs`.
         edits: whether it trains on edits; those without do not depend on the rate.
+        shots: photographs per class; 0: all of them.
         needs: a condition that has to be there first (ALIA's filter asks its model).
     """
 
     overrides: tuple[str, ...] = ()
     edits: bool = True
+    shots: int = 20
     needs: str = ""
 
 
@@ -56,6 +58,11 @@ CONDITIONS = {
     "validation-added": Condition(("data.add_to_train=id_val", "train.select_split=")),
     "saflex-robust-ood-select": Condition((*SAFLEX, *OOD_SELECT, "saflex.validation_split=art_painting")),
     "ood-select-added": Condition((*OOD_SELECT, "data.add_to_train=art_painting")),
+    "all-photos-no-edits": Condition(edits=False, shots=0),
+    "all-photos-trusted": Condition(shots=0),
+    "all-photos-oracle": Condition(("augment.filter=scores", "cache.scores=oracle.jsonl"), shots=0),
+    "all-photos-argmax": Condition(("augment.filter=argmax",), shots=0),
+    "all-photos-saflex-robust": Condition(SAFLEX, shots=0),
 }
 
 
@@ -64,6 +71,7 @@ def overrides(options: argparse.Namespace, name: str, condition: Condition, seed
     result = [
         f"recipe={name}" + (f"-rate{rate:g}" if condition.edits else ""),
         f"seed={seed}",
+        f"data.shots={condition.shots}",
         f"data.root={options.data}",
         f"model.name=local-dir:{options.model}",
         f"train.frozen_cache={options.out / 'activations'}",
@@ -74,15 +82,28 @@ def overrides(options: argparse.Namespace, name: str, condition: Condition, seed
         *options.set,
     ]
     if condition.edits:
-        result += ["augment.upstream=cache", f"cache.root={options.out / 'edits'}", f"cache.key=seed{seed}-rate{rate:g}"]
+        result += [
+            "augment.upstream=cache",
+            f"cache.root={options.out / 'edits'}",
+            f"cache.key={cache_key(condition, seed, rate)}",
+        ]
     if name == "lowest-loss-told":
         result.append(f"augment.keep_fraction={1 - rate:g}")
     return result + list(condition.overrides)
 
 
+def cache_key(condition: Condition, seed: int, rate: float) -> str:
+    """Return the cache entry of a condition's edits."""
+    return f"{'' if condition.shots else 'all-'}seed{seed}-rate{rate:g}"
+
+
 def run_path(options: argparse.Namespace, name: str, seed: int, rate: float) -> Path:
     """Return the folder of a run."""
-    return options.out / "runs" / f"{name}-rate{rate:g}-seed{seed}" if CONDITIONS[name].edits else options.out / "runs" / f"{name}-seed{seed}"
+    return (
+        options.out / "runs" / f"{name}-rate{rate:g}-seed{seed}"
+        if CONDITIONS[name].edits
+        else options.out / "runs" / f"{name}-seed{seed}"
+    )
 
 
 def run_one(options: argparse.Namespace, name: str, seed: int, rate: float) -> None:
@@ -93,7 +114,7 @@ def run_one(options: argparse.Namespace, name: str, seed: int, rate: float) -> N
         return
     config = recipe.load("pacs", overrides(options, name, condition, seed, rate))
     if condition.edits:
-        write_cache(load_dataset(config.data, seed=seed), Path(config.cache.root), seed=seed, rate=rate)
+        write_cache(load_dataset(config.data, seed=seed), Path(config.cache.root), config.cache.key, seed=seed, rate=rate)
     if condition.needs:
         run_one(options, condition.needs, seed, rate)
         alia_scores(options, seed, rate)
@@ -108,9 +129,15 @@ def run_one(options: argparse.Namespace, name: str, seed: int, rate: float) -> N
 def alia_scores(options: argparse.Namespace, seed: int, rate: float) -> None:
     """Score the edits with the model trained without edits: ALIA's confidence filter, whole and without its "unchanged" half."""
     path = run_path(options, "no-edits", seed, rate)
-    config = recipe.load("pacs", overrides(options, "alia", CONDITIONS["alia"], seed, rate) + [
-        f"model.name=local-dir:{path / 'model'}", "augment.filter=none", "train.frozen_cache=",
-    ])
+    config = recipe.load(
+        "pacs",
+        overrides(options, "alia", CONDITIONS["alia"], seed, rate)
+        + [
+            f"model.name=local-dir:{path / 'model'}",
+            "augment.filter=none",
+            "train.frozen_cache=",
+        ],
+    )
     cache = AugmentCache.open(config.cache.root, "folder", config.cache.key)
     if (cache.folder / "alia.jsonl").is_file():
         return
@@ -127,7 +154,9 @@ def alia_scores(options: argparse.Namespace, seed: int, rate: float) -> None:
     thresholds = confident_thresholds(probabilities(held_out), [sample.label for sample in held_out])
     flags = confidence_filter(probabilities(cache.edits), [edit.label for edit in cache.edits], thresholds)
     for file, drop in (("alia.jsonl", flags.unchanged_N | flags.corrupted_N), ("alia-corrupted.jsonl", flags.corrupted_N)):
-        cache.write_scores(({"aug_id": edit.aug_id, "keep": bool(not d)} for edit, d in zip(cache.edits, drop, strict=True)), file)
+        cache.write_scores(
+            ({"aug_id": edit.aug_id, "keep": bool(not d)} for edit, d in zip(cache.edits, drop, strict=True)), file
+        )
 
 
 def numbers(text: str) -> list[int]:

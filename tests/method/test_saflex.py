@@ -138,7 +138,7 @@ def test_rules_on_a_hand_made_example():
     assert kept.keys() == WEIGHT_RULES.keys()
     for rule, expected in kept.items():
         for scale in ("none", "std"):  # the scale of the gains changes no rule at beta = 0
-            saflex = Saflex(temperature=0.01, penalty=0.0, weight_rule=rule, gain_scale=scale)
+            saflex = Saflex(temperature=0.01, penalty=0.0, weight_rule=rule, gain_scale=scale, class_balance=0.0)
             torch.testing.assert_close(saflex.solve(pi, upstream)[0], torch.tensor(expected).float())
 
 
@@ -181,10 +181,9 @@ def test_permuting_the_batch_permutes_the_weights(name):
 def test_permuting_the_classes_permutes_the_labels():
     pi, upstream = random_gains()
     order = torch.randperm(5, generator=torch.Generator().manual_seed(2))
-    saflex = Saflex(penalty=0.5)
-    weights, labels = saflex.solve(pi, F.one_hot(upstream, 5).double())
-    permuted_weights, permuted_labels = saflex.solve(pi[:, order], F.one_hot(upstream, 5).double()[:, order])
-    assert torch.equal(permuted_weights, weights)
+    weights, labels = Saflex(penalty=0.5).solve(pi, F.one_hot(upstream, 5).double())
+    permuted_weights, permuted_labels = Saflex(penalty=0.5).solve(pi[:, order], F.one_hot(upstream, 5).double()[:, order])
+    torch.testing.assert_close(permuted_weights, weights)
     torch.testing.assert_close(permuted_labels, labels[:, order])
 
 
@@ -218,7 +217,7 @@ def test_all_dropped_is_a_plain_step_on_the_train_rows():
 
 def test_rows_without_finite_gains_are_dropped_and_counted_and_hurt_no_other_row():
     pi, upstream = random_gains(rows=6)
-    saflex = Saflex(penalty=0.0)
+    saflex = Saflex(penalty=0.0, class_balance=0.0)
     weights, labels = saflex.solve(pi, upstream)
     broken = torch.cat([pi, torch.full((1, 5), torch.nan), torch.tensor([[1.0, torch.inf, 0, 0, 0]])])
     more_weights, more_labels = saflex.solve(broken, torch.cat([upstream, torch.tensor([1, 2])]))
@@ -247,6 +246,37 @@ def test_a_second_vote_drops_rows():
     pi = torch.tensor([[1.0, -1.0], [2.0, -2.0]])
     weights, _ = Saflex().solve(pi, torch.tensor([0, 0]), keep_A=torch.tensor([True, False]))
     assert weights.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("agreement", "expected"), [("ignore", [1, 0, 1, 0]), ("keep", [1, 1, 1, 0]), ("require", [1, 0, 0, 0])])
+def test_the_models_own_prediction_can_overrule_the_gain(agreement, expected):
+    pi = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [2.0, -1.0], [-2.0, 1.0]])
+    saflex = Saflex(agreement=agreement, class_balance=0.0)
+    weights, _ = saflex.solve(pi, torch.zeros(4, dtype=torch.long), agrees_A=torch.tensor([True, True, False, False]))
+    assert weights.tolist() == expected
+
+
+def test_class_balance_gives_every_class_its_share_of_the_weight():
+    # Class 0 keeps 30 of 40 rows, class 1 keeps 10 of 40: after many such steps both weigh the same.
+    gain_A = torch.cat([torch.ones(30), -torch.ones(10), torch.ones(10), -torch.ones(30)])
+    upstream = torch.cat([torch.zeros(40), torch.ones(40)]).long()
+    pi = torch.zeros(80, 2).scatter(1, upstream[:, None], gain_A[:, None])
+    saflex = Saflex(class_balance=1.0)
+    for _ in range(200):
+        weights, _ = saflex.solve(pi, upstream)
+    assert weights[:40].sum() == pytest.approx(float(weights[40:].sum()), rel=0.02)
+    assert weights.sum() == pytest.approx(40)
+    assert torch.equal(weights > 0, gain_A > 0)
+    unbalanced, _ = Saflex(class_balance=0.0).solve(pi, upstream)
+    assert unbalanced[:40].sum() == 3 * unbalanced[40:].sum()
+
+
+def test_class_balance_survives_a_checkpoint():
+    pi, upstream = random_gains(rows=30)
+    first, second = Saflex(), Saflex()
+    first.solve(pi, upstream)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.solve(pi, upstream)[0], second.solve(pi, upstream)[0])
 
 
 def test_diagnostics_of_a_hand_made_example():
