@@ -1,0 +1,58 @@
+"""The README is executed: its Python runs, its commands parse, the files it names are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from flyp_saflex import recipe
+from flyp_saflex.cli import build_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+SHELL = [line for kind, text in BLOCKS if kind == "bash" for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+COMMANDS = [line for line in SHELL if line.startswith("flyp-saflex ")]
+
+
+def test_the_two_commands_are_on_the_first_screen():
+    first = README.splitlines()[:25]
+    assert any(line.startswith("./scripts/demo") for line in first)
+    assert any(line.startswith("./scripts/test") for line in first)
+
+
+@pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
+def test_python_runs(code):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse_and_their_recipes_load(line):
+    words = shlex.split(line.partition(" #")[0])[1:]
+    if words == ["--help"]:
+        return
+    arguments = build_parser().parse_args(words)
+    if hasattr(arguments, "recipe"):
+        recipe.load(arguments.recipe, arguments.set)
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 5
+
+
+def test_files_that_it_names_exist():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    scripts = re.findall(r"\./(scripts/\w+)", README)
+    modules = [f"flyp_saflex/{name}" for name in re.findall(r"`((?:method|stages)/\w+\.py)`", README)]
+    missing = [name for name in {*links, *scripts, *modules} if "//" not in name and not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_every_option_that_it_names_exists():
+    sections = set(recipe.SECTIONS)
+    named = {match for match in re.findall(r"`(\w+\.\w+)[=`]", README) if match.split(".")[0] in sections}
+    defaults = recipe.load("folder")
+    unknown = [name for name in named if not hasattr(getattr(defaults, name.split(".")[0]), name.split(".")[1])]
+    assert named
+    assert not unknown
