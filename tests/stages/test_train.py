@@ -101,13 +101,13 @@ def test_saflex_that_keeps_every_row_and_label_equals_trusted_augmentation(make_
 def test_saflex_changes_the_run(make_config, edits, tmp_path):
     options = ("augment.upstream=cache", "train.select_split=")
     train(make_config(*options), tmp_path / "trusted")
-    train(make_config(*options, *SAFLEX), tmp_path / "saflex")
+    train(make_config(*options, *SAFLEX, "saflex.weight_rule=upstream"), tmp_path / "saflex")
     assert losses(tmp_path / "saflex") != losses(tmp_path / "trusted")
     rows = RunDir(tmp_path / "saflex", lock=False).read_rows("augmented.jsonl")
     assert [row["step"] for row in rows] == sorted([1, 2, 3, 4, 5] * 6)
     assert {row["id"] for row in rows} <= {edit.aug_id for edit in edits.edits}
     assert {row["weight"] > 0 for row in rows} == {True, False}
-    # `upstream`, the robust preset's rule: kept where the gain of the row's own label is not negative.
+    # Kept where the gain of the row's own label is not negative.
     assert all((row["weight"] > 0) == (row["gain"] >= 0) for row in rows)
     assert all(row["learned_label"] == row["label"] for row in rows)
 
