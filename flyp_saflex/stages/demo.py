@@ -203,7 +203,8 @@ def summary(runs: Sequence[Path], truth: dict[str, str], seed: int) -> str:
     text = align([(line[0], *line[3:]) for line in lines], left=1)
     text += (
         f"\n\nIn percent, F1: macro. ID: {ID}, cameras that training knows; OOD: {OOD}, cameras at places that it never saw."
-        "\nWiSE: weights between zero-shot and finetuned; alpha chosen on a split that may select, never on a test split."
+        "\nWiSE: weights between zero-shot (0) and finetuned (1); alpha chosen on id_val, never on a test split."
+        "\nSAFLEX takes its gradient from val: cameras at two more places that nothing is trained on."
         f"\nn = 1 (seed {seed}): differences of a few points are noise.\n"
     )
     return text + _kept(runs[-1], truth)
