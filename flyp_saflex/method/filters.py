@@ -30,9 +30,7 @@ def confident_thresholds(probabilities_NK: ArrayLike, labels_N: ArrayLike) -> ND
     """Return threshold_K: the mean probability of class k over the held-out images of class k; 1 for a class without any."""
     probabilities_NK, labels_N = np.asarray(probabilities_NK, dtype=np.float64), np.asarray(labels_N)
     num_classes = probabilities_NK.shape[1]
-    return np.array(
-        [probabilities_NK[labels_N == k, k].mean() if (labels_N == k).any() else 1.0 for k in range(num_classes)]
-    )
+    return np.array([probabilities_NK[labels_N == k, k].mean() if (labels_N == k).any() else 1.0 for k in range(num_classes)])
 
 
 def confidence_filter(probabilities_NK: ArrayLike, labels_N: ArrayLike, threshold_K: ArrayLike) -> ConfidenceFlags:

@@ -123,6 +123,7 @@ class StepLoss:
     ) -> None:
         self.learner, self.forward = learner, forward
         self.caption_tokens_ML, self.class_captions_K = caption_tokens_ML, class_captions_K
+        self.same_M = first_with_equal_tokens(caption_tokens_ML)
         self.contrastive, self.proxies, self.saflex = contrastive, proxies, saflex
         self.upstream_filter, self.keep_fraction = upstream_filter, keep_fraction
         self.processes, self.rows_at_once = processes or Processes(), rows_at_once
@@ -188,7 +189,7 @@ class StepLoss:
 
     def _columns(self, rows: Rows, class_columns_K: Tensor | None) -> _Columns:
         gather = self.processes.gather
-        own_N = rows.captions_N if self.contrastive else rows.labels_N
+        own_N = self.same_M[rows.captions_N] if self.contrastive else rows.labels_N
         local_augmented_N = torch.arange(len(own_N), device=own_N.device) >= rows.num_train
         augmented_N = gather(local_augmented_N.long()).bool()
         own_N = gather(own_N)
@@ -197,7 +198,7 @@ class StepLoss:
             assert rows.partners_N is not None
             assert rows.partner_labels_N is not None
             assert rows.share_N is not None
-            partner_N = gather(rows.partners_N if self.contrastive else rows.partner_labels_N)
+            partner_N = gather(self.same_M[rows.partners_N] if self.contrastive else rows.partner_labels_N)
             share_N1 = gather(rows.share_N)[:, None]
         if self.contrastive:
             choices_K = torch.unique(torch.cat([own_N, partner_N]) if mixed else own_N)
@@ -261,6 +262,7 @@ class StepLoss:
         assert self.saflex is not None
         settings = self.saflex.settings
         as_trained = settings.validation_loss == "train" and self.contrastive
+        captions_V = self.same_M[captions_V]
         choices_K = torch.unique(captions_V) if as_trained else self.class_captions_K
         tokens_KL = self.caption_tokens_ML[choices_K]
 
@@ -288,6 +290,18 @@ class StepLoss:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def first_with_equal_tokens(tokens_ML: Tensor) -> Tensor:
+    """Return, for every caption, the first one that reads the same to the text tower.
+
+    Captions that differ in case only (iWildCam has "Lowland paca" and "lowland paca") are one proxy class: as two, their
+    logits would tie and push against each other for nothing.
+    """
+    _, inverse_M = torch.unique(tokens_ML, dim=0, return_inverse=True)
+    ids_M = torch.arange(len(tokens_ML), device=tokens_ML.device)
+    first_U = torch.full_like(ids_M, len(ids_M)).scatter_reduce(0, inverse_M, ids_M, "amin")
+    return first_U[inverse_M]
 
 
 @dataclass

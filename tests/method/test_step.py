@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from flyp_saflex.method.clip import load_clip
 from flyp_saflex.method.learner import Learner
 from flyp_saflex.method.saflex import Saflex
-from flyp_saflex.method.step import Rows, StepLoss, Validation
+from flyp_saflex.method.step import Rows, StepLoss, Validation, first_with_equal_tokens
 
 CLASSES = ["a photo of a cat.", "a photo of a dog.", "a photo of an owl."]
 OWN = ["two cats asleep on one chair", "an owl"]
@@ -168,3 +168,8 @@ def test_a_step_without_augmented_rows_has_none(clip):
     result = step(few)
     assert len(result.weights_A) == len(result.ids_A) == 0
     assert result.loss.isfinite()
+
+
+def test_captions_that_read_the_same_are_one_proxy_class():
+    tokens = torch.tensor([[1, 2, 0], [1, 3, 0], [1, 2, 0], [4, 0, 0], [1, 3, 0]])
+    assert first_with_equal_tokens(tokens).tolist() == [0, 1, 0, 3, 1]
