@@ -7,7 +7,7 @@ Everything is kept in one folder, and what is there is not done again:
 
     world/          a WILDS iWildCam v2.0 folder            runs/           one run folder per condition
     augment_cache/  the edits, and what became of each      demo.log        what the single steps printed
-    demo.json       what the folder was made with           report.html     the report
+    demo.json       what the folder was made with           report.html     the report, and table.txt what is printed last
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _folder(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     made_with = out / "demo.json"
     if out.is_dir() and not made_with.is_file() and any(entry.name != ".lock" for entry in out.iterdir()):
         raise RunError(f"--out {out}: the folder holds files that are not a demo's; give a new or an empty folder")
-    if made_with.is_file() and (found := json.loads(made_with.read_text(encoding="utf-8"))) != settings:
+    if made_with.is_file() and (found := _read(made_with)) != settings:
         changed = sorted(key for key in settings if found.get(key) != settings[key])
         raise RunError(f"--out {out} holds a demo made with another {' and '.join(changed)}: give a new folder, or delete it")
     try:
@@ -114,6 +114,20 @@ def _folder(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             yield
     except RunError as error:
         raise RunError(str(error).replace("--run-dir", "--out")) from None
+    except OSError as error:
+        raise RunError(
+            f"--out {out}: {error.filename or 'a file'} cannot be written ({error.strerror}); free disk space or choose another"
+        ) from error
+    except KeyboardInterrupt:
+        print("\nWhat is done stays: the same command goes on from here.", flush=True)
+        raise
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return {}  # not ours: differs from every setting
 
 
 def _world(folder: Path, num_images: int, seed: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 from pathlib import Path
@@ -58,6 +59,22 @@ def test_folder_of_another_demo_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text(json.dumps({"num_images": 4, "seed": 0}), encoding="utf-8")
     with pytest.raises(RunError, match="made with another num_images and recipe and spoilt"):
         demo(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_broken_settings_are_another_demos(tmp_path: Path, content: str) -> None:
+    (tmp_path / "demo.json").write_text(content, encoding="utf-8")
+    with pytest.raises(RunError, match="give a new folder, or delete it"):
+        demo(tmp_path)
+
+
+def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", "metadata.csv")
+
+    monkeypatch.setattr(module, "write_world", full)
+    with pytest.raises(RunError, match=r"metadata\.csv cannot be written \(No space left on device\); free disk space"):
+        demo(tmp_path / "out")
 
 
 def test_folder_that_cannot_be_written_is_an_error_that_names_the_option(tmp_path: Path) -> None:
