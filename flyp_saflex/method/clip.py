@@ -121,6 +121,7 @@ def save_clip(clip: Clip, folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {key: value.detach().to("cpu").clone().contiguous() for key, value in clip.model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    (folder / "open_clip_model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def _check_tag(name: str, pretrained: str) -> None:
