@@ -130,15 +130,9 @@ def run_one(options: argparse.Namespace, name: str, seed: int, rate: float) -> N
 def alia_scores(options: argparse.Namespace, seed: int, rate: float) -> None:
     """Score the edits with the model trained without edits: ALIA's confidence filter, whole and without its "unchanged" half."""
     path = run_path(options, "no-edits", seed, rate)
-    config = recipe.load(
-        "pacs",
-        overrides(options, "alia", CONDITIONS["alia"], seed, rate)
-        + [
-            f"model.name=local-dir:{path / 'model'}",
-            "augment.filter=none",
-            "train.frozen_cache=",
-        ],
-    )
+    ours = overrides(options, "alia", CONDITIONS["alia"], seed, rate)
+    asked = [f"model.name=local-dir:{path / 'model'}", "augment.filter=none", "train.frozen_cache="]
+    config = recipe.load("pacs", [*ours, *asked])
     cache = AugmentCache.open(config.cache.root, "folder", config.cache.key)
     if (cache.folder / "alia.jsonl").is_file():
         return

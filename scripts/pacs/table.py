@@ -16,9 +16,19 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from flyp_saflex import AugmentCache, recipe
 from flyp_saflex.method.statistics import Interval, paired_difference, summarise
 
 KINDS = ("clean", "swapped", "destroyed")
+RESULTS = (
+    "| condition | n | ID accuracy | ID macro-F1 | OOD accuracy | OOD macro-F1 | art | cartoon "
+    "| OOD points vs trusted | vs argmax | gap recovered | cartoon points vs trusted |"
+)
+DECISIONS = (
+    "| condition | kept: clean | swapped | destroyed | clean, lowest class | clean, highest class "
+    "| AUC of corrupted rows | seconds (trusted = 1) |"
+)
+METRICS = ("id accuracy", "id macro_f1", "ood accuracy", "ood macro_f1", "art_painting accuracy", "cartoon accuracy")
 PATTERN = re.compile(r"(?P<name>.+?)(-rate(?P<rate>[\d.]+))?-seed(?P<seed>\d+)")
 
 
@@ -59,6 +69,12 @@ def read(root: Path) -> dict[tuple[str, str], Condition]:
 def _decisions(run: Path, truth: dict[str, str], numbers: dict[str, dict[int, float]], seed: int) -> None:
     """What the run did with each kind of edit, over all steps."""
     rows = [json.loads(line) for line in (run / "augmented.jsonl").read_text().splitlines()]
+    config = recipe.load(str(run / "config.toml"))
+    if config.augment.filter == "scores":  # it drops edits before training: one visit each, with weight zero
+        scores = AugmentCache.open(config.cache.root, "folder", config.cache.key).scores(config.cache.scores)
+        visits = len(rows) / sum(score["keep"] for score in scores.values())
+        dropped = [aug_id for aug_id, score in scores.items() if not score["keep"]]
+        rows += [{"id": aug_id, "label": int(aug_id.split("/")[1]), "weight": 0.0} for aug_id in dropped] * round(visits)
     kinds = np.array([truth[row["id"]] for row in rows])
     kept = np.array([row["weight"] > 0 for row in rows])
     labels = np.array([row["label"] for row in rows])
@@ -98,7 +114,7 @@ def tables(conditions: dict[tuple[str, str], Condition], order: list[str], seeds
         here = {name: conditions.get((name, rate)) or conditions.get((name, "")) for name in order}
         here = {name: condition for name, condition in here.items() if condition and condition.numbers.get("ood accuracy")}
         parts.append(f"### Corruption {float(rate):g}\n")
-        head = "| condition | n | ID accuracy | ID macro-F1 | OOD accuracy | OOD macro-F1 | art | cartoon | OOD points vs trusted | vs argmax | gap recovered |"
+        head = RESULTS
         parts += [head, "|" + "---|" * (head.count("|") - 1)]
         for name, condition in here.items():
             value = condition.numbers
@@ -106,24 +122,17 @@ def tables(conditions: dict[tuple[str, str], Condition], order: list[str], seeds
             trusted, oracle, argmax = (here.get(prefix + other) for other in ("trusted", "oracle", "argmax"))
             gap = _recovered(value["ood accuracy"], trusted, oracle)
             cells = [name, str(len(value["ood accuracy"]))]
-            cells += [
-                percent(condition.mean(key))
-                for key in (
-                    "id accuracy",
-                    "id macro_f1",
-                    "ood accuracy",
-                    "ood macro_f1",
-                    "art_painting accuracy",
-                    "cartoon accuracy",
-                )
-            ]
+            cells += [percent(condition.mean(key)) for key in METRICS]
             comparable = "art_painting accuracy" in value
             for other in (trusted, argmax):
                 same = other is None or other is condition or not comparable
                 cells.append("-" if same else points(paired_difference(value["ood accuracy"], other.numbers["ood accuracy"])))
-            parts.append("| " + " | ".join([*cells, gap if comparable else "-"]) + " |")
+            cells.append(gap if comparable else "-")
+            base = trusted.numbers["cartoon accuracy"] if trusted is not None and trusted is not condition else {}
+            cells.append(points(paired_difference(value["cartoon accuracy"], base)))
+            parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
-        head = "| condition | kept: clean | swapped | destroyed | clean, lowest class | clean, highest class | AUC of corrupted rows | seconds (trusted = 1) |"
+        head = DECISIONS
         parts += [head, "|" + "---|" * (head.count("|") - 1)]
         for name, condition in here.items():
             if condition.numbers.get("kept clean") or condition.numbers.get("kept swapped"):
