@@ -49,7 +49,7 @@ class DataConfig:
     shots: Natural = 0
     """Training images per class (few-shot), drawn with `seed`; 0: all of them."""
     add_to_train: tuple[str, ...] = ()
-    """`select` splits whose images are trained on as well; they can then select nothing."""
+    """`select` splits whose images, all of them, are trained on as well; they can then select nothing."""
     table: str = ""
     """`table`: the file. Image paths in it are relative to `root`."""
     path_column: str = "path"

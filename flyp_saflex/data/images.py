@@ -15,7 +15,7 @@ from typing import BinaryIO, Literal, cast, get_args
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision import transforms
 
 from flyp_saflex.errors import DataError, nearest
@@ -79,7 +79,8 @@ def decode_image(file: BinaryIO, path: Path, *, box: Box | None = None) -> Image
     # Broken files make Pillow's decoders raise any of these.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, MemoryError, struct.error) as error:
         size = Path(path).stat().st_size if Path(path).exists() else 0
-        reason = "the file is empty" if size == 0 else " ".join(str(error).split()) or type(error).__name__
+        told = "" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        reason = "the file is empty" if size == 0 else told or "no image format that Pillow knows"
         raise DataError(f"image {path} cannot be decoded ({reason}); replace or remove it") from None
 
 

@@ -52,12 +52,6 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
         _check_files(dataset)
     splits = dict(dataset.splits)
     notes = [*dataset.notes, *_shared_names(dataset)]
-    for name in config.add_to_train:
-        added = _addable(dataset, name)
-        splits["train"] = replace(splits["train"], samples=splits["train"].samples + added.samples)
-        splits.pop(added.name)
-        notes.append(f"{len(added)} images of '{name}' are trained on (data.add_to_train)")
-    notes += _check_classes(replace(dataset, splits=splits), strict=config.name not in PUBLISHED)
     if config.shots:
         splits["train"] = few_shot(splits["train"], config.shots, seed)
         short = [label for label, count in splits["train"].class_counts().items() if count < config.shots]
@@ -65,6 +59,12 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
             notes.append(
                 f"data.shots = {config.shots}, but {len(short)} classes have fewer training images: all of theirs are used"
             )
+    for name in config.add_to_train:
+        added = _addable(dataset, name)
+        splits["train"] = replace(splits["train"], samples=splits["train"].samples + added.samples)
+        splits.pop(added.name)
+        notes.append(f"{len(added)} images of '{name}' are trained on (data.add_to_train)")
+    notes += _check_classes(replace(dataset, splits=splits), strict=config.name not in PUBLISHED)
     if limit is not None:
         splits = {name: quick_look(split, limit, config.split_seed) for name, split in splits.items()}
         notes.append(f"a quick look: at most {limit} images of each split")

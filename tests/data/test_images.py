@@ -95,7 +95,7 @@ def test_broken_files_are_named_in_one_line(tmp_path: Path, monkeypatch: pytest.
     cases = {
         "cut.jpg": "(?i)truncated",
         "empty.jpg": "the file is empty",
-        "text.png": "cannot identify",
+        "text.png": "no image format",
         "garbled.png": "cannot be decoded",
         "nope.jpg": "No such",
     }

@@ -188,3 +188,13 @@ def test_missing_files_are_counted_and_named(domains: DataConfig):
     broken = dataclasses.replace(dataset, splits={"train": dataclasses.replace(dataset.train, samples=(lost,))})
     with pytest.raises(DataError, match=r"are missing \(1 of 1 in train\), first: .*nope\.png"):
         registry._check_files(broken)
+
+
+def test_added_rows_come_on_top_of_the_few_shots(tiny_images_dir):
+    config = DataConfig(
+        root=str(tiny_images_dir), train_domains=("day",), select_domains=("night",), shots=2, select_fraction=0.25
+    )
+    few = load_dataset(config, seed=1)
+    more = load_dataset(dataclasses.replace(config, add_to_train=("night",)), seed=1)
+    assert more.train.samples == few.train.samples + few.splits["night"].samples
+    assert "night" not in more.splits
