@@ -94,8 +94,8 @@ def overrides(options: argparse.Namespace, name: str, condition: Condition, seed
 
 
 def cache_key(condition: Condition, seed: int, rate: float) -> str:
-    """Return the cache entry of a condition's edits."""
-    return f"{'' if condition.shots else 'all-'}seed{seed}-rate{rate:g}"
+    """Return the cache entry of a condition's edits; with all photographs every seed has the same edits, in another order."""
+    return f"seed{seed}-rate{rate:g}" if condition.shots else f"all-rate{rate:g}"
 
 
 def run_path(options: argparse.Namespace, name: str, seed: int, rate: float) -> Path:
@@ -115,7 +115,8 @@ def run_one(options: argparse.Namespace, name: str, seed: int, rate: float) -> N
         return
     config = recipe.load("pacs", overrides(options, name, condition, seed, rate))
     if condition.edits:
-        write_cache(load_dataset(config.data, seed=seed), Path(config.cache.root), config.cache.key, seed=seed, rate=rate)
+        edit_seed = seed if condition.shots else 0
+        write_cache(load_dataset(config.data, seed=seed), Path(config.cache.root), config.cache.key, seed=edit_seed, rate=rate)
     if condition.needs:
         run_one(options, condition.needs, seed, rate)
         alia_scores(options, seed, rate)

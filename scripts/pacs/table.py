@@ -60,8 +60,8 @@ def read(root: Path) -> dict[tuple[str, str], Condition]:
             numbers[f"ood {metric}"][seed] = float(np.mean([row[metric] for row in ood]))
         numbers["seconds"][seed] = json.loads((path.parent / "env.json").read_text())["seconds"]
         if match["rate"]:
-            prefix = "all-" if match["name"].startswith("all-photos") else ""
-            truth_file = root / "edits" / "truth" / f"{prefix}seed{seed}-rate{match['rate']}.json"
+            key = f"all-rate{match['rate']}" if match["name"].startswith("all-photos") else f"seed{seed}-rate{match['rate']}"
+            truth_file = root / "edits" / "truth" / f"{key}.json"
             _decisions(path.parent, json.loads(truth_file.read_text()), numbers, seed)
     return conditions
 
