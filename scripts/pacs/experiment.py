@@ -111,7 +111,7 @@ def run_one(options: argparse.Namespace, name: str, seed: int, rate: float) -> N
     """Train and evaluate one condition, unless its results are there."""
     condition = CONDITIONS[name]
     path = run_path(options, name, seed, rate)
-    if (path / "results.json").is_file():
+    if (path / "EVALUATED").is_file():
         return
     config = recipe.load("pacs", overrides(options, name, condition, seed, rate))
     if condition.edits:
@@ -124,6 +124,7 @@ def run_one(options: argparse.Namespace, name: str, seed: int, rate: float) -> N
         shutil.rmtree(path, ignore_errors=True)
         train(config, path)
     evaluate(path)
+    (path / "EVALUATED").touch()  # results.json grows split by split
     for heavy in ("checkpoints", "model") if name != "no-edits" else ("checkpoints",):
         shutil.rmtree(path / heavy, ignore_errors=True)
 

@@ -48,6 +48,8 @@ def read(root: Path) -> dict[tuple[str, str], Condition]:
     """Read every finished run; runs without edits stand under every rate."""
     conditions: dict[tuple[str, str], Condition] = defaultdict(Condition)
     for path in sorted(root.glob("runs/*/results.json")):
+        if not (path.parent / "EVALUATED").is_file():
+            continue
         match = PATTERN.fullmatch(path.parent.name)
         assert match, path
         seed, rows = int(match["seed"]), json.loads(path.read_text())["results"]
