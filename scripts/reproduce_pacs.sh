@@ -25,9 +25,11 @@ experiment() { # arguments of experiment.py, split over the workers by seed
 }
 
 main=trusted,oracle,argmax,saflex-robust
-experiment --seeds 0-4 --rates 0.5
-experiment --seeds 0-4 --rates 0,0.25,0.75 --conditions "$main",saflex-paper
-experiment --seeds 5-14 --rates 0.5 --conditions "$main",no-edits
-experiment --seeds 5-9 --rates 0 --conditions trusted,saflex-robust
-experiment --seeds 0-4 --rates 0.5 --conditions all-photos-trusted,all-photos-oracle,all-photos-argmax,all-photos-saflex-robust
+all_photos=all-photos-trusted,all-photos-oracle,all-photos-argmax,all-photos-saflex-robust
+experiment --seeds 0-4 --rates 0.5 --conditions "$main",no-edits,random-half,lowest-loss-told,alia,alia-corrupted-only,saflex-paper,validation-added,saflex-robust-ood-select,ood-select-added
+experiment --seeds 5-14 --rates 0.5 --conditions "$main"
+experiment --seeds 5-9 --rates 0.5 --conditions no-edits
+experiment --seeds 0-7 --rates 0 --conditions trusted,saflex-robust
+experiment --seeds 0-4 --rates 0.25,0.75 --conditions "$main"
+experiment --seeds 0-4 --rates 0.5 --conditions "$all_photos" # minutes for the edits first
 "$venv/bin/python" scripts/pacs/table.py --out "$out"
