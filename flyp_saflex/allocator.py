@@ -1,7 +1,7 @@
 """Keep freed memory in the process: a quarter of a CPU run can be page faults otherwise (floor 0; no torch).
 
 glibc returns every large tensor to the system when it is freed, and the next operation asks for it again, page by page.
-Measured by scripts/benchmarks/allocator.py. Does nothing on other systems, and nothing that MALLOC_* variables already set.
+The measurement is in scripts/LOG.md. Does nothing on other systems, and nothing that MALLOC_* variables already set.
 """
 
 from __future__ import annotations
