@@ -10,13 +10,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from flyp_saflex.data.registry import split_for
 from flyp_saflex.errors import RunError
 from flyp_saflex.method import metrics
 from flyp_saflex.method.clip import save_clip
-from flyp_saflex.method.predict import Head, logits_over, predict
+from flyp_saflex.method.predict import Head, Predictor, clip_predictor, predict
 from flyp_saflex.method.zeroshot import zero_shot_head
 from flyp_saflex.rundir import RunDir
 from flyp_saflex.stages.activations import ActivationStore
@@ -87,7 +86,7 @@ class Selection:
         """Take over what `state_dict` returned."""
         self.best, self.waited = state["best"], state["waited"]
 
-    def _predictor(self) -> Any:
+    def _predictor(self) -> Predictor:
         job, learner = self.job, self.job.learner
         learner.eval()
         if learner.head is not None:
@@ -96,13 +95,15 @@ class Selection:
             captions = zero_shot_head(job.clip, job.dataset.class_names, job.dataset.templates)
             head = Head(captions, scale=float(job.clip.model.logit_scale.detach().exp()))
 
-        @torch.no_grad()
-        def predict_batch(inputs: Tensor) -> Tensor:
-            inputs = inputs.to(self.device)
-            hidden = inputs if self.store is not None else learner.tower.lower(inputs)
-            return logits_over(normalize(learner.tower(hidden).float(), dim=-1), head)
+        predictor = clip_predictor(job.clip.model, head, tower=learner.tower)
+        if self.store is not None:  # its batches are activations behind the frozen blocks already
+            return predictor
 
-        return predict_batch
+        def predict_images(images_BCHW: Tensor) -> Tensor:
+            with torch.no_grad():
+                return predictor(learner.tower.lower(images_BCHW.to(self.device)))
+
+        return predict_images
 
     def _keep(self) -> None:
         self.run.checkpoints.mkdir(parents=True, exist_ok=True)
