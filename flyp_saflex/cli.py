@@ -24,6 +24,28 @@ def data(arguments: argparse.Namespace, config: Config) -> None:
     describe(config, limit=arguments.limit, dry_run=arguments.dry_run)
 
 
+def prompts(arguments: argparse.Namespace, config: Config) -> None:
+    """Caption training images, summarise their domains, and write edit texts to prompts/DATASET.NAME.toml."""
+    from flyp_saflex.stages.prompts import prompts as run
+
+    run(config, force=arguments.force, limit=arguments.limit, dry_run=arguments.dry_run)
+
+
+def generate(arguments: argparse.Namespace, config: Config) -> None:
+    """Edit the training images with a diffusion model into the augment cache; the same command goes on after a stop."""
+    shard = parse_shard(arguments.shard)
+    from flyp_saflex.stages.generate import generate as run
+
+    run(config, shard=shard, limit=arguments.limit, dry_run=arguments.dry_run)
+
+
+def filter(arguments: argparse.Namespace, config: Config) -> None:
+    """Score the edits of the cache with ALIA's semantic and confidence filters; nothing is deleted."""
+    from flyp_saflex.stages.filter import filter_edits
+
+    filter_edits(config, limit=arguments.limit, dry_run=arguments.dry_run)
+
+
 def train(arguments: argparse.Namespace, config: Config) -> None:
     """Finetune, and keep checkpoints, metrics and the model in a run folder."""
     from flyp_saflex.stages.train import train as run
@@ -76,6 +98,18 @@ def parse_alphas(text: str) -> tuple[float, ...]:
     return alphas
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """Parse `i/n`, with i in 0..n-1.
+
+    Raises:
+        UserError: something else was given.
+    """
+    index, _, count = text.partition("/")
+    if index.isdecimal() and count.isdecimal() and int(index) < int(count):
+        return int(index), int(count)
+    raise UserError(f"--shard {text}: expected i/n with i from 0 to n - 1, for example 0/4, 1/4, 2/4 and 3/4 for four jobs")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -105,6 +139,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     add(demo, []).add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to (default: demo)")
     add(data, [with_recipe])
+    command = add(prompts, [with_recipe])
+    command.add_argument("--force", action="store_true", help="replace a file that is there")
+    command = add(generate, [with_recipe])
+    command.add_argument("--shard", default="0/1", metavar="I/N", help="make the I-th of N parts (job arrays), I from 0")
+    add(filter, [with_recipe])
     add(train, [with_recipe])
     command = add(evaluate, [shared])
     command.add_argument("run", type=Path, metavar="RUN", help="run folder that train wrote")

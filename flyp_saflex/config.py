@@ -89,9 +89,106 @@ class CacheConfig:
     root: str = "augment_cache"
     """Folder of augmented images: <root>/<data.name>/<key>/metadata.jsonl and images/."""
     key: str = ""
-    """Entry to read; empty: the only one there."""
+    """Entry to read or to make; empty: the only one there, and for `generate` a name made from the editor's settings."""
     scores: str = "scores.jsonl"
     """Scores beside the manifest, keyed by `aug_id`, read by `augment.filter = "scores"`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """The command `prompts`: from captions of the training images to edit texts (ALIA, arXiv 2305.16289)."""
+
+    name: str = "auto"
+    """The file written is prompts/<data.name>.<name>.toml."""
+    captioner: str = "Salesforce/blip-image-captioning-large"
+    """Image captioning model of transformers (hub id or folder); unused if `captions` is given."""
+    captioner_revision: str = ""
+    """Revision of the hub's repository; empty: the newest."""
+    captions: str = ""
+    """Your own captions: a CSV with the columns `path` and `caption`, or only `caption`."""
+    num_captions: Count = 200
+    """Training images that are captioned, drawn with `seed`, every class alike as far as possible."""
+    llm: str = "Qwen/Qwen2.5-7B-Instruct"
+    """Instruction-tuned chat model of transformers (hub id or folder) that summarises the captions."""
+    llm_revision: str = ""
+    """Revision of the hub's repository; empty: the newest."""
+    max_domains: Count = 8
+    """At most this many domain descriptions."""
+    attempts: Count = 3
+    """How often the model is asked again when its answer has malformed lines or none that can be used."""
+    max_new_tokens: Count = 512
+    """Longest answer of the language model."""
+    batch_size: Count = 16
+    """Images captioned at once."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of both models' weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorConfig:
+    """The command `generate`: the diffusion editor; an option left unset has the usual value of its `kind`."""
+
+    kind: Literal["instruct-pix2pix", "img2img", "text2img", "inpaint", "auto"] = "instruct-pix2pix"
+    """`instruct-pix2pix`: follows an instruction; `img2img`: SDEdit; `text2img`: from text alone; `inpaint`: repaints what is
+    around the object's box; `auto`: whatever instruction editor the model's folder names, called with image and instruction."""
+    model: str = ""
+    """Diffusers model (hub id or folder); empty: the usual one of `kind`, for example `timbrooks/instruct-pix2pix`."""
+    revision: str = ""
+    """Revision of the hub's repository; empty: the newest."""
+    prompts: str = ""
+    """File of edit texts, its path or name (`iwildcam.alia`); empty: the only one for the dataset."""
+    negative_prompt: str = ""
+    """What should not be in the picture."""
+    steps: Count | None = None
+    """Denoising steps; unset: 20 for instructions, 50 for the others."""
+    guidance: NonNegative | None = None
+    """Classifier-free guidance of the text; unset: 5 for `instruct-pix2pix`, 7.5 for the others, `auto`: the pipeline's own."""
+    image_guidance: NonNegative | None = None
+    """`instruct-pix2pix`: guidance of the source image; unset: 1.3."""
+    strength: Fraction | None = None
+    """`img2img` and `inpaint`: how much noise the source gets, 1 all; unset: 0.5 and 1."""
+    scheduler: str = ""
+    """Class of diffusers' schedulers (`DDIMScheduler`, `DPMSolverMultistepScheduler` ...); empty: the model's own."""
+    size_px: Natural = 512
+    """Shorter side of what the editor sees and writes, rounded to its grid; 0: the source's own size."""
+    batch_size: Count = 8
+    """Edits made at once, of different images and texts; changes no edit beyond rounding."""
+    per_text: Count = 1
+    """Edits of every image with every text, each with its own noise."""
+    texts_per_image: Natural = 0
+    """Texts drawn for every image, with `seed`; 0: all of them."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the editor's weights; `fp16` or `bf16` on a GPU."""
+    compile: bool = False
+    """Compile the denoiser (`torch.compile`): slow to start, then faster."""
+    safety_checker: bool = True
+    """Use the model's safety checker where it has one; what it blacks out is rejected, not written."""
+    image_format: Literal["png", "jpg"] = "png"
+    """Format of the edits on disk; `jpg` has quality 95 and a quarter of the size."""
+    sheet_every: Natural = 200
+    """Edits between contact sheets in `sheets/` of the cache entry; 0: one at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """The command `filter`: ALIA's filters as scores beside the cache; `augment.filter = "scores"` makes training read them."""
+
+    use: tuple[Literal["semantic", "confidence"], ...] = ("semantic", "confidence")
+    """Filters to run."""
+    drop: tuple[Literal["semantic", "unchanged", "corrupted"], ...] = ("semantic", "unchanged", "corrupted")
+    """Verdicts that make `keep` false: shows no object of the dataset; hardly changed; no longer shows its class."""
+    run: str = ""
+    """`confidence`: run folder of a model trained on the clean images."""
+    threshold_split: str = "id_val"
+    """`confidence`: split of role `select` whose mean confidence per class is the threshold."""
+    model: str = ""
+    """`semantic`: CLIP model; empty: `model.name` and `model.pretrained`."""
+    pretrained: str = ""
+    """`semantic`: its pretrained tag."""
+    batch_size: Count = 256
+    """Images per forward pass."""
+    sheet_rows: Natural = 12
+    """Rows of the contact sheets of kept and dropped edits; 0: no sheets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +352,10 @@ class Config:
     """Seed of everything random in the run: few-shot draw, order, augmentation, heads."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    editor: EditorConfig = field(default_factory=EditorConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     saflex: SaflexConfig = field(default_factory=SaflexConfig)
