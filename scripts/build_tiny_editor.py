@@ -56,7 +56,7 @@ WHERE = {
 VERBS = ("put the {} {}", "move the {} {}", "show the {} {}", "place the {} {}", "a photo of a {} {}", "make it a {} {}")
 CONTEXT_TOKENS = 24
 VAE_STEPS, VAE_BATCH, VAE_CROP_PX, VAE_LR = 3000, 32, 32, 2e-3
-STEPS, BATCH, LR, EMA = 9000, 32, 1e-3, 0.999
+STEPS, BATCH, LR, EMA = 5000, 32, 1e-3, 0.999
 LEFT_OUT = 0.05
 CHECKPOINT_EVERY = 250
 
@@ -128,7 +128,7 @@ def instruction(scene: Scene, rng: np.random.Generator) -> str:
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """Learn CLIP's kind of byte-pair encoding on the instructions, with every byte in its vocabulary."""
     texts = [verb.format(name, where) for verb in VERBS for name in (*CLASSES, "animal") for p in WHERE.values() for where in p]
-    learned = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))  # noqa: S106
+    learned = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     learned.normalizer = normalizers.Lowercase()
     learned.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
