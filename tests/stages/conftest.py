@@ -70,3 +70,19 @@ def edits(make_config: Callable[..., Config]) -> AugmentCache:
                 cache.append(edit, row)
     cache.finish()
     return cache
+
+
+@pytest.fixture(scope="session")
+def tiny_editor(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_editor("img2img")`: folder of a diffusers pipeline with random weights (`tiny_models.py`), built once."""
+    from functools import cache
+
+    from tiny_models import build_tiny_editor
+
+    root = tmp_path_factory.mktemp("tiny_editors")
+
+    @cache
+    def build(kind: str, safety_checker: str = "") -> Path:
+        return build_tiny_editor(root / f"{kind}-{safety_checker or 'unchecked'}", kind, safety_checker=safety_checker)
+
+    return build
