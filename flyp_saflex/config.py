@@ -115,7 +115,7 @@ class PromptsConfig:
     max_domains: Count = 8
     """At most this many domain descriptions."""
     attempts: Count = 3
-    """How often the model is asked again when its answer has malformed lines or none that can be used."""
+    """How often the model is asked at most: again, with the reasons, while an answer has malformed lines or no line at all."""
     max_new_tokens: Count = 512
     """Longest answer of the language model."""
     batch_size: Count = 16

@@ -15,6 +15,7 @@ A `{}` stands for the class name. An instruction may do without one (`make it ni
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import tomli_w
 
-from flyp_saflex.errors import DataError, nearest
+from flyp_saflex.errors import DataError, RunError, nearest
 from flyp_saflex.prompts_io import shipped_folder
 from flyp_saflex.rundir import atomic_write
 
@@ -34,6 +35,7 @@ else:
 TOP = ("dataset", "edits", "semantic", "made")
 EDIT = ("domain", "instruction", "prompt")
 SEMANTIC = ("positive", "negative")
+HEADER = "# Edit texts: change, add or remove them as you like; prompts/README.md says what works.\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ class EditPrompts:
     """A file of edit texts.
 
     Attributes:
-        dataset: the `data.name` that it was written for.
+        dataset: what it was written for; told to people, not checked. The file's name says for which `data.name` it is found.
         edits: at least one.
         positive, negative: texts of the semantic filter, possibly with a `{}`; empty if the file has none.
         made: how the command `prompts` made it; empty for a file written by hand.
@@ -140,14 +142,29 @@ def parse_edit_prompts(path: Path) -> EditPrompts:
     return EditPrompts(dataset=dataset, edits=found, made=made if isinstance(made, dict) else {}, path=path, **texts)
 
 
+def check_target(path: Path, *, force: bool = False) -> None:
+    """Check, before anything is spent on it, that a file of edit texts can be written; write nothing.
+
+    Raises:
+        DataError: it exists and `force` is false, or its folder cannot be written to.
+    """
+    if path.exists() and not force:
+        raise DataError(f"{path} exists and may have been edited by hand: give --force to replace it, or choose prompts.name")
+    folder = next((parent for parent in path.parents if parent.exists()), path.parent)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(
+            f"{path} cannot be written: {folder.absolute()} is {'read-only' if folder.is_dir() else 'no folder'}; "
+            "run the command where you may write"
+        )
+
+
 def write_edit_prompts(prompts: EditPrompts, path: Path, *, force: bool = False) -> None:
     """Write a file that `load_edit_prompts` reads.
 
     Raises:
         DataError: it exists and `force` is false, or it cannot be written.
     """
-    if path.exists() and not force:
-        raise DataError(f"{path} exists and may have been edited by hand: give --force to replace it, or choose prompts.name")
+    check_target(path, force=force)
     values: dict[str, Any] = {
         "dataset": prompts.dataset,
         "edits": [{"domain": edit.domain, "instruction": edit.instruction, "prompt": edit.prompt} for edit in prompts.edits],
@@ -158,10 +175,13 @@ def write_edit_prompts(prompts: EditPrompts, path: Path, *, force: bool = False)
         values["made"] = prompts.made
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(HEADER + tomli_w.dumps(values, multiline_strings=True))
     except OSError as error:
         raise DataError(f"{path.parent} cannot be made: {error.strerror}; run the command where you may write") from None
-    with atomic_write(path) as file:
-        file.write(tomli_w.dumps(values))
+    except RunError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
+        raise DataError(f"{path} cannot be written: {reason}; free disk space, or run the command where you may write") from None
 
 
 def _edit(path: Path, number: int, row: Any) -> EditText:

@@ -1,0 +1,163 @@
+"""Captions of images, and answers of a chat model, through transformers (floor 3, used by `prompts`).
+
+Both models decode greedily, so the same input gives the same text. Weights that are not there, or not whole, are an error
+of one line; nothing is ever initialised at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from flyp_saflex.errors import ModelError
+
+Precision = Literal["no", "bf16", "fp16"]
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CAPTION_TOKENS = 40
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+"""Settings of a model's own generation file that mean nothing to greedy decoding and are only warned about."""
+BY_HAND = "write the file of edit texts by hand (prompts/README.md says how)"
+
+
+class Captioner:
+    """An image captioning model (BLIP, BLIP-2, GIT ...).
+
+    Args:
+        name: hub id or folder.
+        revision: of the hub's repository; empty: the newest.
+        precision: of the weights.
+
+    Raises:
+        ModelError: it cannot be loaded, or is no captioning model.
+    """
+
+    def __init__(self, name: str, revision: str = "", precision: Precision = "no") -> None:
+        self.name, self.device, self.dtype = name, _device(), DTYPES[precision]
+        self._where = f"prompts.captioner = '{name}'"
+        fix = "; or give your own captions with prompts.captions"
+        with _one_line(self._where, name, fix):
+            self._processor = AutoProcessor.from_pretrained(name, revision=revision or "main")
+            if getattr(self._processor, "chat_template", None):
+                raise ModelError(
+                    f"{self._where} is a chat model, expected one that captions an image without being asked (BLIP, BLIP-2, GIT)"
+                    f"{fix}"
+                )
+            self._model = _load(AutoModelForImageTextToText, self._where, name, revision, self.dtype).to(self.device)
+        self.revision: str = getattr(self._model.config, "_commit_hash", None) or revision
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        """Caption images; a caption may come out empty.
+
+        Raises:
+            ModelError: the device's memory is full.
+        """
+        with _one_line(self._where, self.name, "", memory="prompts.batch_size"), torch.inference_mode():
+            inputs = self._processor(images=list(images), return_tensors="pt").to(self.device, self.dtype)
+            tokens = self._model.generate(**inputs, max_new_tokens=CAPTION_TOKENS)
+        texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+
+class ChatModel:
+    """An instruction-tuned language model with a chat template.
+
+    Args:
+        name: hub id or folder.
+        revision: of the hub's repository; empty: the newest.
+        precision: of the weights.
+
+    Raises:
+        ModelError: it cannot be loaded, or its tokenizer has no chat template.
+    """
+
+    def __init__(self, name: str, revision: str = "", precision: Precision = "no") -> None:
+        self.name, self.device = name, _device()
+        self._where = f"prompts.llm = '{name}'"
+        with _one_line(self._where, name, f"; or {BY_HAND}"):
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+            if not getattr(self._tokenizer, "chat_template", None):
+                raise ModelError(
+                    f"{self._where} has no chat template, expected an instruction-tuned chat model: take its instruct version, "
+                    f"or {BY_HAND}"
+                )
+            self._model = _load(AutoModelForCausalLM, self._where, name, revision, DTYPES[precision]).to(self.device)
+        self.revision: str = getattr(self._model.config, "_commit_hash", None) or revision
+
+    def answer(self, text: str, max_new_tokens: int) -> tuple[str, bool]:
+        """Answer one message.
+
+        Returns:
+            The answer, and whether the model ended it itself (False: it was cut at `max_new_tokens`).
+
+        Raises:
+            ModelError: the message is too long for the model, its template refuses it, or the device's memory is full.
+        """
+        with _one_line(self._where, self.name, f"; or {BY_HAND}", memory="prompts.num_captions"), torch.inference_mode():
+            inputs = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            ).to(self.device)
+            length = inputs["input_ids"].shape[1]
+            most = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 2**31))
+            if length + max_new_tokens > most:
+                raise ModelError(
+                    f"{self._where} reads and writes at most {most} tokens, but the request has {length} and the answer may have "
+                    f"{max_new_tokens}: lower prompts.num_captions or prompts.max_new_tokens, or take another model"
+                )
+            tokens = self._model.generate(**inputs, max_new_tokens=max_new_tokens)[0, length:]
+        return self._tokenizer.decode(tokens, skip_special_tokens=True), self._ended(tokens)
+
+    def _ended(self, tokens: torch.Tensor) -> bool:
+        ends = self._model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return len(tokens) > 0 and int(tokens[-1]) in ends
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load(kind: Any, where: str, name: str, revision: str, dtype: torch.dtype) -> Any:
+    """Load a model whose weights are all there, for inference and greedy decoding."""
+    model, info = kind.from_pretrained(name, revision=revision or "main", dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"]) + [str(row) for row in info.get("mismatched_keys", ())]
+    if missing:
+        raise ModelError(
+            f"{where}: its file of weights lacks {len(missing)} of the model's tensors (first: {missing[0]}); "
+            "download it again, or take another model"
+        )
+    for key in SAMPLING:
+        setattr(model.generation_config, key, None)
+    model.generation_config.do_sample = False
+    model.generation_config.num_beams = 1
+    return model.eval()
+
+
+@contextmanager
+def _one_line(where: str, name: str, fix: str, memory: str = "") -> Iterator[None]:
+    """Turn what the libraries raise about a model into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        lower = f"lower {memory}, " if memory else ""
+        raise ModelError(
+            f"{where} does not fit into the GPU's memory: {lower}set prompts.precision=bf16 or take a smaller model"
+        ) from None
+    except TemplateError as error:
+        raise ModelError(f"{where}: its chat template refuses the request ({_first_line(error)}); take another{fix}") from None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        raise ModelError(
+            f"{where} cannot be loaded or used ({_first_line(error)}); expected a hub id whose weights are here or can be "
+            f"downloaded (hf download {name}), or a model's folder{fix}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".:;")[:200] if lines else type(error).__name__
