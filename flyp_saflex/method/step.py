@@ -4,7 +4,7 @@ FLYP's columns are the captions of the whole batch over all processes, so featur
 every process computes the same loss; averaged gradients are then those of one process with the whole batch.
 
 Shapes: N rows of all processes, A of them augmented, C columns, K label choices (distinct captions, or classes),
-V validation rows, D embedding, F pooled width, L tokens.
+V validation rows, D embedding, F pooled width, L tokens, J labels that are logged.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from flyp_saflex.method.saflex import Saflex
 
 Proxies = Literal["captions", "batch"]
 Filter = Literal["none", "scores", "argmax", "lowest-loss", "random"]
+NUM_TOP_LABELS = 5
+"""How many of a learned label's classes are told; the others are rarely worth a look."""
 
 
 @dataclass
@@ -71,14 +73,16 @@ class StepResult:
         loss: scalar with gradient.
         ids_A, weights_A: identity and weight of the augmented rows.
         gains_A: gain of the label that each came with; None without SAFLEX.
-        top_labels_A: the learned label with the largest share, as a caption id (or class).
+        top_labels_AJ: the labels with the largest learned shares, the largest first, as caption ids (or classes).
+        top_shares_AJ: their shares; J is at most `NUM_TOP_LABELS`.
     """
 
     loss: Tensor
     ids_A: Tensor
     weights_A: Tensor
     gains_A: Tensor | None = None
-    top_labels_A: Tensor | None = None
+    top_labels_AJ: Tensor | None = None
+    top_shares_AJ: Tensor | None = None
 
 
 @dataclass
@@ -255,7 +259,10 @@ class StepLoss:
         agrees_A = columns.inverse_C[logits_AC.argmax(dim=1)] == upstream_AK.argmax(dim=1)
         result.weights_A, labels_AK = saflex.solve(gains_AK, upstream_AK, keep_A=keep_A, agrees_A=agrees_A, classes_A=classes_A)
         result.gains_A = (gains_AK * upstream_AK).sum(dim=1)
-        result.top_labels_A = columns.choices_K[labels_AK.argmax(dim=1)]
+        # a stable sort, so that of equal shares the first is on top, as argmax has it; topk promises no order
+        shares_AK, order_AK = labels_AK.sort(dim=1, descending=True, stable=True)
+        result.top_labels_AJ = columns.choices_K[order_AK[:, :NUM_TOP_LABELS]]
+        result.top_shares_AJ = shares_AK[:, :NUM_TOP_LABELS]
         return losses.spread_over_columns(labels_AK, columns.choices_K, columns.columns_C)
 
     def _validation_loss(self, inputs: Tensor, labels_V: Tensor, captions_V: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:

@@ -91,7 +91,7 @@ class RowBuilder:
         return rows
 
     def describe(self, step: int, results: list[StepResult]) -> list[dict[str, Any]]:
-        """Return one record per augmented row of a step: identity, weight, gain of its label, learned label."""
+        """Return one record per augmented row of a step: identity, weight, gain of its label, learned (soft) label."""
         source = self.job.edits if self.job.edits is not None else self.job.dataset.train.samples
         records = []
         for result in results:
@@ -103,15 +103,20 @@ class RowBuilder:
                     "label": item.label,
                     "weight": float(result.weights_A[place]),
                 }
-                if result.gains_A is not None and result.top_labels_A is not None:
+                if result.gains_A is not None and result.top_labels_AJ is not None and result.top_shares_AJ is not None:
                     record["gain"] = float(result.gains_A[place])
-                    top = int(result.top_labels_A[place])
-                    # A caption id names its class unless it is a sample's own caption.
-                    is_class = self.job.is_linear or self.job.config.train.method == "ce-text"
-                    in_classes = top < self.job.dataset.num_classes * self.job.captions.num_templates
-                    record["learned_label"] = top if is_class else top // self.job.captions.num_templates if in_classes else None
+                    labels = [self._class_of(top) for top in result.top_labels_AJ[place].tolist()]
+                    record["learned_label"] = labels[0]
+                    record["soft_labels"] = soft_label(labels, result.top_shares_AJ[place].tolist())
                 records.append(record)
         return records
+
+    def _class_of(self, label: int) -> int | None:
+        """Return the class of a label choice; None for a sample's own caption, which names no class."""
+        if self.job.is_linear or self.job.config.train.method == "ce-text":
+            return label
+        templates = self.job.captions.num_templates
+        return label // templates if label < self.job.dataset.num_classes * templates else None
 
     def _source(self, row: Row) -> Any:
         return self.job.edits if row.kind == "augmented" and self.job.edits is not None else self.job.dataset.train.samples
@@ -135,6 +140,14 @@ class RowBuilder:
         rows.share_N = torch.ones(len(everyone), device=self.device)
         rows.share_N[first:] = mass_AA.diagonal()
         rows.inputs = torch.cat([rows.inputs[:first], mixed])
+
+
+def soft_label(labels: list[int | None], shares: list[float]) -> list[tuple[int | None, float]]:
+    """Return (class, share) with the largest share first; captions of one class are added up, shares below 0.005 left out."""
+    total: dict[int | None, float] = {}
+    for label, share in zip(labels, shares, strict=True):
+        total[label] = total.get(label, 0.0) + share
+    return sorted(((label, round(share, 3)) for label, share in total.items() if share >= 0.005), key=lambda pair: -pair[1])
 
 
 class ValidationRows:

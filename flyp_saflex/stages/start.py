@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
@@ -121,6 +122,11 @@ def check_folder(path: Path, config: Config, *, resume: bool, limit: int | None)
             f"run folder {path} was started with another recipe ({'; '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}): "
             "undo the change, or choose another --run-dir"
         )
+
+
+def device_name(device: torch.device) -> str:
+    """Return what trained, in words that mean something in a report: the GPU's name, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def open_run(run: RunDir, config: Config, accelerator: Accelerator, *, limit: int | None) -> tuple[int, dict[str, Any]] | None:

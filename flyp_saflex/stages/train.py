@@ -31,7 +31,7 @@ from flyp_saflex.stages.job import Job, prepare
 from flyp_saflex.stages.rows import RowBuilder, ValidationRows, read_steps
 from flyp_saflex.stages.selection import Selection, save_model
 from flyp_saflex.stages.signals import StopSignals
-from flyp_saflex.stages.start import Phase, check_folder, make_accelerator, open_run, phases_of, plan_line
+from flyp_saflex.stages.start import Phase, check_folder, device_name, make_accelerator, open_run, phases_of, plan_line
 
 
 def train(config: Config, path: Path, *, resume: bool = False, limit: int | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -312,6 +312,7 @@ class _Trainer:
             steps=step,
             unreadable=self.unreadable,
             processes=self.accelerator.num_processes,
+            device=device_name(self.accelerator.device),
             **self.environment,
         )
 

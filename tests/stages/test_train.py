@@ -15,7 +15,7 @@ from flyp_saflex.rundir import RunDir
 from flyp_saflex.stages import selection
 from flyp_saflex.stages.evaluate import evaluate
 from flyp_saflex.stages.job import prepare
-from flyp_saflex.stages.rows import read_steps
+from flyp_saflex.stages.rows import read_steps, soft_label
 from flyp_saflex.stages.train import train
 
 SAFLEX = ("saflex.enabled=true", "saflex.refresh_every=2", "train.log_augmented=true")
@@ -110,6 +110,17 @@ def test_saflex_changes_the_run(make_config, edits, tmp_path):
     # Kept where the gain of the row's own label is not negative.
     assert all((row["weight"] > 0) == (row["gain"] >= 0) for row in rows)
     assert all(row["learned_label"] == row["label"] for row in rows)
+    assert all(row["soft_labels"] == [[row["label"], 1.0]] for row in rows)  # a penalty of 1e6 retains labels exactly
+
+
+def test_soft_labels_are_told_by_class(make_config, edits, tmp_path):
+    options = ("augment.upstream=cache", "train.select_split=", *SAFLEX, "saflex.penalty=0", "saflex.temperature=10")
+    train(make_config(*options), tmp_path / "saflex")
+    rows = RunDir(tmp_path / "saflex", lock=False).read_rows("augmented.jsonl")
+    assert all(row["soft_labels"][0][0] == row["learned_label"] for row in rows)
+    assert all(sum(share for _, share in row["soft_labels"]) <= 1.01 for row in rows)  # each is rounded to three decimals
+    assert max(len(row["soft_labels"]) for row in rows) > 1
+    assert soft_label([3, 1, 3, None, 2], [0.4, 0.3, 0.2, 0.098, 0.002]) == [(3, 0.6), (1, 0.3), (None, 0.098)]
 
 
 @pytest.mark.parametrize("method", ["flyp", "ce-text", "ce-linear", "linear-probe", "lp-ft"])
