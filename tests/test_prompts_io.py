@@ -12,7 +12,7 @@ from flyp_saflex.prompts_io import load_prompts, read_classes, read_templates, s
 
 
 def test_shipped_prompts():
-    assert shipped() == ["cub", "default", "iwildcam", "iwildcam-mini", "pacs"]
+    assert shipped() == ["cub", "default", "iwildcam", "iwildcam-mini", "pacs", "waterbirds"]
     assert load_prompts("iwildcam").templates == ("a photo of {}.", "{} in the wild.")
     assert load_prompts("cub").templates == ("a photo of a {}, a type of bird.",)
     assert load_prompts("default").templates == ("a photo of a {}.",)
