@@ -8,6 +8,8 @@ Layout of an entry, `<root>/<dataset>/<key>/`, readable by Hugging Face's `image
     DONE              written last
 
 An image is written before its row, so a row's image is complete; an image without a row does not exist for the cache.
+While several processes write an entry (`cache_writer.py`), each keeps its newest rows in `.writers/<i>-of-<n>/`; they are read
+as if they stood in the manifest.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -28,6 +30,7 @@ from flyp_saflex.rundir import atomic_write
 
 MANIFEST = "metadata.jsonl"
 SCORES = "scores.jsonl"
+WRITERS, ROWS = ".writers", "rows.jsonl"
 SPLIT_WORDS = re.compile(
     r"(?i)(?:^|[-._ 0-9/])(train|training|val|valid|validation|dev|test|testing|eval|evaluation)(?:$|[-._ 0-9/])"
 )
@@ -47,15 +50,16 @@ class AugmentCache:
         dataset: name of the dataset that its images were made from.
     """
 
-    def __init__(self, folder: Path, dataset: str) -> None:
+    def __init__(self, folder: Path, dataset: str, class_names: Sequence[str] = ()) -> None:
         self.folder = folder
         self.dataset = dataset
+        self._class_names = tuple(class_names)
         self._notes: list[str] = []
         self._writable = False
 
     @classmethod
-    def open(cls, root: str | Path, dataset: str, key: str = "") -> AugmentCache:
-        """Open `<root>/<dataset>/<key>`; without a key, the only entry there.
+    def open(cls, root: str | Path, dataset: str, key: str = "", class_names: Sequence[str] = ()) -> AugmentCache:
+        """Open `<root>/<dataset>/<key>`; without a key, the only entry there. See `at` for `class_names`.
 
         Raises:
             DataError: there is no such entry, or several to choose from.
@@ -73,11 +77,16 @@ class AugmentCache:
             )
         if not key and len(keys) > 1:
             raise DataError(f"augment cache {home} holds {len(keys)} entries ({', '.join(keys)}); choose one with cache.key")
-        return cls.at(home / (key or keys[0]), dataset)
+        return cls.at(home / (key or keys[0]), dataset, class_names)
 
     @classmethod
-    def at(cls, folder: str | Path, dataset: str = "") -> AugmentCache:
+    def at(cls, folder: str | Path, dataset: str = "", class_names: Sequence[str] = ()) -> AugmentCache:
         """Open an entry by its folder; the dataset is the name of the folder above, or what the manifest says.
+
+        Args:
+            folder: with `metadata.jsonl` and `images/` in it.
+            dataset: name of the dataset that the edits were made from.
+            class_names: for manifests made elsewhere whose `label` is a class's name; `check_against` knows them by itself.
 
         Raises:
             DataError: the folder has no manifest.
@@ -87,7 +96,7 @@ class AugmentCache:
             raise DataError(
                 f"{folder} is no augment cache entry: it has no {MANIFEST}; give the folder that holds it and images/"
             )
-        return cls(folder, dataset or folder.absolute().parent.name)
+        return cls(folder, dataset or folder.absolute().parent.name, class_names)
 
     @classmethod
     def create(cls, folder: str | Path, dataset: str) -> AugmentCache:
@@ -193,6 +202,7 @@ class AugmentCache:
         Raises:
             DataError: the entry belongs to another dataset, by name, source ids or labels.
         """
+        self._class_names = self._class_names or dataset.class_names
         stated = self._stated_dataset() or self.dataset
         if stated != dataset.name:
             raise DataError(
@@ -274,27 +284,33 @@ class AugmentCache:
 
     @cached_property
     def _by_id(self) -> dict[str, Edit]:
-        edits: dict[str, Edit] = {}
-        lines: dict[str, int] = {}
+        return {edit.aug_id: edit for edit in self.checked()}
+
+    def checked(self) -> Iterator[Edit]:
+        """Yield the edits one by one, for entries that are too large to be held; see `edits`."""
+        seen: dict[str, tuple[Path, int, int]] = {}
         listings: dict[Path, frozenset[str]] = {}
-        for number, row in self._rows(self._manifest):
-            edit = self._edit(row, f"{self._manifest} line {number}")
-            if edit.aug_id in edits:
-                raise DataError(
-                    f"{self._manifest} line {number}: '{edit.aug_id}' is already on line {lines[edit.aug_id]}; remove one"
-                )
-            folder = edit.path.parent
-            if folder not in listings:
-                listings[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-            if edit.path.name not in listings[folder]:
-                raise DataError(
-                    f"{self._manifest} line {number}: the image {edit.path} is missing; copy it back or remove the line"
-                )
-            edits[edit.aug_id], lines[edit.aug_id] = edit, number
-        return edits
+        for path in (self._manifest, *sorted(self.folder.glob(f"{WRITERS}/*/{ROWS}"))):
+            for number, row in self._rows(path):
+                edit = self._edit(row, f"{path} line {number}")
+                known, digest = seen.get(edit.aug_id), hash(msgspec.json.encode(row))
+                if known is not None:
+                    if known[0] != path and known[2] == digest:
+                        continue  # a writer's row that has just been merged into the manifest
+                    where = "" if known[0] == path else f" of {known[0]}"
+                    raise DataError(f"{path} line {number}: '{edit.aug_id}' is already on line {known[1]}{where}; remove one")
+                seen[edit.aug_id] = (path, number, digest)
+                folder = edit.path.parent
+                if folder not in listings:
+                    listings[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+                if edit.path.name not in listings[folder]:
+                    raise DataError(f"{path} line {number}: the image {edit.path} is missing; copy it back or remove the line")
+                yield edit
 
     def _edit(self, row: Mapping[str, Any], where: str) -> Edit:
         values = {**row, "aug_id": row.get("aug_id", row.get("file_name"))}
+        if self._class_names and isinstance(values.get("label"), str):
+            values["label"] = self._class_index(values["label"], where)
         for name, kind in (("file_name", str), ("aug_id", str), ("source_id", str), ("label", int)):
             value = values.get(name)
             if not isinstance(value, kind) or isinstance(value, bool) or value == "":
@@ -313,13 +329,23 @@ class AugmentCache:
             provenance={name: value for name, value in values.items() if name not in known},
         )
 
+    def _class_index(self, name: str, where: str) -> int:
+        found = [label for label, known in enumerate(self._class_names) if known.casefold() == name.casefold()]
+        if len(found) != 1:
+            problem = "stands for several classes" if found else f"is no class{nearest(name, self._class_names)}"
+            raise DataError(f"{where}: label '{name}' {problem} (class names: {len(self._class_names)}); write the class index")
+        return found[0]
+
     def _stated_dataset(self) -> str:
         """Return the dataset that the rows name, or the empty string."""
         return next((str(edit.provenance["dataset"]) for edit in self.edits if edit.provenance.get("dataset")), "")
 
     def _rows(self, path: Path) -> list[tuple[int, dict[str, Any]]]:
         """Return (line number, row); a cut-off last line is left out with a note."""
-        lines = path.read_bytes().split(b"\n")
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except FileNotFoundError:  # a writer's part, merged in this moment
+            return []
         rows = []
         for number, line in enumerate(lines, 1):
             if not line.strip():

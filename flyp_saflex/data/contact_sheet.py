@@ -39,7 +39,7 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
     """Write a sheet, one row of tiles under the other; the same tiles give the same file.
 
     Args:
-        rows: the tiles; empty rows, and rows beyond what a JPEG can hold, are left out. Without any tile an empty page is written.
+        rows: the tiles; empty rows, and rows beyond what a JPEG can hold, are left out. No tile at all: an empty page.
         path: a `.jpg` or `.png`, replaced at once; its folder is made if missing.
 
     Raises:
@@ -108,7 +108,7 @@ def _wrap(text: str, width_px: int, font: ImageFont.ImageFont | ImageFont.FreeTy
     lines: list[str] = []
     left = [word for word in text.split() if word]
     line = ""
-    while left:
+    while left and len(lines) <= MAX_LINES:
         word = left.pop(0)
         longer = f"{line} {word}" if line else word
         if font.getlength(longer) <= width_px:
