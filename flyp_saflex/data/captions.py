@@ -89,7 +89,8 @@ def read_captions(path: Path, dataset: Dataset) -> list[Caption]:
 def draw_captions(captions: Sequence[Caption], dataset: Dataset, count: int, seed: int) -> list[Caption]:
     """Draw at most `count` captions: every class alike where the images are known, otherwise at random."""
     if not captions[0].sample_id:
-        return random.Random(seed).sample(captions, min(count, len(captions)))
+        chosen = random.Random(seed).sample(range(len(captions)), min(count, len(captions)))
+        return [captions[number] for number in sorted(chosen)]
     texts = {caption.sample_id: caption for caption in captions}
     known = [sample for sample in dataset.train.samples if sample.sample_id in texts]
     return [texts[sample.sample_id] for sample in draw(known, count, seed)]

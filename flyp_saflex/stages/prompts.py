@@ -162,7 +162,7 @@ def ask(
         answer = parse(text, class_names, options.max_domains, complete=complete)
         answers.append(answer)
         print(
-            f"answer {attempt} of at most {options.attempts}: {len(answer.domains)} domains, {len(answer.wrong)} lines malformed"
+            f"answer {attempt} of at most {options.attempts}: {len(answer.domains)} domains, {len(answer.wrong)} malformed lines"
         )
         for line, reason in answer.wrong[:SHOWN]:
             print(f"  not used: {line[:100]!r} {reason}")
