@@ -38,8 +38,11 @@ SPLIT_WORDS = re.compile(
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
-class _Image(Protocol):
-    def save(self, fp: Any, format: str | None = None) -> None: ...
+class SavableImage(Protocol):
+    """A Pillow image, for who writes one; Pillow itself is not needed here."""
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """Write it to a file or its path."""
 
 
 class AugmentCache:
@@ -225,7 +228,7 @@ class AugmentCache:
         trained = {sample.sample_id for sample in dataset.train.samples}
         return tuple(edit for edit in self.edits if edit.source_id in trained)
 
-    def append(self, image: _Image, row: Mapping[str, object]) -> Edit:
+    def append(self, image: SavableImage, row: Mapping[str, object]) -> Edit:
         """Write an image, then its manifest row.
 
         Args:
@@ -290,8 +293,10 @@ class AugmentCache:
         """Yield the edits one by one, for entries that are too large to be held; see `edits`."""
         seen: dict[str, tuple[Path, int, int]] = {}
         listings: dict[Path, frozenset[str]] = {}
-        for path in (self._manifest, *sorted(self.folder.glob(f"{WRITERS}/*/{ROWS}"))):
-            for number, row in self._rows(path):
+        # The manifest is read last: a writer that ends in between has merged its rows into it.
+        parts = [(path, self._rows(path)) for path in sorted(self.folder.glob(f"{WRITERS}/*/{ROWS}"))]
+        for path, rows in ((self._manifest, self._rows(self._manifest)), *parts):
+            for number, row in rows:
                 edit = self._edit(row, f"{path} line {number}")
                 known, digest = seen.get(edit.aug_id), hash(msgspec.json.encode(row))
                 if known is not None:
