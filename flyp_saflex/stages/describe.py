@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import logging
 
 from flyp_saflex.errors import ModelError
 
@@ -125,12 +127,19 @@ def _device() -> torch.device:
 
 def _load(kind: Any, where: str, name: str, revision: str, dtype: torch.dtype) -> Any:
     """Load a model whose weights are all there, for inference and greedy decoding."""
-    model, info = kind.from_pretrained(name, revision=revision or "main", dtype=dtype, output_loading_info=True)
-    missing = sorted(info["missing_keys"]) + [str(row) for row in info.get("mismatched_keys", ())]
-    if missing:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is told below, in one line instead of a coloured table
+    try:
+        model, info = kind.from_pretrained(
+            name, revision=revision or "main", dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    wrong = sorted(info["missing_keys"]) + sorted(str(row[0]) for row in info["mismatched_keys"])
+    if wrong:
         raise ModelError(
-            f"{where}: its file of weights lacks {len(missing)} of the model's tensors (first: {missing[0]}); "
-            "download it again, or take another model"
+            f"{where}: {len(wrong)} of the model's tensors are not in its file of weights or have another size there (first: "
+            f"{wrong[0]}); download it again, or take another model"
         )
     for key in SAMPLING:
         setattr(model.generation_config, key, None)
@@ -152,10 +161,12 @@ def _one_line(where: str, name: str, fix: str, memory: str = "") -> Iterator[Non
     except TemplateError as error:
         raise ModelError(f"{where}: its chat template refuses the request ({_first_line(error)}); take another{fix}") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(
-            f"{where} cannot be loaded or used ({_first_line(error)}); expected a hub id whose weights are here or can be "
-            f"downloaded (hf download {name}), or a model's folder{fix}"
-        ) from error
+        expected = (
+            "expected a folder with the model's configuration, tokenizer or processor, and weights: copy it again"
+            if Path(name).is_dir()
+            else f"expected a hub id whose weights are here or can be downloaded (hf download {name}), or a model's folder"
+        )
+        raise ModelError(f"{where} cannot be loaded or used ({_first_line(error)}); {expected}{fix}") from error
 
 
 def _first_line(error: Exception) -> str:
