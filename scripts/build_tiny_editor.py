@@ -56,7 +56,7 @@ WHERE = {
 VERBS = ("put the {} {}", "move the {} {}", "show the {} {}", "place the {} {}", "a photo of a {} {}", "make it a {} {}")
 CONTEXT_TOKENS = 24
 VAE_STEPS, VAE_BATCH, VAE_CROP_PX, VAE_LR = 3000, 32, 32, 2e-3
-STEPS, BATCH, LR, EMA = 5000, 32, 1e-3, 0.999
+STEPS, BATCH, LR, EMA = 6000, 32, 1e-3, 0.999
 LEFT_OUT = 0.05
 CHECKPOINT_EVERY = 250
 
@@ -66,7 +66,7 @@ UNET: dict[str, Any] = {
     "out_channels": 4,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (48, 96, 128),
+    "block_out_channels": (32, 64, 128),
     "layers_per_block": 1,
     "cross_attention_dim": 64,
     "attention_head_dim": 4,

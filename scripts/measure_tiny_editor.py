@@ -124,7 +124,7 @@ def judged(judge: Judge, images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], 
 @torch.no_grad()
 def reconstructed(editor: Editor, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the pictures after the editor's autoencoder and back."""
-    vae = editor.pipeline.vae
+    vae = editor._pipeline.vae
     found = [vae.decode(vae.encode(to_tensor(part)).latent_dist.mode()).sample for part in np.array_split(images, 8)]
     return ((torch.cat(found).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=Path("tiny_editor_judge.pt"), help="file that keeps the classifier")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0, help="of the text; 1: none")
-    parser.add_argument("--image-guidance", type=float, default=1.0)
+    parser.add_argument("--image-guidance", type=float, default=1.0, help="of the source; only with --guidance above 1")
     parser.add_argument("--sheet", type=Path, help="write a picture of edits here")
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -230,7 +230,7 @@ def main() -> None:
         size_px=SIZE_PX,
         steps=arguments.steps,
         guidance=arguments.guidance,
-        image_guidance=arguments.image_guidance,
+        image_guidance=arguments.image_guidance if arguments.guidance > 1 else None,
         safety_checker=False,
     )
     figures(judge, config, arguments.sheet)
