@@ -27,6 +27,12 @@ PAIRS = 3
 """Pairs of source and edit in a row of a sheet."""
 SHOWN = 40
 """Rows of a table that are printed; the returned numbers have all of them."""
+CONFIDENCE = "unchanged, corrupted: confidently its source's class, another class (confident thresholds, arXiv 1911.00068)."
+MEANING = {
+    "semantic": "semantic: fits a negative text better than every positive one.",
+    "unchanged": CONFIDENCE,
+    "corrupted": CONFIDENCE,
+}
 Table = dict[str, dict[str, int]]
 
 
@@ -69,18 +75,15 @@ def report(scored: Scored, sheets: Path, *, drop: Collection[str], sheet_rows: i
     domains = removal_table([domain_of(edit) for edit in scored.edits], flags, keep_N)
     total = removal_table(["all"] * len(scored.edits), flags, keep_N)
     print(f"\n{table_text('class', classes, total)}\n\n{table_text('domain', domains)}\n")
-    print(
-        "semantic: fits a negative text better than every positive one. unchanged / corrupted: confidently its source's class / "
-        "another class\n(confident thresholds, arXiv 1911.00068). An edit may have several verdicts. "
-        f"Dropped are: {', '.join(name for name in flags if name in drop) or 'none'}; unreadable edits always."
-    )
+    told = [MEANING[name] for name in flags if name in MEANING] + ["An edit may have several verdicts."] * (len(flags) > 2)
+    print("\n".join([*dict.fromkeys(told), f"Dropped are: {', '.join(name for name in flags if name in drop) or 'none'}."]))
     cosines = [row["similarity"] for row in scored.rows if row["similarity"] is not None]
     if cosines:
         low, middle, high = np.quantile(cosines, (0.1, 0.5, 0.9))
         print(f"cosine to the source: median {middle:.3f}, 80 % between {low:.3f} and {high:.3f}")
     unreadable = [row["reason"] for row, bad in zip(scored.rows, flags[UNREADABLE], strict=True) if bad]
     if unreadable:
-        print(f"{len(unreadable)} edits cannot be read, first: {unreadable[0]}")
+        print(f"{len(unreadable)} edits cannot be read and are not kept, first: {unreadable[0]}")
     if len(cosines) + len(unreadable) < len(scored.rows):
         print(f"{len(scored.rows) - len(cosines) - len(unreadable)} edits have no cosine: their sources cannot be read")
     if sheet_rows:
