@@ -10,9 +10,8 @@ import io
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from tqdm import tqdm
 from flyp_saflex.cache import FORMATS, MANIFEST, AugmentCache
 from flyp_saflex.cache_writer import CacheWriter, read_rejected, state_settings
 from flyp_saflex.config import Config
-from flyp_saflex.data.contact_sheet import Tile, contact_sheet
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.edit_prompts import load_edit_prompts
 from flyp_saflex.errors import DataError
@@ -37,12 +35,12 @@ from flyp_saflex.stages.edit_plan import (
     stated_settings,
     wordings_for,
 )
+from flyp_saflex.stages.edit_watch import SHEETS, Sheets, Tally
 from flyp_saflex.stages.editing import EditResult, edit_batches, read_source
 from flyp_saflex.stages.editor import Editor, load_editor
 from flyp_saflex.stages.editor_settings import Settings, resolve
 from flyp_saflex.stages.signals import StopSignals
 
-SHEETS, SHEET_ROWS, SHEET_PX = "sheets", 12, 256
 PROBE_AGAIN_S = 30.0
 """A probe that was quicker is timed a second time: the first batch pays for what the device has to set up."""
 
@@ -109,11 +107,17 @@ def generate(config: Config, *, shard: tuple[int, int] = (0, 1), limit: int | No
     if editor is not None:
         state_settings(work.folder, work.stated | {"identity": editor.identity}, write=True)
     with CacheWriter(work.folder, work.dataset.name, index=work.index, count=work.count) as writer, StopSignals() as signals:
-        tally = _Tally()
+        tally = Tally()
         if editor is not None:
             _edit(work, editor, writer, signals, tally)
         done = writer.finish([(edit.file_name, edit.sample.sample_id) for edit in work.plan], work.max_unreadable)
-    _report(work, tally, done=done)
+    if counts := tally.line():
+        work.say(counts)
+    if done:
+        work.say(f"{work.folder} is finished; look at {SHEETS}/ in it before you train on it")
+    else:
+        others = "" if work.count == 1 else ", or another of its processes is still at work"
+        work.say(f"{work.folder} is not finished{others}: the same command goes on")
     if signals.requested and not done:
         raise KeyboardInterrupt
     return work.folder
@@ -152,12 +156,12 @@ def _work(config: Config, shard: tuple[int, int], limit: int | None) -> _Work:
     )
 
 
-def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals, tally: _Tally) -> None:
+def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals, tally: Tally) -> None:
     """Make this writer's edits, batch by batch, until all are made or a signal asks to stop."""
     config, done_before = work.config, writer.made | writer.rejected
     batches = work.pending(writer.made, writer.rejected)
     total = sum(edit.file_name not in done_before for batch in batches for edit in batch)
-    sheets = _Sheets(work)
+    sheets = Sheets(work.folder, config.editor.sheet_every, index=work.index, count=work.count)
     quiet = None if work.is_main else True
     with tqdm(total=total, unit="edit", desc="editing", disable=quiet, smoothing=0.05) as bar:
         for results in edit_batches(editor, batches, box_crop=config.data.box_crop):
@@ -222,68 +226,6 @@ def _rejection(result: EditResult) -> dict[str, Any]:
         "reason": result.reason,
         "instruction": planned.text,
     }
-
-
-@dataclass
-class _Tally:
-    """What came out in this process."""
-
-    made: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-
-    def add(self, results: Sequence[EditResult]) -> None:
-        """Count."""
-        for result in results:
-            if result.unreadable:
-                self.unreadable[result.planned.sample.sample_id] = result.reason
-            elif result.image is None:
-                self.rejected[result.reason] += 1
-            else:
-                self.made += 1
-
-
-class _Sheets:
-    """Contact sheets of the newest edits: a row per source, the source first."""
-
-    def __init__(self, work: _Work) -> None:
-        self.every = work.config.editor.sheet_every
-        self.folder = work.folder / SHEETS
-        self.name = "" if work.count == 1 else f"-{work.index}-of-{work.count}"
-        self.rows: dict[str, list[Tile]] = {}
-        self.made = self.since = 0
-
-    def add(self, results: Sequence[EditResult]) -> None:
-        """Take edits in; write a sheet if there are enough."""
-        for result in results:
-            if result.unreadable:
-                continue
-            sample = result.planned.sample
-            if sample.sample_id not in self.rows:
-                self.rows[sample.sample_id] = [Tile(_small(result.source), sample.sample_id)]
-                self.rows = dict(list(self.rows.items())[-SHEET_ROWS:])
-            text = result.planned.text if result.image else f"rejected ({result.reason}): {result.planned.text}"
-            self.rows[sample.sample_id].append(Tile(_small(result.image), text))
-            self.made, self.since = self.made + 1, self.since + 1
-        if self.every and self.since >= self.every:
-            self._write()
-
-    def write_rest(self) -> None:
-        """Write a last sheet if anything came after the one before."""
-        if self.since:
-            self._write()
-
-    def _write(self) -> None:
-        contact_sheet(list(self.rows.values()), self.folder / f"{self.made:06d}{self.name}.jpg")
-        self.since = 0
-
-
-def _small(image: Image.Image | None) -> Image.Image | None:
-    if image is not None and max(image.size) > SHEET_PX:
-        image = image.copy()
-        image.thumbnail((SHEET_PX, SHEET_PX))
-    return image
 
 
 def _is_open(edit: PlannedEdit, made: set[str], rejected: set[str]) -> bool:
@@ -357,21 +299,3 @@ def _check_writable(folder: Path) -> None:
     if not home.is_dir() or not os.access(home, os.W_OK):
         reason = "it may not be written to" if home.is_dir() else "it is a file"
         raise DataError(f"augment cache {folder} cannot be written: {home}: {reason}; choose another cache.root")
-
-
-def _report(work: _Work, tally: _Tally, *, done: bool) -> None:
-    seconds = time.monotonic() - tally.started
-    lines = []
-    if tally.made or tally.rejected or tally.unreadable:
-        refused = ", ".join(f"{count} {reason}" for reason, count in tally.rejected.most_common(3)) or "none"
-        lines.append(
-            f"{tally.made} edits made in {seconds:.0f} s ({tally.made / max(seconds, 1e-9):.2f} a second); rejected: "
-            f"{tally.rejected.total()} ({refused}); sources that cannot be read: {len(tally.unreadable)}"
-        )
-    if done:
-        lines.append(f"{work.folder} is finished; look at {SHEETS}/ in it before you train on it")
-    else:
-        others = "" if work.count == 1 else ", or another of its processes is still at work"
-        lines.append(f"{work.folder} is not finished{others}: the same command goes on")
-    for line in lines:
-        work.say(line)
