@@ -56,7 +56,7 @@ WHERE = {
 VERBS = ("put the {} {}", "move the {} {}", "show the {} {}", "place the {} {}", "a photo of a {} {}", "make it a {} {}")
 CONTEXT_TOKENS = 24
 VAE_STEPS, VAE_BATCH, VAE_CROP_PX, VAE_LR = 3000, 32, 32, 2e-3
-STEPS, BATCH, LR, EMA = 6000, 32, 1e-3, 0.999
+STEPS, BATCH, LR, EMA = 4500, 32, 1e-3, 0.999
 LEFT_OUT = 0.05
 CHECKPOINT_EVERY = 250
 
