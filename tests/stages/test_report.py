@@ -131,7 +131,7 @@ def test_html_is_made_for_a_name_that_ends_in_html(tmp_path, capsys):
     assert text.startswith("<!doctype html>")
     assert "a&lt;b" in text
     assert "a<b" not in text
-    assert text.count("<table>") == text.count("</table>") == 6
+    assert text.count("<table") == text.count("</table>") >= 6
     assert capsys.readouterr().out == f"wrote {out}\n"
 
 

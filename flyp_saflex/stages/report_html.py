@@ -1,0 +1,111 @@
+"""The page's elements: escaped text, tables in boxes that scroll, figures, sections (floor 3, part of report; no torch).
+
+Whatever comes from a run (names of recipes, classes, files, instructions) is a plain `str` and is escaped here, once;
+what is markup already is `Markup` and is not.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+NOTHING = "\N{EN DASH}"
+"""What stands where there is no number."""
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+    __slots__ = ()
+
+
+def text(value: object) -> Markup:
+    """Return anything as HTML: escaped, without control characters; markup stays as it is."""
+    if isinstance(value, Markup):
+        return value
+    return Markup(html.escape(plain(str(value))))
+
+
+def plain(value: str) -> str:
+    """Return text without characters that XML forbids or that turn the direction of the line."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in value
+    )
+
+
+def join(parts: Iterable[object], separator: str = "\n") -> Markup:
+    """Return several parts as one."""
+    return Markup(separator.join(text(part) for part in parts))
+
+
+def element(tag: str, content: object = "", **attributes: object) -> Markup:
+    """Return `<tag attributes>content</tag>`; `class_` is `class`, an attribute that is None is left out."""
+    pairs = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{text(value)}"' for name, value in attributes.items() if value is not None
+    )
+    return Markup(f"<{tag}{pairs}>{text(content)}</{tag}>")
+
+
+def section(identity: str, title: str, *parts: object) -> Markup:
+    """Return a chapter of the page."""
+    return element("section", join(["", element("h2", title), *parts, ""]), id=identity)
+
+
+def paragraph(*parts: object, class_: str | None = None) -> Markup:
+    """Return a paragraph."""
+    return element("p", join(parts, " "), class_=class_)
+
+
+def listing(items: Sequence[object], class_: str | None = None) -> Markup:
+    """Return a bulleted list; nothing for no items."""
+    return element("ul", join(element("li", item) for item in items), class_=class_) if items else Markup("")
+
+
+def details(summary: object, *parts: object, open_: bool = False) -> Markup:
+    """Return a part that is unfolded on request."""
+    made = element("details", join([element("summary", summary), *parts]))
+    return Markup(made.replace("<details>", "<details open>", 1)) if open_ else made
+
+
+def figure(drawing: Markup, caption: object) -> Markup:
+    """Return a drawing with its caption."""
+    return element("figure", join([drawing, element("figcaption", caption)]))
+
+
+def cell(value: object, *, share: float | None = None, class_: str | None = None, span: int | None = None) -> Markup:
+    """Return a table cell; `share` in 0..1 draws a bar behind the number."""
+    style = None if share is None else f"--v:{min(max(share, 0.0), 1.0):.2f}"
+    return element("td", value, class_=class_ or ("bar" if share is not None else None), style=style, colspan=span)
+
+
+def table(
+    caption: str,
+    header: Sequence[object],
+    lines: Iterable[Sequence[object]],
+    *,
+    groups: Sequence[tuple[object, int]] = (),
+    class_: str | None = None,
+    seen: str = "",
+) -> Markup:
+    """Return a table in a box of its own that scrolls when the screen is narrow.
+
+    Args:
+        caption: what the table shows, complete without what is around it: read aloud.
+        header: names of the columns; the first column names the rows.
+        lines: the cells of every row, made by `cell` or plain.
+        groups: (name, number of columns) above the header.
+        class_: class of the table.
+        seen: caption to be seen instead, where the heading above says a part of it already.
+    """
+    rows = [element("caption", seen or caption, class_=None if seen else "unseen")]
+    if groups:
+        over = [element("th", name, colspan=span, scope="colgroup", class_="group") for name, span in groups]
+        rows.append(element("tr", join([element("td", ""), *over], "")))
+    rows.append(element("tr", join((element("th", name, scope="col") for name in header), "")))
+    rows[1:] = [element("thead", join(rows[1:]))]
+    body = []
+    for first, *others in lines:
+        cells = (other if isinstance(other, Markup) and other.startswith("<td") else cell(other) for other in others)
+        body.append(element("tr", join([element("th", first, scope="row"), *cells], "")))
+    made = element("table", join([*rows, element("tbody", join(body))]), class_=class_)
+    return element("div", made, class_="scroll", tabindex="0", role="region", aria_label=caption)
