@@ -124,7 +124,7 @@ def test_no_stage_imports_a_sibling() -> None:
 def test_each_library_has_one_home() -> None:
     assert importers("open_clip") == {"flyp_saflex.method.clip"}
     assert importers("diffusers") <= {"flyp_saflex.stages.editor"}
-    assert importers("transformers") == {"flyp_saflex.stages.describe"}
+    assert importers("transformers") <= {"flyp_saflex.stages.describe", "flyp_saflex.stages.editor"}
     assert importers("pandas") | importers("wilds") <= {module_name(p) for p in (PACKAGE / "data").rglob("*.py")} | {
         "flyp_saflex.method.metrics"
     }

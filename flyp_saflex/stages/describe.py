@@ -15,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
 from flyp_saflex.errors import ModelError
@@ -68,7 +68,7 @@ class Captioner:
 
 
 class ChatModel:
-    """An instruction-tuned language model with a chat template.
+    """An instruction-tuned language model with a chat template; its weights are loaded when the first answer is wanted.
 
     Args:
         name: hub id or folder.
@@ -89,8 +89,20 @@ class ChatModel:
                     f"{self._where} has no chat template, expected an instruction-tuned chat model: take its instruct version, "
                     f"or {BY_HAND}"
                 )
-            self._model = _load(AutoModelForCausalLM, self._where, name, revision, DTYPES[precision]).to(self.device)
-        self.revision: str = getattr(self._model.config, "_commit_hash", None) or revision
+            self._config = AutoConfig.from_pretrained(name, revision=revision or "main")
+        self._asked, self._dtype = revision, DTYPES[precision]
+        self._model: Any = None
+        self.revision: str = getattr(self._config, "_commit_hash", None) or revision
+
+    def load(self) -> None:
+        """Load the weights, unless they are.
+
+        Raises:
+            ModelError: they are not there, not whole, or do not fit into memory.
+        """
+        if self._model is None:
+            with _one_line(self._where, self.name, f"; or {BY_HAND}"):
+                self._model = _load(AutoModelForCausalLM, self._where, self.name, self._asked, self._dtype).to(self.device)
 
     def answer(self, text: str, max_new_tokens: int) -> tuple[str, bool]:
         """Answer one message.
@@ -99,14 +111,16 @@ class ChatModel:
             The answer, and whether the model ended it itself (False: it was cut at `max_new_tokens`).
 
         Raises:
-            ModelError: the message is too long for the model, its template refuses it, or the device's memory is full.
+            ModelError: the message is too long for the model, its template refuses it, the weights cannot be loaded, or the
+                device's memory is full.
         """
+        self.load()
         with _one_line(self._where, self.name, f"; or {BY_HAND}", memory="prompts.num_captions"), torch.inference_mode():
             inputs = self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
             ).to(self.device)
             length = inputs["input_ids"].shape[1]
-            most = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 2**31))
+            most = min(self._tokenizer.model_max_length, getattr(self._config, "max_position_embeddings", 2**31))
             if length + max_new_tokens > most:
                 raise ModelError(
                     f"{self._where} reads and writes at most {most} tokens, but the request has {length} and the answer may have "

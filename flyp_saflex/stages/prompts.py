@@ -71,6 +71,7 @@ def prompts(config: Config, *, force: bool = False, limit: int | None = None, dr
     if dry_run:
         print(f"would take {source}, have {options.llm} name at most {options.max_domains} domains, and write {path}")
         return path
+    model = ChatModel(options.llm, options.llm_revision, options.precision)  # a wrong name shows before images are captioned
     made: dict[str, Any] = {"seed": config.seed}
     if options.captions:
         made["captions_file"] = options.captions
@@ -80,7 +81,6 @@ def prompts(config: Config, *, force: bool = False, limit: int | None = None, dr
         captions = caption_images(captioner, samples, options.batch_size, crop=config.data.box_crop)
         del captioner  # its memory is wanted by the language model
     print(f"{source}, for example: '{captions[0].text}'")
-    model = ChatModel(options.llm, options.llm_revision, options.precision)
     made |= {"llm": model.name, "llm_revision": model.revision}
     domains, answers = ask(model, [caption.text for caption in captions], dataset.class_names, options)
     made["answers"] = [answer.text for answer in answers]

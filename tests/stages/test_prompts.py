@@ -189,6 +189,14 @@ def test_checks_come_before_any_model(make: Callable[..., Config], own_captions:
     assert prompts(make("prompts.name=other"), dry_run=True).name == "folder.other.toml"
 
 
+def test_a_language_model_that_is_not_here_is_told_before_images_are_captioned(
+    make: Callable[..., Config], blip: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(ModelError, match=r"prompts.llm = './none' cannot be loaded"):
+        prompts(make(f"prompts.captioner={blip}", "prompts.llm=./none"))
+    assert "captions" not in capsys.readouterr().err
+
+
 def test_only_the_main_process_works(make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "1")
     assert prompts(make()) == OUT
@@ -234,7 +242,9 @@ def test_captions_are_words_and_depend_on_the_image_only(make: Callable[..., Con
 def test_half_precision_weights(blip: Path, stranger: Path):
     captioner = Captioner(str(blip), precision="bf16")
     assert {parameter.dtype for parameter in captioner._model.parameters()} == {torch.bfloat16}
-    assert {parameter.dtype for parameter in ChatModel(str(stranger), precision="bf16")._model.parameters()} == {torch.bfloat16}
+    model = ChatModel(str(stranger), precision="bf16")
+    model.load()
+    assert {parameter.dtype for parameter in model._model.parameters()} == {torch.bfloat16}
 
 
 def broken(model: Path, folder: Path, kind: str) -> Path:
@@ -266,7 +276,9 @@ def test_a_model_that_is_not_whole_is_one_line(option: str, kind: str, blip: Pat
     folder = broken(blip if option == "captioner" else stranger, tmp_path / "broken", kind)
     reason = "copy it again" if kind in ("no weights", "cut weights", "broken config") else "tensors are not in its file"
     with pytest.raises(ModelError, match=reason) as caught:
-        load(str(folder))
+        loaded = load(str(folder))
+        if isinstance(loaded, ChatModel):
+            loaded.load()
     check_line(caught.value, f"prompts.{option} = '{folder}'")
 
 
