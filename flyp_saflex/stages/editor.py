@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +150,7 @@ class Editor:
             batch = {name: values[0] for name, values in batch.items()}
         if "true_cfg_scale" in self._accepted and self._guidance_name() == "true_cfg_scale":
             batch.setdefault("negative_prompt", " ")  # without one, these pipelines ignore the guidance
-        area = {"width": size[0], "height": size[1], "max_area": size[0] * size[1]}
+        area = {"width": size[0], "height": size[1], "max_area": size[0] * size[1], "_auto_resize": False}
         batch |= {name: value for name, value in area.items() if name in self._accepted}
         images, flagged = self._call(batch, len(requests), size)
         images = [_resized(image, size) for image in images]
@@ -201,9 +202,14 @@ class Editor:
         for argument, (option, value) in options.items():
             if value is not None and argument not in self._accepted:
                 raise ConfigError(
-                    f"editor.{option} = {value!r}, but {name} of editor.model = {settings.model} has no {argument}: remove the "
-                    "option, or set editor.kind=auto and only options that the pipeline has"
+                    f"editor.{option} = {value!r}, but {name} of editor.model = {settings.model} has no {argument}: "
+                    + ("remove the option" if settings.kind == "auto" else "use another editor.model or editor.kind")
                 )
+        if settings.negative_prompt and "true_cfg_scale" in self._accepted and self._guidance_name() != "true_cfg_scale":
+            raise ConfigError(
+                f"editor.negative_prompt has no effect on {name} of editor.model = {settings.model}, whose guidance is trained "
+                "into it: remove the option"
+            )
         del options["negative_prompt"]  # goes with the texts
         return {argument: value for argument, (_, value) in options.items() if value is not None} | {"output_type": "pil"}
 
@@ -259,7 +265,8 @@ def _load(diffusers: Any, settings: Settings, source: Source) -> Any:
     if source.has_safety_checker and not settings.safety_checker:
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        return cls.from_pretrained(source.folder, **options)
+        with _without_bars(diffusers):
+            return cls.from_pretrained(source.folder, **options)
     except Exception as error:  # diffusers, transformers and safetensors raise a dozen types here
         raise ModelError(
             f"editor.model = {settings.model}: its {source.class_name} cannot be loaded for editor.kind = {settings.kind} "
@@ -321,6 +328,21 @@ def _grid_px(pipeline: Any) -> int:
     transformer = getattr(pipeline, "transformer", None)
     patch = getattr(transformer.config, "patch_size", 1) if transformer is not None else 1
     return scale if transformer is None else scale * max(2, patch if isinstance(patch, int) else 2)
+
+
+@contextmanager
+def _without_bars(diffusers: Any) -> Iterator[None]:
+    """Keep the libraries from drawing a bar per file that they read."""
+    from transformers.utils import logging
+
+    shown = [library for library in (diffusers.utils.logging, logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _resized(image: Image.Image | None, size: tuple[int, int]) -> Image.Image:

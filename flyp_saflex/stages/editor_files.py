@@ -80,7 +80,12 @@ def digest(folder: Path) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error of somebody else's."""
+    """Return the first line of somebody else's error, or that there is no network, which they word as a missing file."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+            return "the hub cannot be reached, and nothing is kept here from an earlier time"
+        cause = cause.__cause__ or cause.__context__
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
 
 

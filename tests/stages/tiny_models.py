@@ -14,6 +14,9 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
@@ -21,7 +24,16 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers import pre_tokenizers
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 CONTEXT_TOKENS = 64  # nearly a token a letter
 PIPELINES: dict[str, tuple[type[DiffusionPipeline], int]] = {
@@ -105,6 +117,7 @@ def build_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
+        shift_factor=0.1,  # read by FLUX only
     )
     with torch.no_grad():
         vae.decoder.conv_out.weight *= 3
@@ -127,3 +140,35 @@ def build_safety_checker(verdict: str) -> StableDiffusionSafetyChecker:
         checker.concept_embeds_weights.fill_({"passes": 2.0, "blocks": -2.0}[verdict])
         checker.special_care_embeds_weights.fill_(2.0)
     return checker
+
+
+def build_tiny_kontext(folder: Path) -> Path:
+    """Write a newer instruction editor's folder: FLUX Kontext, a transformer that is given packed latents of text and image."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = build_tokenizer()
+        pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz")]
+        t5 = T5Config(
+            vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
+        )
+        pipeline = FluxKontextPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=build_vae(),
+            text_encoder=CLIPTextModel(text_config(tokenizer)),
+            tokenizer=tokenizer,
+            text_encoder_2=T5EncoderModel(t5),
+            tokenizer_2=T5TokenizerFast(vocab=pieces, extra_ids=0),
+            transformer=FluxTransformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=16,
+                pooled_projection_dim=16,
+                guidance_embeds=True,
+                axes_dims_rope=(4, 6, 6),
+            ),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
