@@ -63,7 +63,13 @@ def make_run(config: Config, folder: Path) -> Path:
 def options(tiny_options: list[str], edits: AugmentCache, run: Path, tmp_path: Path) -> list[str]:
     """`--set` values of the filter on the fixture's edits."""
     (tmp_path / "texts.toml").write_text(TEXTS, encoding="utf-8")
-    return [*tiny_options, f"editor.prompts={tmp_path / 'texts.toml'}", f"filter.run={run}", "filter.batch_size=7"]
+    return [
+        *tiny_options,
+        f"editor.prompts={tmp_path / 'texts.toml'}",
+        f"filter.run={run}",
+        "filter.batch_size=7",
+        "filter.sheet_rows=0",
+    ]
 
 
 @pytest.fixture
@@ -136,6 +142,7 @@ def test_scores_are_what_the_models_say(config: Config, edits: AugmentCache):
 
 
 def test_what_is_printed_and_the_sheets(config: Config, edits: AugmentCache, capsys: pytest.CaptureFixture[str]):
+    config = replace(config, filter=replace(config.filter, sheet_rows=12))
     numbers = filter_edits(config)
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
@@ -158,7 +165,7 @@ def test_what_is_printed_and_the_sheets(config: Config, edits: AugmentCache, cap
 
 def test_hugging_face_still_reads_the_entry(config: Config, edits: AugmentCache):
     datasets = pytest.importorskip("datasets")
-    filter_edits(config)
+    filter_edits(replace(config, filter=replace(config.filter, sheet_rows=2)))
     assert (edits.folder / "sheets").is_dir()
     read = datasets.load_dataset("imagefolder", data_dir=str(edits.folder), cache_dir=str(edits.folder.parent / "hf"))
     assert list(read) == ["train"]
@@ -174,7 +181,7 @@ def test_only_the_filters_that_are_asked_for(config: Config, edits: AugmentCache
     filter_edits(replace(config, filter=replace(config.filter, use=("confidence",)), editor=replace(config.editor, prompts="")))
     assert "replaced as a whole" in capsys.readouterr().out
     assert all(row["semantic"] is row["semantic_pass"] is None and row["predicted"] is not None for row in rows_of(edits))
-    filter_edits(replace(config, filter=replace(config.filter, use=(), sheet_rows=0)))
+    filter_edits(replace(config, filter=replace(config.filter, use=())))
     assert all(row["keep"] and row["similarity"] is not None for row in rows_of(edits))
 
 
