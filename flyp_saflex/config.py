@@ -1,7 +1,6 @@
 """Every option, once: its name, type, range, default and meaning (floor 0; imports no torch).
 
-A recipe is a TOML file with these sections; `recipes.py` turns it into a `Config`. A string under a field documents it
-and is what `--print-config` shows. Fractions are in 0..1, sizes in pixels, lengths of training in optimiser steps.
+`recipe.py` turns a TOML file with these sections into a `Config`. A string under a field documents it (`--print-config`).
 """
 
 from __future__ import annotations
@@ -129,8 +128,8 @@ class EditorConfig:
     """The command `generate`: the diffusion editor; an option left unset has the usual value of its `kind`."""
 
     kind: Literal["instruct-pix2pix", "img2img", "text2img", "inpaint", "auto"] = "instruct-pix2pix"
-    """`instruct-pix2pix`: follows an instruction; `img2img`: SDEdit; `text2img`: from text alone; `inpaint`: repaints what is
-    around the object's box; `auto`: whatever instruction editor the model's folder names, called with image and instruction."""
+    """`instruct-pix2pix`: follows an instruction; `img2img`: SDEdit; `text2img`: from text alone; `inpaint`: around the box;
+    `auto`: any newer instruction editor, called with image and instruction."""
     model: str = ""
     """Diffusers model (hub id or folder); empty: the usual one of `kind`, for example `timbrooks/instruct-pix2pix`."""
     revision: str = ""
@@ -308,8 +307,7 @@ class SaflexConfig:
     gain_scale: Literal["none", "std"] | None = None
     """Unit of the gains in the labels' softmax: as printed in the paper, or the batch's standard deviation."""
     validation_loss: Literal["ce", "margin", "train"] | None = None
-    """Loss of the validation rows: cross entropy over all class captions, its infinite-temperature limit, or the
-    in-batch contrastive loss."""
+    """Loss of the validation rows: cross entropy over class captions, its infinite-temperature limit, or the training loss."""
     validation_rows: Natural | None = None
     """Validation images per refresh; 0: the whole split."""
     refresh_every: Count | None = None
