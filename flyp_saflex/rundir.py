@@ -146,6 +146,17 @@ class RunDir:
         """Write env.json: versions, commit, hardware, command line."""
         write_json(self.path / "env.json", environment() | extra)
 
+    def note_seconds(self, stage: str, part: str, seconds: float) -> None:
+        """Note in env.json how long a part of a later stage took; a part that is done again replaces its time."""
+        path = self.path / "env.json"
+        try:
+            values = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            values = {}  # a run that was copied without it
+        noted = values.get("stage_seconds") or {}
+        values["stage_seconds"] = noted | {stage: (noted.get(stage) or {}) | {part: round(seconds, 3)}}
+        write_json(path, values)
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl; NaN and infinity become null."""
         self._append("metrics.jsonl", [row])

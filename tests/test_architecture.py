@@ -26,6 +26,7 @@ HEAVY = {
     "sklearn",
     "open_clip",
     "wilds",
+    "matplotlib",
 }
 COMMANDS = {"data", "prompts", "generate", "filter", "train", "evaluate", "report", "demo"}
 
@@ -125,6 +126,7 @@ def test_each_library_has_one_home() -> None:
     assert importers("open_clip") == {"flyp_saflex.method.clip"}
     assert importers("diffusers") <= {"flyp_saflex.stages.editor"}
     assert importers("transformers") <= {"flyp_saflex.stages.describe", "flyp_saflex.stages.editor"}
+    assert importers("matplotlib") == {"flyp_saflex.stages.report_plots"}
     assert importers("pandas") | importers("wilds") <= {module_name(p) for p in (PACKAGE / "data").rglob("*.py")} | {
         "flyp_saflex.method.metrics"
     }

@@ -127,3 +127,14 @@ def test_environment_names_versions_and_command(tmp_path: Path) -> None:
     assert written["device"] == "cpu"
     assert written["command"] == sys.argv
     assert {"torch", "open_clip_torch", "numpy"} <= set(environment()["packages"])
+
+
+def test_seconds_of_a_stage_are_noted_beside_the_environment(tmp_path):
+    with RunDir(tmp_path / "run") as run:
+        run.note_seconds("evaluation", "test", 1.0)
+        run.write_environment(seconds=5.0)
+        run.note_seconds("evaluation", "test", 2.0)
+        run.note_seconds("evaluation", "val", 0.5)
+    values = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert values["seconds"] == 5.0
+    assert values["stage_seconds"] == {"evaluation": {"test": 2.0, "val": 0.5}}

@@ -9,6 +9,7 @@ Shapes: N images, K classes, D embedding.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def evaluate(
         variants = {alpha: model.variant(alpha) for alpha in alphas}
         extras = {key: value for key, value in (("limit", limit), ("overrides", telling(overrides))) if value}
         for split in todo:
+            started = time.monotonic()
             scored = evaluate_split(
                 variants, split, loader, bootstrap=config.evaluate.bootstrap, seed=config.seed, state=state, extras=extras
             )
@@ -111,6 +113,7 @@ def evaluate(
                     results.write_predictions(split.name, prediction_columns(shown, dataset.class_names))
                 results.write_details(split.name, details(shown, dataset.class_names))
                 results.write()
+                folder.note_seconds("evaluation", split.name, time.monotonic() - started)
         if state.is_main_process:
             print(results.table([split.name for split in todo]))
         return results.as_dict()

@@ -28,7 +28,7 @@ def provenance_chapter(runs: Sequence[Run], baseline: str) -> Markup:
                 NOTHING if steps is None else steps,
                 duration(seconds),
                 per_step,
-                duration(run.results.get("seconds")),
+                duration(_evaluation_seconds(env)),
                 cell(_device(env), class_="words"),
                 cell(str(env.get("commit") or NOTHING)[:10], class_="code"),
             ]
@@ -48,6 +48,13 @@ def duration(seconds: Any) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _evaluation_seconds(env: Mapping[str, Any]) -> float | None:
+    stages = env.get("stage_seconds")
+    parts = stages.get("evaluation") if isinstance(stages, dict) else None
+    seconds = [value for value in parts.values() if isinstance(value, (int, float))] if isinstance(parts, dict) else []
+    return sum(seconds) if seconds else None
 
 
 def _device(env: Mapping[str, Any]) -> str:
@@ -93,6 +100,6 @@ def _environments(runs: Sequence[Run]) -> list[Markup]:
         inside = [table(f"Environment of {who}", ["what", "value"], lines)]
         if len(groups) > 1 and len(names) > 1:
             inside.insert(0, paragraph("; ".join(names), class_="note"))
-        machine = ", ".join(str(shown[name]) for name in ("flyp-saflex", "torch") if name in shown)
-        parts.append(details(f"{who}: flyp-saflex, torch {machine}" if machine else who, *inside))
+        versions = ", ".join(f"{name} {shown[name]}" for name in ("flyp-saflex", "torch", "python") if name in shown)
+        parts.append(details(f"{who}: {versions}" if versions else who, *inside))
     return parts

@@ -91,6 +91,7 @@ def write_run(root: Path, name: str, seed: int, options: list[str], *, steps=30,
         "commit": "0123456789abcdef",
         "processes": 1,
     }
+    environment["stage_seconds"] = {"evaluation": {"id_test": 3.0, "night": 4.4}}
     packages = {"flyp-saflex": "0.1.0", "torch": "2.9"}
     (run / "env.json").write_text(json.dumps(environment | {"packages": packages, "device": "Tesla <b>", "command": [EVIL]}))
     with (run / "metrics.jsonl").open("w") as file:
@@ -175,7 +176,7 @@ def test_chapters_tell_what_was_found(runs):
     assert "88%" in words
     assert "Differs from plain" in words
     assert "saflex.enabled: False -> True" in words
-    assert "1 min 15 s" in words
+    assert "1 min 15 s 2500 ms 7 s" in words  # training, per step, evaluation
     assert "0123456789" in words
     assert "mean ± sd" in words
 
