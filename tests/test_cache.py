@@ -170,6 +170,38 @@ def test_bad_manifests_name_the_line(case: str, entry: Path):
     assert "\n" not in str(caught.value)
 
 
+def test_labels_may_be_class_names(entry: Path):
+    """A folder that someone made elsewhere: three columns of facts, nothing else."""
+    rows = [{"file_name": f"images/snow/{n}.png", "source_id": source, "label": source[:3]} for n, source in enumerate(SOURCES)]
+    (entry / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="line 1: 'label' is 'cat', expected a class index"):
+        _ = AugmentCache.at(entry).edits
+    assert [edit.label for edit in AugmentCache.at(entry).check_against(dataset())] == [0, 0, 1]
+    cache = AugmentCache.open(entry.parent.parent, "folder", class_names=("Cat", "dog"))
+    assert [edit.label for edit in cache.edits] == [0, 0, 1]
+    assert cache.edits[0].provenance == {}
+    with pytest.raises(DataError, match=r"line 1: label 'cat' is no class; did you mean 'cats'\? .* write the class index"):
+        _ = AugmentCache.at(entry, class_names=("cats", "dog")).edits
+    with pytest.raises(DataError, match="label 'cat' stands for several classes"):
+        _ = AugmentCache.at(entry, class_names=("cat", "Cat", "dog")).edits
+
+
+def test_rows_of_writers_under_way_are_read(entry: Path):
+    """While several processes write, and when one of them was killed after its rows were merged."""
+    whole = AugmentCache.at(entry).edits
+    rows = lines(entry)
+    part = entry / ".writers" / "1-of-2"
+    part.mkdir(parents=True)
+    (entry / "metadata.jsonl").write_text(rows[0] + "\n")
+    (part / "rows.jsonl").write_text("\n".join(rows) + '\n{"file_na')
+    cache = AugmentCache.at(entry)
+    assert cache.edits == whole
+    assert any("rows.jsonl line 4 was cut off" in note for note in cache.notes)
+    (part / "rows.jsonl").write_text(rows[0].replace('"seed":7', '"seed":8') + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: 'images/snow/0\.png' is already on line 1 of .*metadata\.jsonl"):
+        _ = AugmentCache.at(entry).edits
+
+
 def test_an_aug_id_of_its_own_is_kept(entry: Path):
     change(entry, 1, aug_id="a7")
     assert AugmentCache.at(entry).edits[0].aug_id == "a7"
