@@ -30,7 +30,9 @@ def results_chapter(found: Sequence[Cell], remarks: Sequence[str], baseline: str
     parts: list[object] = [
         listing(list(remarks), "remarks"),
         paragraph(
-            "In percent: mean ± standard deviation over n seeds. Differences in points, paired by seed, with 95 % t-intervals;",
+            "In percent: mean ± standard deviation over n seeds. Differences from",
+            element("b", baseline),
+            "in points, paired by seed, with 95 % t-intervals;",
             element("b", "bold"),
             "where the interval excludes zero. Hollow marks: WiSE-FT at the alpha that each run chose.",
             class_="note",
@@ -73,7 +75,7 @@ def _result_table(block: Block, baseline: str, names: Sequence[str]) -> Markup:
     where = SHIFTS[block.shift][0].upper() + SHIFTS[block.shift][1:] + (f": {only}" if only else "")
     return table(
         f"{block.title}{', ' if only else ''}{only}",
-        ["condition", *(["mean ± sd" if spread else "mean", "n", f"vs {baseline}"] * len(block.splits))],
+        ["condition", *(["mean ± sd" if spread else "mean", "n", "vs baseline"] * len(block.splits))],
         lines,
         groups=[] if only else [(split, 3) for split in block.splits],
         class_="results",

@@ -88,7 +88,7 @@ def _lead(runs: Sequence[Run], baseline: str) -> Markup:
     data = " and ".join(dict.fromkeys(config.data.name for config in configs))
     models = " and ".join(dict.fromkeys(config.model.name.rpartition("/")[2] for config in configs))
     where = f" on {data}, starting from {models}" if configs else ""
-    return paragraph(f"{what}{where}. Differences are from", element("b", baseline), class_="lead")
+    return paragraph(f"{what}{where}. Baseline:", element("b", baseline), class_="lead")
 
 
 def _galleries(runs: Sequence[Run]) -> list[Gallery]:

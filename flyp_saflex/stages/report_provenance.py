@@ -29,7 +29,7 @@ def provenance_chapter(runs: Sequence[Run], baseline: str) -> Markup:
                 duration(seconds),
                 per_step,
                 duration(_evaluation_seconds(env)),
-                cell(_device(env), class_="words"),
+                _device(env),
                 cell(str(env.get("commit") or NOTHING)[:10], class_="code"),
             ]
         )
@@ -96,8 +96,8 @@ def _environments(runs: Sequence[Run]) -> list[Markup]:
         if not shown:
             parts.append(paragraph(f"{who}: no env.json."))
             continue
-        lines = [[name, cell(value, class_="words")] for name, value in shown.items()]
-        inside = [table(f"Environment of {who}", ["what", "value"], lines)]
+        lines = [[name, value] for name, value in shown.items()]
+        inside = [table(f"Environment of {who}", ["what", "value"], lines, class_="left")]
         if len(groups) > 1 and len(names) > 1:
             inside.insert(0, paragraph("; ".join(names), class_="note"))
         versions = ", ".join(f"{name} {shown[name]}" for name in ("flyp-saflex", "torch", "python") if name in shown)
