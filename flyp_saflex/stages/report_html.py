@@ -97,7 +97,7 @@ def table(
         class_: class of the table.
         seen: caption to be seen instead, where the heading above says a part of it already.
     """
-    rows = [element("caption", seen or caption, class_=None if seen else "unseen")]
+    rows = [element("caption", element("span", seen or caption), class_=None if seen else "unseen")]
     if groups:
         over = [element("th", name, colspan=span, scope="colgroup", class_="group") for name, span in groups]
         rows.append(element("tr", join([element("td", ""), *over], "")))
