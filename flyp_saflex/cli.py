@@ -70,7 +70,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Compare runs: mean, spread and n over seeds, paired differences."""
+    """Compare runs: mean, spread and n over seeds, paired differences; as text, or as a page with plots and a gallery."""
     from flyp_saflex.stages.report import report as run
 
     run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline)
@@ -151,8 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--wise-alphas", metavar="A,B,...", help="WiSE-FT sweep, for example 0,0.1,...,1 written out")
     command = add(report, [])
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that evaluate has been run on")
-    command.add_argument("--out", type=Path, metavar="FILE", help="write here instead of to the terminal")
-    command.add_argument("--format", choices=("md", "csv", "json"), default="md", help="default: md (Markdown)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="write here; report.html is a page of one file")
+    command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: what FILE ends in, else md")
     command.add_argument("--baseline", metavar="NAME", help="recipe that the others are compared with, paired by seed")
     return parser
 
