@@ -292,23 +292,23 @@ class AugmentCache:
     def checked(self) -> Iterator[Edit]:
         """Yield the edits one by one, for entries that are too large to be held; see `edits`."""
         seen: dict[str, tuple[Path, int, int]] = {}
-        listings: dict[Path, frozenset[str]] = {}
+        listings: dict[str, frozenset[str]] = {}
         # The manifest is read last: a writer that ends in between has merged its rows into it.
         parts = [(path, self._rows(path)) for path in sorted(self.folder.glob(f"{WRITERS}/*/{ROWS}"))]
         for path, rows in ((self._manifest, self._rows(self._manifest)), *parts):
             for number, row in rows:
                 edit = self._edit(row, f"{path} line {number}")
-                known, digest = seen.get(edit.aug_id), hash(msgspec.json.encode(row))
+                known, digest = seen.get(edit.aug_id), hash(msgspec.json.encode(row)) if parts else 0
                 if known is not None:
                     if known[0] != path and known[2] == digest:
                         continue  # a writer's row that has just been merged into the manifest
                     where = "" if known[0] == path else f" of {known[0]}"
                     raise DataError(f"{path} line {number}: '{edit.aug_id}' is already on line {known[1]}{where}; remove one")
                 seen[edit.aug_id] = (path, number, digest)
-                folder = edit.path.parent
+                folder, name = os.path.split(edit.path)
                 if folder not in listings:
-                    listings[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-                if edit.path.name not in listings[folder]:
+                    listings[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+                if name not in listings[folder]:
                     raise DataError(f"{path} line {number}: the image {edit.path} is missing; copy it back or remove the line")
                 yield edit
 
@@ -345,24 +345,25 @@ class AugmentCache:
         """Return the dataset that the rows name, or the empty string."""
         return next((str(edit.provenance["dataset"]) for edit in self.edits if edit.provenance.get("dataset")), "")
 
-    def _rows(self, path: Path) -> list[tuple[int, dict[str, Any]]]:
-        """Return (line number, row); a cut-off last line is left out with a note."""
+    def _rows(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Read a file now, and return an iterator over (line number, row); a cut-off last line is left out with a note."""
         try:
             lines = path.read_bytes().split(b"\n")
         except FileNotFoundError:  # a writer's part, merged in this moment
-            return []
-        rows = []
+            lines = []
+        return self._decoded(path, lines)
+
+    def _decoded(self, path: Path, lines: list[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                rows.append((number, msgspec.json.decode(line, type=dict[str, Any])))
+                yield number, msgspec.json.decode(line, type=dict[str, Any])
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 if number == len(lines):  # no newline after it: the writer was killed
                     self._notes.append(f"{path} line {number} was cut off and is left out")
-                    break
+                    return
                 raise DataError(f"{path} line {number}: no valid JSON row ({error}); mend or remove the line") from None
-        return rows
 
     def _mend_tail(self) -> None:
         """Cut off what a killed writer left after the last newline, so that the next row starts on a line of its own."""

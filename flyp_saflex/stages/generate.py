@@ -61,6 +61,7 @@ class _Work:
 
     @property
     def max_unreadable(self) -> int:
+        """Return how many sources may be unreadable."""
         return int(self.config.data.max_unreadable * len({edit.sample.sample_id for edit in self.plan}))
 
     def pending(self, made: set[str], rejected: set[str], *, whole: bool = False) -> list[list[PlannedEdit]]:
@@ -161,6 +162,7 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
     config, done_before = work.config, writer.made | writer.rejected
     batches = work.pending(writer.made, writer.rejected)
     total = sum(edit.file_name not in done_before for batch in batches for edit in batch)
+    allowed = work.max_unreadable
     sheets = Sheets(work.folder, config.editor.sheet_every, index=work.index, count=work.count)
     quiet = None if work.is_main else True
     with tqdm(total=total, unit="edit", desc="editing", disable=quiet, smoothing=0.05) as bar:
@@ -179,7 +181,7 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
             tally.add(new)
             sheets.add(results)
             bar.update(len(new))
-            if len(tally.unreadable) > work.max_unreadable:
+            if len(tally.unreadable) > allowed:
                 raise DataError(
                     f"{len(tally.unreadable)} sources cannot be read, more than data.max_unreadable = "
                     f"{config.data.max_unreadable} of them; what is done stays; first: {next(iter(tally.unreadable.values()))}"
