@@ -114,6 +114,14 @@ def test_mixed_sizes_come_back_in_order(load: Callable[..., Editor]) -> None:
     assert editor.edit([]) == []
 
 
+@pytest.mark.parametrize("scheduler", ["UniPCMultistepScheduler", "DPMSolverSinglestepScheduler"])
+def test_schedulers_with_a_memory_forget_the_batch_before(scheduler: str, load: Callable[..., Editor]) -> None:
+    editor, wanted = load("img2img", scheduler=scheduler, steps=6), requests()
+    first = editor.edit(wanted[:1])
+    editor.edit(wanted[1:])
+    assert largest(first, editor.edit(wanted[:1])) == 0
+
+
 @pytest.mark.parametrize("change", ["image", "text", "seed"])
 def test_an_edit_depends_on_image_text_and_seed(change: str, load: Callable[..., Editor]) -> None:
     values: dict[str, Any] = {"image": picture(32, 32), "text": "make it night", "seed": 5}
@@ -444,6 +452,7 @@ def test_a_hub_id_without_a_network(tiny_editor: Callable[..., Path], tmp_path: 
         assert (editor._pipeline.safety_checker is not None) == checker
 
 
+@pytest.mark.slow  # imports the libraries once more
 def test_settings_need_no_diffusers_and_loading_is_silent(tiny_editor: Callable[..., Path]) -> None:
     """In a process of its own: warnings as errors, and whatever the libraries would print."""
     code = f"""
