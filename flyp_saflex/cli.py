@@ -80,7 +80,7 @@ def demo(arguments: argparse.Namespace) -> None:
     """Show the whole idea in minutes on images that are drawn here: no download, no GPU."""
     from flyp_saflex.stages.demo import demo as run
 
-    run(arguments.out)
+    run(arguments.out, seeds=arguments.seeds)
 
 
 def parse_alphas(text: str) -> tuple[float, ...]:
@@ -137,7 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler)
         return command
 
-    add(demo, []).add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to (default: demo)")
+    command = add(demo, [])
+    command.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to (default: demo)")
+    command.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat everything with N seeds (default: 1)")
     add(data, [with_recipe])
     command = add(prompts, [with_recipe])
     command.add_argument("--force", action="store_true", help="replace a file that is there")

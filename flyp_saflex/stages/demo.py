@@ -1,13 +1,16 @@
 """`flyp-saflex demo`: the whole idea in minutes on images that are drawn here: no download, no GPU (floor 3).
 
-A drawn camera-trap world; edits of its training photos, two fifths of them spoilt as diffusion editors spoil them; the tiny
-CLIP of `assets/tiny_clip`, zero-shot and finetuned with FLYP without edits, with edits trusted, and with SAFLEX; the table.
+A drawn camera-trap world; edits of its training pictures by the tiny InstructPix2Pix of `assets/tiny_editor`, which obeys but
+does not always keep the animal; the tiny CLIP of `assets/tiny_clip`, zero-shot and finetuned with FLYP without edits, with edits
+trusted, filtered (ALIA), and with SAFLEX; the table and the report.
 
 Everything is kept in one folder, and what is there is not done again:
 
-    world/          a WILDS iWildCam v2.0 folder            runs/           one run folder per condition
-    augment_cache/  the edits, and what became of each      demo.log        what the single steps printed
-    demo.json       what the folder was made with           report.html     the report, and table.txt what is printed last
+    demo.json       what the folder was made with          demo.log      what the single steps printed
+    seed0/          one folder per seed:                   report.html   the report, and table.txt what is printed last
+        world/          a WILDS iWildCam v2.0 folder
+        augment_cache/  the edits and the filters' scores
+        runs/           one run folder per condition
 """
 
 from __future__ import annotations
@@ -15,84 +18,114 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import numpy as np
-from tqdm import tqdm
-
 from flyp_saflex import recipe
-from flyp_saflex.assets.animals import SPECIES
-from flyp_saflex.assets.scene import Scene, at, render
-from flyp_saflex.assets.world import CLASSES, FOLDER, TRAIN_PLACES, read_scenes, write_world
-from flyp_saflex.cache import AugmentCache
+from flyp_saflex.assets.world import CLASSES, FOLDER, write_world
+from flyp_saflex.cache import SCORES, AugmentCache
 from flyp_saflex.config import Config
-from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import RunError, UserError
-from flyp_saflex.records import Sample
+from flyp_saflex.method.statistics import paired_difference, summarise
 from flyp_saflex.results import align, percent, read_results
 from flyp_saflex.rundir import RunDir, atomic_write, write_json
 from flyp_saflex.stages.evaluate import evaluate
+from flyp_saflex.stages.filter import filter_edits
+from flyp_saflex.stages.generate import generate
 from flyp_saflex.stages.report import report
 from flyp_saflex.stages.train import train
 
-TINY_CLIP = Path(__file__).resolve().parents[1] / "assets" / "tiny_clip"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SIZE_PX = 64
-SPOILT = 0.4
-"""Part of the edits that does not show what it should. Chosen, not measured: editors differ."""
-KEY = "drawn"
-TRUTH = "truth.jsonl"
-"""What became of every edit, beside the manifest: for a person who looks, never read in training."""
+KEY = "edits"
+TRUSTED, SAFLEX = "FLYP + edits, all trusted", "FLYP + edits, SAFLEX"
 CONDITIONS: dict[str, tuple[str, ...]] = {
     "zero-shot": ("train.steps=0", "train.epochs=0"),
     "FLYP": (),
-    "FLYP + edits, all trusted": ("augment.upstream=cache",),
-    "FLYP + edits, SAFLEX": ("augment.upstream=cache", "saflex.enabled=true"),
+    TRUSTED: ("augment.upstream=cache",),
+    "FLYP + edits, filtered": ("augment.upstream=cache", "augment.filter=scores"),
+    SAFLEX: ("augment.upstream=cache", "saflex.enabled=true"),
 }
+CLEAN = "FLYP"
+"""The run whose predictions the confidence filter asks."""
 ID, OOD = "id_test", "test"
 
 
-def demo(out: Path, *, num_images: int = 1600, steps: int = 0, seed: int = 0) -> str:
+def demo(out: Path, *, seeds: int = 1, num_images: int = 1600, steps: int = 0) -> str:
     """Run the demo in a folder, or go on with it, and return what it printed last: the table and where the report is.
 
     Args:
-        out: the folder; it is new, empty, or a demo's with the same arguments.
-        num_images: pictures of the world, 400 or more.
+        out: the folder; it is new, empty, or a demo's with the same arguments (but for `seeds`).
+        seeds: how often everything is done, with seeds 0, 1 ...: each has its own world, edits and training runs.
+        num_images: pictures of a world, 400 or more.
         steps: of every training run; 0: as in the recipe.
-        seed: of the world, the edits and the training runs.
 
     Raises:
         RunError: the folder holds something else, cannot be written, or is in use.
-        UserError: started with several processes.
+        UserError: started with several processes, or without a seed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the demo runs in one process: start it as `flyp-saflex demo`, without accelerate launch")
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: expected 1 or more")
     started = time.monotonic()
-    options = [f"seed={seed}", *([f"train.steps={steps}"] if steps else [])]
-    settings = {"num_images": num_images, "seed": seed, "spoilt": SPOILT, "recipe": recipe.dumps(recipe.load("demo", options))}
+    changes = [f"train.steps={steps}"] if steps else []
+    settings = {"num_images": num_images, "recipe": recipe.dumps(recipe.load("demo", changes))}
     with _folder(out, settings):
-        root = _world(out / "world", num_images, seed)
-        options += [f"data.root={root}", f"data.prompts={root / 'prompts'}", f"model.name=local-dir:{TINY_CLIP}"]
-        options += [f"cache.root={out / 'augment_cache'}", f"cache.key={KEY}"]
-        truth = _edits(out / "augment_cache", root, recipe.load("demo", options), seed)
-        runs = []
-        for number, (name, changes) in enumerate(CONDITIONS.items(), 3):
-            _say(number, name)
-            runs.append(out / "runs" / _file_name(name))
-            _run(recipe.load("demo", [*options, *changes, f"recipe={name}"]), runs[-1], out / "demo.log")
+        progress = _Progress(seeds * (len(CONDITIONS) + 3) + 1)
+        runs = [run for seed in range(seeds) for run in _one_seed(out, seed, num_images, changes, progress)]
+        progress.say("report")
         with _printing_to(out / "demo.log"):
-            report(runs, out=out / "report.html", baseline="FLYP")
-        text = summary(runs, truth, seed)
+            report(runs, out=out / "report.html", baseline=TRUSTED)
+        text = summary(runs)
         with atomic_write(out / "table.txt") as file:
             file.write(text)
     text += f"\nDone in {time.monotonic() - started:.0f} s. Report: {out / 'report.html'}"
     print(f"\n{text}")
     return text
+
+
+@dataclass
+class _Progress:
+    """Numbers the steps of all seeds together."""
+
+    total: int
+    done: int = field(default=0, init=False)
+
+    def say(self, text: str) -> None:
+        self.done += 1
+        print(f"[{self.done}/{self.total}] {text}", flush=True)
+
+
+def _one_seed(out: Path, seed: int, num_images: int, changes: Sequence[str], progress: _Progress) -> list[Path]:
+    """Do everything for one seed; return its runs."""
+    home, log = out / f"seed{seed}", out / "demo.log"
+    told = f"seed {seed}, " if progress.total > len(CONDITIONS) + 4 else ""
+    home.mkdir(exist_ok=True)
+    progress.say(f"{told}world: {num_images} camera-trap pictures of {len(CLASSES)} classes")
+    root = _world(home / "world", num_images, seed)
+    options = [*changes, f"seed={seed}", f"data.root={root}", f"data.prompts={root / 'prompts'}"]
+    options += [f"model.name=local-dir:{ASSETS / 'tiny_clip'}", f"editor.model={ASSETS / 'tiny_editor'}"]
+    options += [f"cache.root={home / 'augment_cache'}", f"cache.key={KEY}"]
+    config = recipe.load("demo", options)
+    progress.say(f"{told}edits: a small InstructPix2Pix puts the animals elsewhere (texts: {config.editor.prompts})")
+    with _printing_to(log):
+        generate(config)
+    entry = AugmentCache.open(config.cache.root, config.data.name, KEY)
+    runs: dict[str, Path] = {}
+    for name, condition in CONDITIONS.items():
+        if "augment.filter=scores" in condition:
+            progress.say(f"{told}filter: what shows no animal, hardly changed, or lost its class")
+            if not (entry.folder / SCORES).is_file():
+                with _printing_to(log):
+                    filter_edits(recipe.load("demo", [*options, f"filter.run={runs[CLEAN]}"]))
+        progress.say(f"{told}{name}")
+        runs[name] = home / "runs" / _file_name(name)
+        _run(recipe.load("demo", [*options, *condition, f"recipe={name}"]), runs[name], log)
+    return list(runs.values())
 
 
 @contextmanager
@@ -132,58 +165,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _world(folder: Path, num_images: int, seed: int) -> Path:
     """Draw the world unless it is there; return its dataset's folder."""
-    _say(1, f"world: {num_images} camera-trap pictures of {len(CLASSES)} classes")
     root = folder / FOLDER
-    return (
-        root if (root / "RELEASE_v2.0.txt").is_file() else write_world(folder, num_images=num_images, seed=seed, size_px=SIZE_PX)
-    )
-
-
-def _edits(cache_root: Path, root: Path, config: Config, seed: int) -> dict[str, str]:
-    """Draw one edit of every training picture unless it is there; return what became of each, by aug_id."""
-    samples = load_dataset(config.data, seed=seed).train.samples
-    scenes = read_scenes(root)
-    _say(2, f"edits: {len(samples)} training pictures at another place, {SPOILT:.0%} of them spoilt")
-    cache = AugmentCache.create(cache_root / config.data.name / KEY, config.data.name)
-    truth = {}
-    for number, sample in enumerate(tqdm(samples, unit="edit", desc="drawing edits", disable=None)):
-        edited, instruction, kind = edit(scenes[Path(sample.sample_id).name], np.random.default_rng([seed, number]))
-        name = AugmentCache.file_name(sample.sample_id, instruction)
-        truth[name] = kind
-        if name not in cache:
-            cache.append(render(edited, SIZE_PX), _row(sample, name, instruction, seed))
-    with atomic_write(cache.folder / TRUTH, "wb") as file:
-        file.writelines(msgspec.json.encode({"aug_id": name, "kind": kind}) + b"\n" for name, kind in truth.items())
-    cache.finish()
-    return truth
-
-
-def _row(sample: Sample, name: str, instruction: str, seed: int) -> dict[str, object]:
-    return {
-        "file_name": name,
-        "source_id": sample.sample_id,
-        "label": sample.label,
-        "instruction": instruction,
-        "model": "flyp_saflex.assets.world",
-        "seed": seed,
-    }
-
-
-def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str, str]:
-    """Return an edit of a training scene: what it shows, the instruction, and what became of it.
-
-    The place is another one of those that training knows: edits undo the tie between species and place, but show nothing of
-    the places of `val` and `test`. A spoilt one has lost its animal or shows another species, half and half; in a spoilt
-    edit of an empty picture some animal appears.
-    """
-    place = str(rng.choice([name for name in TRAIN_PLACES if name != scene.place]))
-    moved, instruction = at(scene, place), f"put it in the {place}"
-    if rng.random() >= SPOILT:
-        return moved, instruction, "faithful"
-    if scene.species is not None and rng.random() < 0.5:
-        return replace(moved, species=None), instruction, "animal lost"
-    species = str(rng.choice([name for name in SPECIES if name != scene.species]))
-    return replace(moved, species=species), instruction, "other animal" if scene.species else "animal appeared"
+    if (root / "RELEASE_v2.0.txt").is_file():
+        return root
+    return write_world(folder, num_images=num_images, seed=seed, size_px=SIZE_PX)
 
 
 def _run(config: Config, run: Path, log: Path) -> None:
@@ -203,40 +188,45 @@ def _evaluated(run: Path) -> bool:
         return False
 
 
-def summary(runs: Sequence[Path], truth: dict[str, str], seed: int) -> str:
-    """Return the table of the runs, and what SAFLEX kept of the edits, as text."""
-    head = ("", "", "", "ID acc.", "ID F1", "OOD acc.", "OOD F1", "WiSE OOD acc.", "WiSE OOD F1", "alpha")
-    lines = [head]
+def summary(runs: Sequence[Path]) -> str:
+    """Return the table of the runs as text: means over seeds, and the paired difference of SAFLEX to trusting the edits."""
+    by_name: dict[str, dict[int, dict[str, float | None]]] = {}
     for run in runs:
         results = read_results(run)
-        by = {(row["split"], row["wise_alpha"]): row for row in results["results"]}
-        alpha = results["chosen_alpha"]
-        cells = [percent(by[split, 1.0][metric]) for split in (ID, OOD) for metric in ("accuracy", "macro_f1")]
-        wise = [percent(by[OOD, alpha][metric]) if alpha is not None else "-" for metric in ("accuracy", "macro_f1")]
-        lines.append((results["recipe"], "", "", *cells, *wise, "-" if alpha is None else f"{alpha:g}"))
-    text = align([(line[0], *line[3:]) for line in lines], left=1)
-    text += (
-        f"\n\nIn percent, F1: macro. ID: {ID}, cameras that training knows; OOD: {OOD}, cameras at places that it never saw."
+        by_name.setdefault(results["recipe"], {})[results["seed"]] = _numbers(results)
+    head = ("in percent", "ID acc.", "ID F1", "OOD acc.", "OOD F1", "WiSE OOD acc.", "WiSE OOD F1")
+    lines = [head]
+    for name, by_seed in by_name.items():
+        columns = [[value for row in by_seed.values() if (value := row[key]) is not None] for key in head[1:]]
+        lines.append((name, *(percent(summarise(column).mean) if column else "-" for column in columns)))
+    seeds = sorted(by_name[SAFLEX])
+    text = align(lines, left=1) + (
+        f"\n\nF1: macro. ID: {ID}, cameras that training knows; OOD: {OOD}, cameras at places that it never saw."
         "\nWiSE: weights between zero-shot (0) and finetuned (1); alpha chosen on id_val, never on a test split."
-        "\nSAFLEX takes its gradient from val: cameras at two more places that nothing is trained on."
-        f"\nn = 1 (seed {seed}): differences of a few points are noise.\n"
+        "\nSAFLEX takes its gradient from val: cameras at two more places that nothing is trained on.\n"
     )
-    return text + _kept(runs[-1], truth)
+    if len(seeds) == 1:
+        return text + f"n = 1 (seed {seeds[0]}): differences of a few points are noise; --seeds 5 repeats everything.\n"
+    for key in ("OOD acc.", "OOD F1"):
+        ours, trusted = ({seed: row[key] or 0.0 for seed, row in by_name[name].items()} for name in (SAFLEX, TRUSTED))
+        found = paired_difference(ours, trusted)
+        if found is not None and found.low is not None and found.high is not None:
+            text += (
+                f"{key}, SAFLEX against trusting the edits, n = {found.n} seeds, points with a paired 95 % interval: "
+                f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]\n"
+            )
+    return text
 
 
-def _kept(run: Path, truth: dict[str, str]) -> str:
-    """Return a line: how many edits of each kind SAFLEX kept, over all steps."""
-    seen, kept = Counter[str](), Counter[str]()
-    for row in RunDir(run, lock=False).read_rows("augmented.jsonl"):
-        kind = truth[row["id"]]
-        seen[kind] += 1
-        kept[kind] += row["weight"] > 0
-    shares = (f"{kept[kind] / seen[kind]:.0%} of {kind}" for kind in sorted(seen, key=lambda kind: (kind != "faithful", kind)))
-    return f"SAFLEX, which is not told what became of an edit, kept: {', '.join(shares)}.\n"
-
-
-def _say(number: int, text: str) -> None:
-    print(f"[{number}/{len(CONDITIONS) + 2}] {text}", flush=True)
+def _numbers(results: dict[str, Any]) -> dict[str, float | None]:
+    """Return the table's numbers of one run by column."""
+    by = {(row["split"], row["wise_alpha"]): row for row in results["results"]}
+    found: dict[str, float | None] = {}
+    for label, metric in (("acc.", "accuracy"), ("F1", "macro_f1")):
+        found |= {f"{shift} {label}": by[split, 1.0][metric] for shift, split in (("ID", ID), ("OOD", OOD))}
+        alpha = results["chosen_alpha"]
+        found[f"WiSE OOD {label}"] = None if alpha is None else by[OOD, alpha][metric]
+    return found
 
 
 @contextmanager
