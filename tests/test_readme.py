@@ -28,7 +28,9 @@ def test_python_runs(code):
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_parse_and_their_recipes_load(line):
+def test_commands_parse_and_their_recipes_load(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text("\n".join(text for kind, text in BLOCKS if kind == "toml"), encoding="utf-8")
     words = shlex.split(line.partition(" #")[0])[1:]
     if words == ["--help"]:
         return
