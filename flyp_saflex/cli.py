@@ -154,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(report, [])
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that evaluate has been run on")
     command.add_argument("--out", type=Path, metavar="FILE", help="write here; report.html is a page of one file")
-    command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: what FILE ends in, else md")
+    command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, else md")
     command.add_argument("--baseline", metavar="NAME", help="recipe that the others are compared with, paired by seed")
     return parser
 

@@ -13,7 +13,7 @@ from PIL import Image
 from flyp_saflex.data.contact_sheet import Tile, contact_sheet
 from flyp_saflex.stages.editing import EditResult
 
-SHEETS, SHEET_ROWS, SHEET_PX = "sheets", 12, 256
+SHEETS, SHEET_SOURCES, SHEET_COLUMNS, SHEET_PX = "sheets", 12, 8, 256
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Tally:
 
 
 class Sheets:
-    """Contact sheets of the newest edits: a row per source, the source first.
+    """Contact sheets of the newest edits: the source first, then its edits; sources with few of them share a row.
 
     Args:
         entry: folder of the cache entry.
@@ -71,7 +71,7 @@ class Sheets:
             sample = result.planned.sample
             if sample.sample_id not in self.rows:
                 self.rows[sample.sample_id] = [Tile(_small(result.source), sample.sample_id)]
-                self.rows = dict(list(self.rows.items())[-SHEET_ROWS:])
+                self.rows = dict(list(self.rows.items())[-SHEET_SOURCES:])
             text = result.planned.text if result.image else f"rejected ({result.reason}): {result.planned.text}"
             self.rows[sample.sample_id].append(Tile(_small(result.image), text))
             self.made, self.since = self.made + 1, self.since + 1
@@ -84,7 +84,13 @@ class Sheets:
             self._write()
 
     def _write(self) -> None:
-        contact_sheet(list(self.rows.values()), self.folder / f"{self.made:06d}{self.name}.jpg")
+        lines: list[list[Tile]] = []
+        for tiles in self.rows.values():
+            if lines and len(lines[-1]) + len(tiles) <= SHEET_COLUMNS:
+                lines[-1] = [*lines[-1], *tiles]
+            else:
+                lines.append(tiles)
+        contact_sheet(lines, self.folder / f"{self.made:06d}{self.name}.jpg")
         self.since = 0
 
 
