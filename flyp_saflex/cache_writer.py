@@ -71,8 +71,10 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         with _troubles(self.folder):
             self._home.parent.mkdir(parents=True, exist_ok=True)
-            with self._entry_lock():
+            with _entry_lock(self.folder) as locked:
                 dead = self._dead_writers()
+                if locked:
+                    self._tidy(alone=len(dead) == len(list(self._home.parent.iterdir())))
                 self._merge(dead)
                 for home in dead:
                     shutil.rmtree(home)
@@ -90,7 +92,7 @@ class CacheWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Merge this writer's rows, unless the disk refuses: then the next start does."""
         try:
-            with _troubles(self.folder), self._entry_lock():
+            with _troubles(self.folder), _entry_lock(self.folder):
                 self._merge([self._home])
                 shutil.rmtree(self._home, ignore_errors=True)
                 if not any(self._home.parent.iterdir()):
@@ -130,7 +132,7 @@ class CacheWriter:
             self.rejected |= {str(row["aug_id"]) for row in rejected if row["aug_id"]}
             if first and rows and not self._alone:
                 # Hugging Face's imagefolder takes the columns from the manifest and stumbles over an empty one.
-                with self._entry_lock():
+                with _entry_lock(self.folder):
                     self._merge([self._home])
 
     def finish(self, plan: Sequence[tuple[str, str]], max_unreadable: int) -> bool:
@@ -143,7 +145,7 @@ class CacheWriter:
         Raises:
             DataError: more sources are unreadable, or the disk refuses.
         """
-        with _troubles(self.folder), self._entry_lock():
+        with _troubles(self.folder), _entry_lock(self.folder):
             homes = [home for home in self._home.parent.iterdir() if home.is_dir()]
             rows = _rows_by_id([self.folder / MANIFEST, *(home / ROWS for home in homes)])
             rejected, unreadable = read_rejected(self.folder)
@@ -198,6 +200,12 @@ class CacheWriter:
                 dead.append(home)
         return dead
 
+    def _tidy(self, *, alone: bool) -> None:
+        """Remove temporary files that a kill left; those of the entry's own files are only ever written with its lock."""
+        left = [path for name in (MANIFEST, REJECTED, DONE, SETTINGS) for path in self.folder.glob(f".{name}.*.tmp")]
+        for path in (*left, *(self.folder.glob("sheets/.[0-9]*.tmp") if alone else ())):
+            path.unlink(missing_ok=True)
+
     def _merge(self, homes: Sequence[Path]) -> None:
         """Add the rows of these writers to the manifest and their rejections to rejected.jsonl; to be called with the lock."""
         _mend_tail(self.folder / MANIFEST)
@@ -213,15 +221,6 @@ class CacheWriter:
         new = [line for line in dict.fromkeys(refused) if line not in known]
         if new:
             _replace(self.folder / REJECTED, [*_lines(self.folder / REJECTED), *new])
-
-    @contextmanager
-    def _entry_lock(self) -> Iterator[None]:
-        """Wait for the entry's lock, which writers hold for moments only."""
-        with open(self.folder / ".lock", "a+", encoding="utf-8") as file:
-            if sys.platform != "win32":
-                with suppress(OSError):  # a file system without locks: nothing is protected from a second process there
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 def state_settings(folder: Path, settings: Mapping[str, Any], *, write: bool) -> None:
@@ -256,7 +255,8 @@ def state_settings(folder: Path, settings: Mapping[str, Any], *, write: bool) ->
     if write:
         with _troubles(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, dict(settings))
+            with _entry_lock(folder):
+                write_json(path, dict(settings))
 
 
 def read_rejected(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
@@ -348,6 +348,18 @@ def _mend_tail(path: Path) -> None:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
             os.fsync(file.fileno())
+
+
+@contextmanager
+def _entry_lock(folder: Path) -> Iterator[bool]:
+    """Wait for the entry's lock, which writers hold for moments only; yield whether the file system has locks."""
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        locked = False
+        if sys.platform != "win32":
+            with suppress(OSError):  # without locks nothing is protected from a second process
+                fcntl.flock(file, fcntl.LOCK_EX)
+                locked = True
+        yield locked
 
 
 def _hold(path: Path) -> IO[str]:

@@ -69,6 +69,11 @@ def test_what_a_dead_writer_had_is_merged_by_the_next(entry: Path):
     with open(entry / ".writers" / "2-of-3" / "rows.jsonl", "ab") as file:
         file.write(b'{"file_name":"images/')
     (entry / ".writers" / "2-of-3" / "half.png").write_bytes(b"half")
+    (entry / "sheets").mkdir()
+    leftovers = [entry / ".metadata.jsonl.99.tmp", entry / ".DONE.99.tmp", entry / "sheets" / ".000200.jpg.99.tmp"]
+    strangers = [entry / ".scores.jsonl.99.tmp", entry / "sheets" / ".filter-kept.jpg.99.tmp"]
+    for path in (*leftovers, *strangers):
+        path.touch()
     die(dead)
     assert [edit.provenance["seed"] for edit in AugmentCache.at(entry).edits] == [0, 1], "readers see its rows at once"
     with CacheWriter(entry, "folder", index=0, count=3) as writer:
@@ -77,6 +82,8 @@ def test_what_a_dead_writer_had_is_merged_by_the_next(entry: Path):
         assert [path.name for path in (entry / ".writers").iterdir()] == ["0-of-3"], "and its half image is gone"
     assert numbers(entry) == [0, 1]
     assert not list(entry.rglob("half*"))
+    assert not any(path.exists() for path in leftovers)
+    assert all(path.exists() for path in strangers), "another command may be writing these"
 
 
 def test_living_writers_are_left_alone(entry: Path):

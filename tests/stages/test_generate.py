@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,39 +265,88 @@ def test_jpeg_limit_and_sheets(config, tint):
 # Kills, processes, order
 
 
-def kill_and_restart(run, kills: int, longest_s: float) -> int:
-    """Start a run again and again, and kill it at a random moment so many times; return how often a kill came in time."""
-    moments, in_time = random.Random(0), 0
-    for _ in range(kills):
-        pid = forked(run)
-        time.sleep(moments.uniform(0.02, longest_s))
-        os.kill(pid, signal.SIGKILL)
+def kill_and_restart(run, kills: int, killer) -> int:
+    """Start a run again and again and kill it so many times, then let it end; return how often a kill came in time."""
+    in_time = 0
+    for number in range(kills):
+        pid = forked(lambda number=number: (killer(number), run()))
         in_time += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     os.waitpid(forked(run), 0)
     return in_time
 
 
+def kill_at_write(left: int, *, before: bool) -> None:
+    """Have this process killed before or after its `left`-th call that writes for good."""
+
+    def deadly(real):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0 and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*args, **kwargs)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    os.fsync, os.replace, shutil.rmtree = deadly(os.fsync), deadly(os.replace), deadly(shutil.rmtree)
+
+
+def kill_somewhere(number: int) -> None:
+    moments = random.Random(number)
+    kill_at_write(moments.randint(1, 14), before=moments.random() < 0.5)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_kills_are_invisible(shards, config, tint, tmp_path):
-    tint(seconds=0.03)
     whole = tree(generate(config(f"cache.root={tmp_path / 'undisturbed'}")))
 
     def run():
         for index in range(shards):
             generate(config(), shard=(index, shards))
 
-    assert kill_and_restart(run, 8, 0.5) > 2
-    entry = next((tmp_path / "cache" / "folder").iterdir())
-    assert tree(entry) == whole
+    assert kill_and_restart(run, 14, kill_somewhere) >= 6
+    assert tree(next((tmp_path / "cache" / "folder").iterdir())) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_kill_at_any_single_write_is_invisible(shards, config, tint, tmp_path):
+    options = ["editor.sheet_every=6"]
+    whole = tree(generate(config(*options, f"cache.root={tmp_path / 'undisturbed'}"), limit=4))
+    for number in range(1, 200):
+        root = tmp_path / f"killed {number}"
+
+        def run(root=root):
+            for index in range(shards):
+                generate(config(*options, f"cache.root={root}"), shard=(index, shards), limit=4)
+
+        in_time = kill_and_restart(run, 1, lambda _, number=number: kill_at_write(number // 2 + 1, before=number % 2 == 0))
+        entry = next((root / "folder").iterdir())
+        assert tree(entry) == whole, f"kill {number}"
+        assert not list((entry / "sheets").glob(".*"))
+        if not in_time:
+            break
+    assert number > 40
+    assert not in_time, "the last one came after everything was written"
 
 
 @pytest.mark.slow
 def test_ten_kills_of_a_real_editor_are_invisible(config, tiny_editor, tmp_path, monkeypatch):
-    options = [f"editor.model={tiny_editor('instruct-pix2pix')}", "editor.steps=6"]
+    """At random moments of a run of real diffusers, from its first line on."""
+    options = [f"editor.model={tiny_editor('instruct-pix2pix')}", "editor.steps=12"]
     editor = load_editor(config(*options).editor)
     monkeypatch.setattr(stage, "load_editor", lambda *_, **__: editor)
+    started = time.monotonic()
     whole = tree(generate(config(*options, f"cache.root={tmp_path / 'undisturbed'}")))
-    assert kill_and_restart(lambda: generate(config(*options)), 10, 0.6) >= 5
+    longest_s = (time.monotonic() - started) / 5  # ten kills fall into one run's time
+
+    def kill_soon(number):
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, random.Random(number).uniform(0.01, longest_s))
+
+    assert kill_and_restart(lambda: generate(config(*options)), 10, kill_soon) >= 5
     assert tree(next((tmp_path / "cache" / "folder").iterdir())) == whole
 
 
@@ -319,7 +369,7 @@ def test_processes_at_the_same_time_equal_one(config, tint, tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_shares_the_work(options, config, tiny_editor, tmp_path):
-    """Through the command line, with real diffusers in two processes, which share one job of two."""
+    """Through the command line, with real diffusers in two processes, which share job 1 of 2: parts 2 and 3 of 4."""
     options = [*options, f"editor.model={tiny_editor('instruct-pix2pix')}"]
     whole = tree(generate(recipe.load("folder", [*options, f"cache.root={tmp_path / 'one'}"])))
     sets = [part for option in options for part in ("--set", option)]
@@ -336,7 +386,8 @@ def test_accelerate_shares_the_work(options, config, tiny_editor, tmp_path):
     assert done.stdout.count("to do") == 1, "only the main process prints"
     entry = next((tmp_path / "cache" / "folder").iterdir())
     assert len(AugmentCache.at(entry).edits) == 16
-    generate(recipe.load("folder", options), shard=(0, 2))
+    for index in (0, 1):
+        generate(recipe.load("folder", options), shard=(index, 4))
     assert tree(entry) == whole
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -99,15 +98,17 @@ def test_another_training_list_is_noticed(released: Path, dataset: Dataset, tmp_
         import_alia(tmp_path / "nowhere", dataset, tmp_path / "cache")
 
 
-def test_the_script_answers_in_one_line(released: Path, options: list[str], tmp_path: Path):
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        sets = [part for option in options for part in ("--set", option)]
-        command = [sys.executable, str(SCRIPT), *arguments, "folder", *sets]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def test_the_script_answers_in_one_line(released: Path, options: list[str], tmp_path: Path, monkeypatch, capsys):
+    def run(folder: Path, *more: str) -> int:
+        sets = [part for option in (*options, *more) for part in ("--set", option)]
+        monkeypatch.setattr(sys, "argv", [SCRIPT.name, str(folder), "folder", *sets])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return int(ended.value.code or 0)
 
-    done = run(str(released))
-    assert done.returncode == 0, done.stderr
-    assert "edits in" in done.stdout
-    wrong = run(str(tmp_path / "nowhere"))
-    assert wrong.returncode == 2
-    assert len(wrong.stderr.splitlines()) == 1
+    assert run(released) == 0
+    assert 'train with cache.key=alia and augment.upstream=["cache"]' in capsys.readouterr().out
+    assert run(tmp_path / "nowhere") == 2
+    assert run(released, "data.shots=2") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert ["holds no edits" in errors[0], "data.shots" in errors[1], len(errors)] == [True, True, 2]
