@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from flyp_saflex.allocator import keep_freed_memory
+from flyp_saflex.assets import TINY_CLIP
 from flyp_saflex.assets.places import PLACES
 from flyp_saflex.assets.scene import Scene, render
 from flyp_saflex.assets.world import CLASSES, EMPTY, SPECIES, plan, write_world
@@ -40,7 +41,6 @@ from flyp_saflex.method.metrics import accuracy, macro_f1
 from flyp_saflex.method.predict import Head, clip_predictor, predict
 from flyp_saflex.method.zeroshot import zero_shot_head
 
-ASSET = Path(__file__).resolve().parents[1] / "flyp_saflex" / "assets" / "tiny_clip"
 SEED = 20_000_000  # of the scenes, the weights, the captions; worlds of the demo and of the figures have others
 FIGURE_SEEDS = (30_000_000, 30_000_001)
 SIZE_PX = 64
@@ -208,7 +208,7 @@ def main() -> None:
     """Pretrain, write the folder, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("tiny_clip_work"), help="checkpoints, pictures, log")
-    parser.add_argument("--out", type=Path, default=ASSET, help="where the model goes")
+    parser.add_argument("--out", type=Path, default=TINY_CLIP, help="where the model goes")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()

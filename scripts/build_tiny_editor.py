@@ -33,12 +33,12 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from flyp_saflex.allocator import keep_freed_memory
+from flyp_saflex.assets import TINY_CLIP, TINY_EDITOR
 from flyp_saflex.assets.places import PLACES
 from flyp_saflex.assets.scene import BAR, Scene, at, render
 from flyp_saflex.assets.world import CLASSES, EMPTY, SPECIES, plan
 from flyp_saflex.method.clip import load_clip
 
-ASSET = Path(__file__).resolve().parents[1] / "flyp_saflex" / "assets" / "tiny_editor"
 SEED = 40_000_000  # of scenes, weights, noise; worlds of the demo and of the figures have others
 SIZE_PX = 64
 NUM_TRIPLETS = 16_000
@@ -236,7 +236,7 @@ def sharpen(vae: AutoencoderKL, images: NDArray[np.uint8], latents_2N: Tensor, w
     summed over the stem and three stages, as LPIPS (arXiv 1801.03924) does with other networks.
     """
     torch.manual_seed(SEED)
-    clip = load_clip(f"local-dir:{ASSET.with_name('tiny_clip')}")
+    clip = load_clip(f"local-dir:{TINY_CLIP}")
     mean, std = (torch.tensor(clip.config["preprocess_cfg"][key])[:, None, None] for key in ("mean", "std"))
     clip.model.requires_grad_(False)
     tower = clip.model.visual
@@ -365,7 +365,7 @@ def main() -> None:
     """Draw, train, write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("tiny_editor_work"), help="checkpoints, pictures, log")
-    parser.add_argument("--out", type=Path, default=ASSET, help="where the pipeline goes")
+    parser.add_argument("--out", type=Path, default=TINY_EDITOR, help="where the pipeline goes")
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)

@@ -23,13 +23,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flyp_saflex.allocator import keep_freed_memory
+from flyp_saflex.assets import TINY_EDITOR
 from flyp_saflex.assets.places import PLACES
 from flyp_saflex.assets.scene import Scene, render
 from flyp_saflex.assets.world import CLASSES, EMPTY, SPECIES, plan
 from flyp_saflex.config import EditorConfig
 from flyp_saflex.stages.editor import Editor, Request, load_editor
 
-ASSET = Path(__file__).resolve().parents[1] / "flyp_saflex" / "assets" / "tiny_editor"
 SEED = 50_000_000  # of the classifier's pictures
 WORLD_SEEDS = (30_000_000, 30_000_001)
 SIZE_PX = 64
@@ -210,7 +210,7 @@ def timing(config: EditorConfig) -> None:
 def main() -> None:
     """Train or load the classifier, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--editor", type=Path, default=ASSET, help="folder of the pipeline")
+    parser.add_argument("--editor", type=Path, default=TINY_EDITOR, help="folder of the pipeline")
     parser.add_argument("--judge", type=Path, default=Path("tiny_editor_judge.pt"), help="file that keeps the classifier")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0, help="of the text; 1: none")

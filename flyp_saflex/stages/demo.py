@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flyp_saflex import recipe
+from flyp_saflex.assets import TINY_CLIP, TINY_EDITOR
 from flyp_saflex.assets.world import CLASSES, FOLDER, write_world
 from flyp_saflex.cache import SCORES, AugmentCache
 from flyp_saflex.config import Config
@@ -38,7 +39,6 @@ from flyp_saflex.stages.generate import generate
 from flyp_saflex.stages.report import report
 from flyp_saflex.stages.train import train
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SIZE_PX = 64
 KEY = "edits"
 TRUSTED, SAFLEX = "FLYP + edits, all trusted", "FLYP + edits, SAFLEX"
@@ -108,7 +108,7 @@ def _one_seed(out: Path, seed: int, num_images: int, changes: Sequence[str], pro
     progress.say(f"{told}world: {num_images} camera-trap pictures of {len(CLASSES)} classes")
     root = _world(home / "world", num_images, seed)
     options = [*changes, f"seed={seed}", f"data.root={root}", f"data.prompts={root / 'prompts'}"]
-    options += [f"model.name=local-dir:{ASSETS / 'tiny_clip'}", f"editor.model={ASSETS / 'tiny_editor'}"]
+    options += [f"model.name=local-dir:{TINY_CLIP}", f"editor.model={TINY_EDITOR}"]
     options += [f"cache.root={home / 'augment_cache'}", f"cache.key={KEY}"]
     config = recipe.load("demo", options)
     progress.say(f"{told}edits: a small InstructPix2Pix puts the animals elsewhere (texts: {config.editor.prompts})")

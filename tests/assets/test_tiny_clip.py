@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from flyp_saflex.assets import TINY_CLIP
 from flyp_saflex.assets.world import CLASSES, write_world
 from flyp_saflex.config import DataConfig
 from flyp_saflex.data.loading import ImageLoader
@@ -17,7 +18,6 @@ from flyp_saflex.method.clip import Clip, load_clip
 from flyp_saflex.method.metrics import accuracy
 from flyp_saflex.method.predict import Head, clip_predictor, predict
 from flyp_saflex.method.zeroshot import zero_shot_head
-from flyp_saflex.stages.demo import TINY_CLIP
 
 
 @pytest.fixture(scope="module")

@@ -450,7 +450,7 @@ def test_foreign_classes_in_the_cache_are_seen_by_filter_and_trainer(tmp_path: P
     The confidence filter asks a tiny CLIP finetuned on the clean pictures; training reads the cache with and without it.
     """
     root = write_world(tmp_path, num_images=400, seed=0)
-    model = Path(filter_scoring.__file__).resolve().parents[1] / "assets" / "tiny_clip"
+    model = TINY_CLIP
     options = [
         f"data.root={root}",
         f"data.prompts={root / 'prompts'}",
