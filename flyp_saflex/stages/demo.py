@@ -195,7 +195,7 @@ def summary(runs: Sequence[Path]) -> str:
         results = read_results(run)
         by_name.setdefault(results["recipe"], {})[results["seed"]] = _numbers(results)
     head = ("in percent", "ID acc.", "ID F1", "OOD acc.", "OOD F1", "WiSE OOD acc.", "WiSE OOD F1")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for name, by_seed in by_name.items():
         columns = [[value for row in by_seed.values() if (value := row[key]) is not None] for key in head[1:]]
         lines.append((name, *(percent(summarise(column).mean) if column else "-" for column in columns)))

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from flyp_saflex import recipe
+from flyp_saflex.assets import TINY_CLIP
 from flyp_saflex.assets.animals import SPECIES
 from flyp_saflex.assets.scene import at, render
 from flyp_saflex.assets.world import CLASSES, HOME, TRAIN_PLACES, read_scenes, write_world
