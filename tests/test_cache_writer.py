@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from flyp_saflex.cache import AugmentCache
-from flyp_saflex.cache_writer import CacheWriter, read_rejected, state_settings
+from flyp_saflex.cache_files import read_rejected, state_settings
+from flyp_saflex.cache_writer import CacheWriter
 from flyp_saflex.errors import DataError
 
 NAMES = [AugmentCache.file_name(f"{number}.jpg") for number in range(6)]

@@ -20,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from flyp_saflex.cache import FORMATS, MANIFEST, WRITERS, AugmentCache
-from flyp_saflex.cache_writer import CacheWriter, read_rejected, state_settings
+from flyp_saflex.cache_files import read_rejected, state_settings
+from flyp_saflex.cache_writer import CacheWriter
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.edit_prompts import load_edit_prompts
