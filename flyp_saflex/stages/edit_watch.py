@@ -54,14 +54,15 @@ class Sheets:
         entry: folder of the cache entry.
         every: edits between sheets; 0: one at the end.
         index, count: of the writer, for the sheets' names.
+        done: edits that the entry had before; the sheets' numbers go on from there.
     """
 
-    def __init__(self, entry: Path, every: int, *, index: int, count: int) -> None:
+    def __init__(self, entry: Path, every: int, *, index: int, count: int, done: int = 0) -> None:
         self.every = every
         self.folder = entry / SHEETS
         self.name = "" if count == 1 else f"-{index}-of-{count}"
         self.rows: dict[str, list[Tile]] = {}
-        self.made = self.since = 0
+        self.made, self.since = done, 0
 
     def add(self, results: Sequence[EditResult]) -> None:
         """Take edits in; write a sheet if there are enough."""

@@ -165,7 +165,7 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
     batches = work.pending(writer.made, writer.rejected)
     total = sum(edit.file_name not in done_before for batch in batches for edit in batch)
     allowed = work.max_unreadable
-    sheets = Sheets(work.folder, config.editor.sheet_every, index=work.index, count=work.count)
+    sheets = Sheets(work.folder, config.editor.sheet_every, index=work.index, count=work.count, done=len(done_before))
     quiet = None if work.is_main else True
     with tqdm(total=total, unit="edit", desc="editing", disable=quiet, smoothing=0.05) as bar:
         for results in edit_batches(editor, batches, box_crop=config.data.box_crop):
@@ -181,7 +181,7 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
             for result in first_seen.values():
                 work.say(f"skipped: {result.reason}")
             tally.add(new)
-            sheets.add(results)
+            sheets.add(new)
             bar.update(len(new))
             if len(tally.unreadable) > allowed:
                 raise DataError(
