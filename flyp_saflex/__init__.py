@@ -17,8 +17,10 @@ _HOMES = {
     "load_recipe": "recipe:load",
     "load_dataset": "data.registry",
     "load_clip": "method.clip",
+    "load_editor": "stages.editor",
     "Saflex": "method.saflex",
     "clip_loss": "method.losses",
+    "edit_dataset": "stages.editing",
     "evaluate": "stages.evaluate",
     "train": "stages.train",
 }
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from flyp_saflex.method.losses import clip_loss as clip_loss
     from flyp_saflex.method.saflex import Saflex as Saflex
     from flyp_saflex.recipe import load as load_recipe  # noqa: F401 - in __all__ by way of _HOMES
+    from flyp_saflex.stages.editing import edit_dataset as edit_dataset
+    from flyp_saflex.stages.editor import load_editor as load_editor
     from flyp_saflex.stages.evaluate import evaluate as evaluate
     from flyp_saflex.stages.train import train as train
 

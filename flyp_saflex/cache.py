@@ -61,12 +61,14 @@ class AugmentCache:
         self._writable = False
 
     @classmethod
-    def open(cls, root: str | Path, dataset: str, key: str = "", class_names: Sequence[str] = ()) -> AugmentCache:
-        """Open `<root>/<dataset>/<key>`; without a key, the only entry there. See `at` for `class_names`.
+    def open(cls, root: str | Path, dataset: str = "", key: str = "", class_names: Sequence[str] = ()) -> AugmentCache:
+        """Open `<root>/<dataset>/<key>`; without a key, the only entry there; without a dataset, the entry at `root`: see `at`.
 
         Raises:
             DataError: there is no such entry, or several to choose from.
         """
+        if not dataset:
+            return cls.at(root, class_names=class_names)
         home = Path(root).expanduser() / dataset
         keys = sorted(entry.name for entry in home.iterdir() if (entry / MANIFEST).is_file()) if home.is_dir() else []
         if key and key not in keys:

@@ -52,6 +52,10 @@ def lines(entry: Path, file: str = "metadata.jsonl") -> list[str]:
     return (entry / file).read_text().splitlines()
 
 
+def test_path_alone_opens_the_entry_that_it_names(entry: Path):
+    assert AugmentCache.open(entry).edits == AugmentCache.open(entry.parents[1], "folder", "snow").edits
+
+
 def test_what_is_written_is_read_back(entry: Path):
     cache = AugmentCache.at(entry)
     assert (cache.dataset, cache.done, len(cache), cache.notes) == ("folder", True, 3, ())
