@@ -103,6 +103,7 @@ def resolve(config: EditorConfig) -> Settings:
                     f"editor.guidance = {guidance:g} switches guidance off, so editor.{option} has no effect: remove it or set "
                     "editor.guidance above 1"
                 )
+        image_guidance = None  # it is off as well, and provenance says so
     steps = config.steps or (20 if uses_instruction(kind) else 50)
     strength = STRENGTH.get(kind) if strength is None else strength
     if strength is not None and int(steps * strength) < 1:
