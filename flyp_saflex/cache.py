@@ -30,6 +30,7 @@ from flyp_saflex.rundir import atomic_write
 
 MANIFEST = "metadata.jsonl"
 SCORES = "scores.jsonl"
+SHEETS = "sheets"
 WRITERS, ROWS = ".writers", "rows.jsonl"
 SPLIT_WORDS = re.compile(
     r"(?i)(?:^|[-._ 0-9/])(train|training|val|valid|validation|dev|test|testing|eval|evaluation)(?:$|[-._ 0-9/])"

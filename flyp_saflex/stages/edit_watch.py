@@ -10,10 +10,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from flyp_saflex.cache import SHEETS
 from flyp_saflex.data.contact_sheet import Tile, contact_sheet
 from flyp_saflex.stages.editing import EditResult
 
-SHEETS, SHEET_SOURCES, SHEET_COLUMNS, SHEET_PX = "sheets", 12, 8, 256
+SHEET_SOURCES, SHEET_COLUMNS, SHEET_PX = 12, 8, 256
 
 
 @dataclass

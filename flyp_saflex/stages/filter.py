@@ -21,12 +21,12 @@ from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
 from numpy.typing import NDArray
 
-from flyp_saflex.cache import AugmentCache
+from flyp_saflex.cache import SHEETS, AugmentCache
 from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.method.filters import UNREADABLE, confidence_filter, keep
 from flyp_saflex.stages.filter_inputs import Checked, check, plan_line
-from flyp_saflex.stages.filter_report import SHEETS, Scored, report
+from flyp_saflex.stages.filter_report import Scored, report
 from flyp_saflex.stages.filter_scoring import Scores, load_filter_clip, score_edits, thresholds
 from flyp_saflex.stages.run_model import load_model
 

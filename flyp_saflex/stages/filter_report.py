@@ -21,7 +21,6 @@ from flyp_saflex.method.filters import UNREADABLE, keep, removal_table
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.results import align, percent
 
-SHEETS = "sheets"
 """Folder of the contact sheets in a cache entry."""
 PAIRS = 3
 """Pairs of source and edit in a row of a sheet."""

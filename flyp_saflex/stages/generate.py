@@ -19,7 +19,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from flyp_saflex.cache import FORMATS, MANIFEST, WRITERS, AugmentCache
+from flyp_saflex.cache import FORMATS, MANIFEST, SHEETS, WRITERS, AugmentCache
 from flyp_saflex.cache_files import read_rejected, state_settings
 from flyp_saflex.cache_writer import CacheWriter
 from flyp_saflex.config import Config
@@ -36,7 +36,7 @@ from flyp_saflex.stages.edit_plan import (
     stated_settings,
     wordings_for,
 )
-from flyp_saflex.stages.edit_watch import SHEETS, Sheets, Tally
+from flyp_saflex.stages.edit_watch import Sheets, Tally
 from flyp_saflex.stages.editing import EditResult, edit_batches, read_source
 from flyp_saflex.stages.editor import Editor, load_editor
 from flyp_saflex.stages.editor_settings import Settings, resolve
