@@ -31,7 +31,7 @@ from flyp_saflex.rundir import atomic_write
 MANIFEST = "metadata.jsonl"
 SCORES = "scores.jsonl"
 SHEETS = "sheets"
-WRITERS, ROWS = ".writers", "rows.jsonl"
+WRITERS, ROWS, DONE = ".writers", "rows.jsonl", "DONE"
 SPLIT_WORDS = re.compile(
     r"(?i)(?:^|[-._ 0-9/])(train|training|val|valid|validation|dev|test|testing|eval|evaluation)(?:$|[-._ 0-9/])"
 )
@@ -114,7 +114,7 @@ class AugmentCache:
         cache = cls(Path(folder).expanduser(), dataset)
         try:
             (cache.folder / "images").mkdir(parents=True, exist_ok=True)
-            cache._mend_tail()
+            mend_tail(cache._manifest)
             cache._manifest.touch()
             cache._writable = True
         except OSError as error:
@@ -145,7 +145,7 @@ class AugmentCache:
     @property
     def done(self) -> bool:
         """Whether the entry was finished."""
-        return (self.folder / "DONE").is_file()
+        return (self.folder / DONE).is_file()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -281,7 +281,7 @@ class AugmentCache:
 
     def finish(self) -> None:
         """Write DONE."""
-        with atomic_write(self.folder / "DONE") as file:
+        with atomic_write(self.folder / DONE) as file:
             file.write(f"{len(self.edits)} edits\n")
 
     @property
@@ -368,12 +368,14 @@ class AugmentCache:
                     return
                 raise DataError(f"{path} line {number}: no valid JSON row ({error}); mend or remove the line") from None
 
-    def _mend_tail(self) -> None:
-        """Cut off what a killed writer left after the last newline, so that the next row starts on a line of its own."""
-        if not self._manifest.is_file():
-            return
-        data = self._manifest.read_bytes()
-        if data and not data.endswith(b"\n"):
-            with open(self._manifest, "r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
-                os.fsync(file.fileno())
+
+def mend_tail(path: Path) -> None:
+    """Cut off what a killed writer left after the last newline, so that the next row starts on a line of its own."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            os.fsync(file.fileno())

@@ -22,7 +22,7 @@ from flyp_saflex.rundir import atomic_write, write_json
 if sys.platform != "win32":
     import fcntl
 
-SETTINGS, REJECTED, DONE = "settings.json", "rejected.jsonl", "DONE"
+SETTINGS, REJECTED = "settings.json", "rejected.jsonl"
 
 
 class _Id(msgspec.Struct):
@@ -138,18 +138,6 @@ def rows_by_id(files: Sequence[Path]) -> dict[str, bytes]:
                 raise DataError(f"{path} line {number}: there is no aug_id; mend or remove the line")
             rows.setdefault(aug_id, line)
     return rows
-
-
-def mend_tail(path: Path) -> None:
-    """Cut off what a killed writer left after the last newline."""
-    if not path.is_file() or not path.stat().st_size:
-        return
-    with open(path, "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            os.fsync(file.fileno())
 
 
 @contextmanager

@@ -23,16 +23,14 @@ from typing import IO, Any
 
 import msgspec
 
-from flyp_saflex.cache import FORMATS, MANIFEST, ROWS, WRITERS, AugmentCache, SavableImage
+from flyp_saflex.cache import DONE, FORMATS, MANIFEST, ROWS, SHEETS, WRITERS, AugmentCache, SavableImage, mend_tail
 from flyp_saflex.cache_files import (
-    DONE,
     REJECTED,
     SETTINGS,
     append_rows,
     entry_lock,
     held_by_other,
     hold,
-    mend_tail,
     read_rejected,
     replace_lines,
     rows_by_id,
@@ -203,7 +201,7 @@ class CacheWriter:
     def _tidy(self, *, alone: bool) -> None:
         """Remove temporary files that a kill left; those of the entry's own files are only ever written with its lock."""
         left = [path for name in (MANIFEST, REJECTED, DONE, SETTINGS) for path in self.folder.glob(f".{name}.*.tmp")]
-        for path in (*left, *(self.folder.glob("sheets/.[0-9]*.tmp") if alone else ())):
+        for path in (*left, *(self.folder.glob(f"{SHEETS}/.[0-9]*.tmp") if alone else ())):
             path.unlink(missing_ok=True)
 
     def _merge(self, homes: Sequence[Path]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from build_tiny_editor import SIZE_PX, to_tensor
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -32,7 +33,6 @@ from flyp_saflex.stages.editor import Editor, Request, load_editor
 
 SEED = 50_000_000  # of the classifier's pictures
 WORLD_SEEDS = (30_000_000, 30_000_001)
-SIZE_PX = 64
 PLACE_NAMES = tuple(PLACES)
 EPOCHS, BATCH, NUM_PICTURES = 6, 64, 12_000
 NUM_EDITS = 300
@@ -70,11 +70,6 @@ def pictures(number: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int6
     images = np.stack([np.asarray(render(scene, SIZE_PX)) for scene in found])
     places = np.array([PLACE_NAMES.index(scene.place) for scene in found])
     return images, places, np.array([CLASSES.index(scene.species or EMPTY) for scene in found])
-
-
-def to_tensor(images_NSSC: NDArray[np.uint8]) -> Tensor:
-    """Return [N, 3, S, S] in -1..1."""
-    return torch.from_numpy(images_NSSC).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def soften(images_B3SS: Tensor, rng: np.random.Generator) -> Tensor:

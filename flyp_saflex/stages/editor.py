@@ -312,6 +312,7 @@ def _scheduler(diffusers: Any, own: Any, settings: Settings) -> Any:
         )
     try:
         return getattr(diffusers, settings.scheduler).from_config(own.config)
+    # schedulers refuse settings of others with any of these: an absent library, a value, a combination that they lack
     except (ImportError, ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"editor.scheduler = {settings.scheduler} cannot be made from editor.model = {settings.model}'s settings "

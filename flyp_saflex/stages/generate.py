@@ -19,7 +19,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from flyp_saflex.cache import FORMATS, MANIFEST, SHEETS, WRITERS, AugmentCache
+from flyp_saflex.cache import DONE, FORMATS, MANIFEST, SHEETS, WRITERS, AugmentCache
 from flyp_saflex.cache_files import read_rejected, state_settings
 from flyp_saflex.cache_writer import CacheWriter
 from flyp_saflex.config import Config
@@ -101,7 +101,7 @@ def generate(config: Config, *, shard: tuple[int, int] = (0, 1), limit: int | No
         if work.is_main and batches:
             _probe(work, batches, sum(_is_open(edit, made, rejected) for batch in batches for edit in batch))
         return work.folder
-    tidy = (work.folder / "DONE").is_file() and not (work.folder / WRITERS).exists()
+    tidy = (work.folder / DONE).is_file() and not (work.folder / WRITERS).exists()
     if tidy and not _worth_another_try(batches, made, rejected, unreadable, config):
         work.say(f"nothing to do: {work.folder} is finished")
         return work.folder
