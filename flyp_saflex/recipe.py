@@ -21,7 +21,8 @@ import msgspec
 import tomli_w
 
 from flyp_saflex import config as config_module
-from flyp_saflex.config import Config, check
+from flyp_saflex.config import Config
+from flyp_saflex.config_check import check
 from flyp_saflex.errors import ConfigError, nearest
 
 if sys.version_info >= (3, 11):
