@@ -28,6 +28,16 @@ def check(config: Config) -> list[str]:
             f"train.freeze_image and train.freeze_text leave train.method = {train.method} nothing to train but logit_scale: "
             "unfreeze one or use train.method=linear-probe"
         )
+    if saflex.select == "always" and not (saflex.enabled or augment.filter in ("argmax", "lowest-loss", "random")):
+        problems.append(
+            'saflex.select = "always", but nothing is dropped while training with saflex.enabled = false and '
+            f'augment.filter = "{augment.filter}": set saflex.select="auto" or saflex.enabled=true'
+        )
+    if saflex.select == "always" and (train.freeze_image or train.method == "linear-probe"):
+        frozen = "train.freeze_image = true" if train.freeze_image else "train.method = linear-probe"
+        problems.append(
+            f'saflex.select = "always" saves backward passes of images, but {frozen} leaves none: set saflex.select="auto"'
+        )
     if train.frozen_cache and (augment.on_train or any(name != "cache" for name in augment.upstream)):
         problems.append(
             "train.frozen_cache holds fixed activations, but augment.on_train or augment.upstream changes images at random: "

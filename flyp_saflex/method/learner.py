@@ -86,7 +86,7 @@ class Learner(nn.Module):
 
         Args:
             inputs: activations behind the frozen blocks (`tower.lower`), or pooled features [N, F] with `from_pooled`.
-            tokens_CL: captions, one per column; unused with a linear head.
+            tokens_CL: captions, one per column (none of them: no columns); unused with a linear head.
             from_pooled: start behind the pooling: the head scope of SAFLEX.
         """
         pooled_NF = inputs if from_pooled else self.tower.upper(inputs)
@@ -95,7 +95,9 @@ class Learner(nn.Module):
             weight, bias = at_least_float32(self.head.weight), at_least_float32(self.head.bias)
             return Outputs(pooled_NF, images_ND, weight, images_ND.new_ones(()), bias)
         assert tokens_CL is not None, "captions are the columns of a model without a linear head"
-        columns_CD = F.normalize(at_least_float32(encode_text(self.clip, tokens_CL)), dim=-1)
+        columns_CD = images_ND[:0]
+        if len(tokens_CL):
+            columns_CD = F.normalize(at_least_float32(encode_text(self.clip, tokens_CL)), dim=-1)
         scale = at_least_float32(self.clip.logit_scale).exp()
         return Outputs(pooled_NF, images_ND, columns_CD, scale, images_ND.new_zeros(()))
 
