@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -157,7 +158,8 @@ class StepLoss:
         inputs, judged = rows.inputs[rows.num_train :], self.upstream_filter in ("argmax", "lowest-loss")
         pooled_AF, logits_AC = inputs, None
         if judged or (self.saflex is not None and self.saflex.settings.scope == "head"):
-            out = two_pass.features(self.forward, inputs, columns.tokens_UL if judged else columns.tokens_UL[:0])
+            tokens_UL = columns.tokens_UL if judged else columns.tokens_UL[:0]
+            out = two_pass.features(self.forward, self.learner, inputs, tokens_UL)
             pooled_AF = out.pooled_NF
             logits_AC = self.processes.gather(out.logits(columns_C=columns.inverse_C)) if judged else None
         result, assignment_NC, weights_N = self._decide(rows, pooled_AF, logits_AC, columns, generator)
@@ -170,7 +172,9 @@ class StepLoss:
 
     def _in_parts(self, rows: Rows, columns: Columns, generator: torch.Generator | None) -> StepResult:
         """Take the loss and its gradient at the features of all rows; leave the towers' backward passes to `surrogates`."""
-        features = two_pass.leaves(two_pass.features(self.forward, rows.inputs, columns.tokens_UL, self.rows_at_once))
+        features = two_pass.leaves(
+            two_pass.features(self.forward, self.learner, rows.inputs, columns.tokens_UL, self.rows_at_once)
+        )
         logits_NC = features.logits(self.processes.gather_features(features.images_ND), columns.inverse_C)
         logits_AC = logits_NC.detach()[columns.augmented_N]
         pooled_AF = features.pooled_NF[rows.num_train :]
@@ -234,14 +238,14 @@ class StepLoss:
     def refresh(self, validation: Validation) -> float:
         """Take SAFLEX's validation gradient at the current parameters; return its norm.
 
-        The gradient of a loss that is a mean over rows is taken in parts of `rows_at_once`; the contrastive loss of
-        `validation_loss = "train"` is one part whatever its size.
+        The gradient of a loss that is a mean over rows is taken in parts of `rows_at_once`. The contrastive loss of
+        `validation_loss = "train"` is one part whatever its size; with `rows_at_once` its passes are in parts all the same.
         """
         assert self.saflex is not None, "there is nothing to refresh without SAFLEX"
         settings, num_rows = self.saflex.settings, len(validation.labels_V)
         parameters = self.learner.parameters_in(settings.scope)
         at_once = self.rows_at_once or VALIDATION_ROWS_AT_ONCE
-        part = num_rows if settings.validation_loss == "train" else at_once
+        part = num_rows if settings.validation_loss == "train" and self.contrastive else at_once
         total: dict[str, Tensor] = {}
         with self._evaluation_mode():
             for start in range(0, num_rows, part):
@@ -250,9 +254,13 @@ class StepLoss:
                 if settings.scope == "head":
                     with torch.no_grad():
                         inputs = torch.cat([self.learner.tower.upper(few) for few in inputs.split(at_once)])
-                loss_fn = self._validation_loss(inputs, validation.labels_V[chosen], validation.captions_V[chosen])
+                tokens_KL, loss_of = self._validation_loss(validation.labels_V[chosen], validation.captions_V[chosen])
+                if settings.scope == "all" and self.rows_at_once and len(inputs) > at_once:
+                    found = two_pass.gradient_in_parts(self.learner, inputs, tokens_KL, loss_of, parameters, at_once)
+                else:
+                    found = gains.gradient(partial(self._loss_at, inputs, tokens_KL, loss_of), parameters)
                 share = len(inputs) / num_rows
-                for name, value in gains.gradient(loss_fn, parameters).items():
+                for name, value in found.items():
                     total[name] = total[name] + share * value if name in total else share * value
         return self.saflex.update(total)
 
@@ -316,27 +324,29 @@ class StepLoss:
         result.top_shares_AJ = shares_AK[:, :NUM_TOP_LABELS]
         return losses.spread_over_columns(labels_AK, columns.choices_K, columns.columns_C)
 
-    def _validation_loss(self, inputs: Tensor, labels_V: Tensor, captions_V: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+    def _validation_loss(self, labels_V: Tensor, captions_V: Tensor) -> tuple[Tensor, Callable[[Outputs], Tensor]]:
+        """Return the texts that validation rows are held against, and the loss of what the learner makes of both."""
         assert self.saflex is not None
         settings = self.saflex.settings
         as_trained = settings.validation_loss == "train" and self.contrastive
         captions_V = self.same_M[captions_V]
         choices_K = torch.unique(captions_V) if as_trained else self.class_captions_K
-        tokens_KL = self.caption_tokens_ML[choices_K]
 
-        def loss_fn(parameters: dict[str, Tensor]) -> Tensor:
-            arguments = (inputs, tokens_KL)
-            outputs = functional_call(
-                self.learner, parameters, arguments, {"from_pooled": settings.scope == "head"}, tie_weights=False
-            )
-            logits_VK = outputs.logits()
+        def loss_of(outputs: Outputs) -> Tensor:
             if as_trained:
                 columns_C, assignment_VC = losses.proxy_columns(captions_V, self.proxies)
-                return losses.clip_loss(logits_VK[:, torch.searchsorted(choices_K, columns_C)], assignment_VC)
+                return losses.clip_loss(outputs.logits()[:, torch.searchsorted(choices_K, columns_C)], assignment_VC)
             name = "ce" if settings.validation_loss == "train" else settings.validation_loss
-            return losses.VALIDATION_LOSSES[name](logits_VK, labels_V)
+            return losses.VALIDATION_LOSSES[name](outputs.logits(), labels_V)
 
-        return loss_fn
+        return self.caption_tokens_ML[choices_K], loss_of
+
+    def _loss_at(
+        self, inputs: Tensor, tokens_KL: Tensor, loss_of: Callable[[Outputs], Tensor], parameters: dict[str, Tensor]
+    ) -> Tensor:
+        assert self.saflex is not None
+        options = {"from_pooled": self.saflex.settings.scope == "head"}
+        return loss_of(functional_call(self.learner, parameters, (inputs, tokens_KL), options, tie_weights=False))
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:

@@ -98,19 +98,31 @@ def trains_images(learner: Learner) -> bool:
     return any(parameter.requires_grad for parameter in learner.clip.visual.parameters())
 
 
-def features(forward: Forward, inputs: Tensor, tokens_UL: Tensor, rows_at_once: int = 0) -> Outputs:
-    """Return the outputs of all rows and texts without gradient, `rows_at_once` rows at a time (0: all)."""
-    size = rows_at_once or max(len(inputs), 1)
-    images, texts = list(inputs.split(size)), list(tokens_UL.split(TEXTS_PER_ROW * size)) if len(tokens_UL) else []
-    outputs, no_text = [], tokens_UL[:0]
+def features(forward: Forward, learner: Learner, inputs: Tensor, tokens_UL: Tensor, rows_at_once: int = 0) -> Outputs:
+    """Return the outputs of all rows and texts without gradient, `rows_at_once` rows at a time (0: all).
+
+    Args:
+        forward: the learner, possibly wrapped.
+        learner: the bare module.
+        inputs: rows, at least one.
+        tokens_UL: the texts.
+        rows_at_once: rows per pass.
+    """
+    size = rows_at_once or len(inputs)
+    images = inputs.split(size)
+    texts = (tokens_UL if learner.head is None else tokens_UL[:0]).split(TEXTS_PER_ROW * size)
     with _without_gradient(inputs.device.type):
-        for few, read in zip_longest(images, texts):
-            outputs.append(forward(inputs[:1] if few is None else few, no_text if read is None else read))
-    shown = outputs[: len(images)]
-    last = outputs[-1]
-    has_texts = last.columns_CD if not len(texts) else torch.cat([out.columns_CD for out in outputs[: len(texts)]])
+        passes = [  # one that has no rows left to give is given a row of before, or no text
+            forward(inputs[:1] if few is None else few, tokens_UL[:0] if read is None else read)
+            for few, read in zip_longest(images, texts)
+        ]
+    seen = passes[: len(images)]
     return Outputs(
-        torch.cat([out.pooled_NF for out in shown]), torch.cat([out.images_ND for out in shown]), has_texts, last.scale, last.bias
+        torch.cat([out.pooled_NF for out in seen]),
+        torch.cat([out.images_ND for out in seen]),
+        torch.cat([out.columns_CD for out in passes[: len(texts)]]),
+        seen[-1].scale,
+        seen[-1].bias,
     )
 
 
@@ -183,6 +195,23 @@ def surrogates(
         return total
 
     return [lambda place=place: surrogate(place) for place in range(number)]  # type: ignore[misc]
+
+
+def gradient_in_parts(
+    learner: Learner,
+    inputs: Tensor,
+    tokens_UL: Tensor,
+    loss_of: Callable[[Outputs], Tensor],
+    parameters: Mapping[str, Tensor],
+    rows_at_once: int,
+) -> dict[str, Tensor]:
+    """Return the gradient, by name, of `loss_of(learner(inputs, tokens_UL))` at the learner's own `parameters`."""
+    at = leaves(features(learner, learner, inputs, tokens_UL, rows_at_once))
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for surrogate in surrogates(learner, learner, inputs, tokens_UL, gradients(loss_of(at), at), rows_at_once):
+        found = torch.autograd.grad(surrogate(), list(parameters.values()), allow_unused=True, materialize_grads=True)
+        total = {name: total[name] + value for name, value in zip(total, found, strict=True)}
+    return total
 
 
 def _trains_texts(learner: Learner) -> bool:
