@@ -39,6 +39,10 @@ class Outputs(NamedTuple):
             columns_CD = self.columns_CD if columns_C is None else self.columns_CD[columns_C]
             return self.scale * images_ND @ columns_CD.T + self.bias
 
+    def rows_from(self, first: int) -> Outputs:
+        """Return the same without the images before the `first`."""
+        return self._replace(pooled_NF=self.pooled_NF[first:], images_ND=self.images_ND[first:])
+
 
 def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
     """Encode texts, reading no further than the longest of them.

@@ -148,7 +148,7 @@ class StepLoss:
         out = self.forward(rows.inputs, columns.tokens_UL)
         logits_NC = out.logits(self.processes.gather_features(out.images_ND), columns.inverse_C)
         logits_AC = logits_NC.detach()[columns.augmented_N]
-        result, assignment_NC, weights_N = self._decide(rows, out.pooled_NF[rows.num_train :], logits_AC, columns, generator)
+        result, assignment_NC, weights_N = self._decide(rows, out.rows_from(rows.num_train), logits_AC, columns, generator)
         result.loss = loss = self._loss(logits_NC, assignment_NC, weights_N)
         result.surrogates = [lambda: loss]
         return result
@@ -156,13 +156,12 @@ class StepLoss:
     def _select_then_train(self, rows: Rows, columns: Columns, generator: torch.Generator | None) -> StepResult:
         """Decide from a pass without gradient over the augmented rows; train on the training rows and the kept ones."""
         inputs, judged = rows.inputs[rows.num_train :], self.upstream_filter in ("argmax", "lowest-loss")
-        pooled_AF, logits_AC = inputs, None
+        seen, logits_AC = None, None
         if judged or (self.saflex is not None and self.saflex.settings.scope == "head"):
             tokens_UL = columns.tokens_UL if judged else columns.tokens_UL[:0]
-            out = two_pass.features(self.forward, self.learner, inputs, tokens_UL)
-            pooled_AF = out.pooled_NF
-            logits_AC = self.processes.gather(out.logits(columns_C=columns.inverse_C)) if judged else None
-        result, assignment_NC, weights_N = self._decide(rows, pooled_AF, logits_AC, columns, generator)
+            seen = two_pass.features(self.forward, self.learner, inputs, tokens_UL)
+            logits_AC = self.processes.gather(seen.logits(columns_C=columns.inverse_C)) if judged else None
+        result, assignment_NC, weights_N = self._decide(rows, seen, logits_AC, columns, generator)
         chosen_S, among_all_S = two_pass.chosen_rows(weights_N, len(rows.inputs), self.processes.rank)
         out = self.forward(rows.inputs[chosen_S], columns.tokens_UL)
         logits_SC = out.logits(self.processes.gather_features(out.images_ND), columns.inverse_C)
@@ -177,8 +176,8 @@ class StepLoss:
         )
         logits_NC = features.logits(self.processes.gather_features(features.images_ND), columns.inverse_C)
         logits_AC = logits_NC.detach()[columns.augmented_N]
-        pooled_AF = features.pooled_NF[rows.num_train :]
-        result, assignment_NC, weights_N = self._decide(rows, pooled_AF, logits_AC, columns, generator)
+        seen = features.rows_from(rows.num_train)
+        result, assignment_NC, weights_N = self._decide(rows, seen, logits_AC, columns, generator)
         loss = self._loss(logits_NC, assignment_NC, weights_N)
         gradient = two_pass.gradients(loss, features)
         kept_N = weights_N.view(-1, len(rows.inputs))[self.processes.rank] > 0
@@ -202,7 +201,7 @@ class StepLoss:
     def _decide(
         self,
         rows: Rows,
-        pooled_AF: Tensor,
+        seen: Outputs | None,
         logits_AC: Tensor | None,
         columns: Columns,
         generator: torch.Generator | None,
@@ -211,7 +210,7 @@ class StepLoss:
 
         Args:
             rows: this process's rows.
-            pooled_AF: its augmented rows' pooled features (used in head scope only).
+            seen: what the learner made of its augmented rows; head scope starts from the pooled features.
             logits_AC: logits of all processes' augmented rows without gradient; None where no filter looks at them.
             columns: of the step.
             generator: of the `random` filter.
@@ -228,7 +227,7 @@ class StepLoss:
             if self.saflex is None:
                 result.weights_A = keep_A.to(weights_N.dtype)
             else:
-                learned_AC = self._learn(rows, pooled_AF, logits_AC, columns, keep_A, result)
+                learned_AC = self._learn(rows, seen, columns, keep_A, result)
                 assignment_NC[augmented_N] = learned_AC.to(assignment_NC.dtype)
             weights_N[augmented_N] = result.weights_A.to(weights_N.dtype)
             if self.saflex is not None or self.upstream_filter != "none":
@@ -283,20 +282,13 @@ class StepLoss:
             keep_A = torch.ones(len(upstream_AK), device=upstream_AK.device)
         return keep_A > 0
 
-    def _learn(
-        self,
-        rows: Rows,
-        pooled_AF: Tensor,
-        logits_AC: Tensor | None,
-        columns: Columns,
-        keep_A: Tensor,
-        result: StepResult,
-    ) -> Tensor:
+    def _learn(self, rows: Rows, seen: Outputs | None, columns: Columns, keep_A: Tensor, result: StepResult) -> Tensor:
         """Fill in weights and gains of the augmented rows; return their learned mass over the columns [A, C]."""
         assert self.saflex is not None
         saflex = self.saflex
         head = saflex.settings.scope == "head"
-        inputs = (pooled_AF if head else rows.inputs[rows.num_train :]).detach()
+        assert seen is not None or not head, "head scope starts from pooled features"
+        inputs = (seen.pooled_NF if seen is not None and head else rows.inputs[rows.num_train :]).detach()
         at_once = 0 if head else self.rows_at_once
         first, *others = inputs.split(at_once or max(len(inputs), 1))
 

@@ -32,6 +32,21 @@ CASES = {
         "saflex.enabled=true",
         "train.freeze_text=true",
     ],
+    "select, then train: other numbers of rows kept on each": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.weight_rule=sum",
+        "saflex.select=always",
+    ],
+    "features first, gradients in parts": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.weight_rule=sum",
+        "saflex.scope=all",
+        "train.proxies=batch",
+        "train.accumulation=2",
+        "train.rows_at_once=3",
+    ],
 }
 
 
