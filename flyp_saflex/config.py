@@ -70,6 +70,12 @@ class DataConfig:
     """Unreadable images are skipped and counted; above this part of a split the run stops."""
     workers: Natural = 0
     """Processes that read images; 0: read in the main process."""
+    decoding: Literal["scaled", "exact"] = "scaled"
+    """`scaled`: JPEGs are decoded at a part of their size, at least twice what the model sees (PSNR >= 50 dB); `exact`: whole."""
+    materialised: str = ""
+    """Folder of resized copies that training and evaluation read instead of the files; `data RECIPE --materialise` makes them."""
+    materialised_px: Count = 256
+    """Shorter side of the copies, no less than the model's image size: 8/7 of it is usual (224: 256, 336: 384)."""
 
 
 @dataclass(frozen=True, kw_only=True)
