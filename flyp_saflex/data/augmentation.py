@@ -6,7 +6,6 @@ seed the same crop is drawn whether the image was decoded whole, decoded smaller
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
@@ -29,11 +28,6 @@ POLICIES: dict[str, Callable[[], Callable[[Image.Image], Image.Image]]] = {
     "augmix": transforms.AugMix,
     "trivialaugment": transforms.TrivialAugmentWide,
 }
-
-
-def needed_px(image_size_px: int) -> int:
-    """Return the shorter side below which an operation would enlarge: `random-crop` keeps at least 0.9 of it."""
-    return math.ceil(image_size_px / CROP_AREA[0])
 
 
 class Augmentation:

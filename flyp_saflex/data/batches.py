@@ -215,7 +215,7 @@ class BatchReader(TorchDataset[Batch]):
             return self.stored(item.path)
         operations = self.on_augmented if row.kind == "augmented" else self.on_train
         box = item.box if self.box_crop and isinstance(item, Sample) else None
-        picture = self.reader.picture(item.path, box=box, random=bool(operations))
+        picture = self.reader.picture(item.path, box=box)
         for number, operation in enumerate(operations):
             picture = operation.on(picture, derived_seed(row.seed, number))
         return self.reader.tensor(picture)

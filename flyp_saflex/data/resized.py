@@ -79,7 +79,7 @@ class ResizedImages:
         changed: number of samples whose file is not the one that was copied.
     """
 
-    def __init__(self, folder: Path, settings: Settings, rows: dict[Path, Stored], counts: Counter[str]) -> None:
+    def __init__(self, folder: Path, settings: Settings | None, rows: dict[Path, Stored], counts: Counter[str]) -> None:
         self.folder, self.settings, self._rows = folder, settings, rows
         self.found, self.missing, self.changed = counts["found"], counts["missing"], counts["changed"]
 
@@ -94,21 +94,16 @@ class ResizedImages:
             image_size_px: side of the square that the model takes.
 
         Raises:
-            DataError: the copies are too small for the model, or were not made by this version.
+            DataError: the copies are too small for the model, or are not ours.
         """
         settings = read_settings(folder)
-        if settings is None:
-            raise DataError(
-                f"data.materialised = {folder} holds no resized images: make them with `flyp-saflex data RECIPE --materialise`, "
-                'or set data.materialised=""'
-            )
-        if settings.shorter_side_px < image_size_px:
+        if settings is not None and settings.shorter_side_px < image_size_px:
             raise DataError(
                 f"data.materialised = {folder} holds images with a shorter side of {settings.shorter_side_px} px, the model "
                 f"takes {image_size_px} px: choose another folder, set data.materialised_px={-(-image_size_px * 8 // 7)} and "
                 "run `flyp-saflex data RECIPE --materialise`"
             )
-        known = {row.key: row for row in read_index(folder)}
+        known = {row.key: row for row in read_index(folder)} if settings is not None else {}
         rows, counts = {}, Counter[str]()
         for sample, found in zip(samples, stamps(sample.path for sample in samples), strict=True):
             row = known.get(key_of(sample, box_crop=box_crop))
@@ -121,7 +116,8 @@ class ResizedImages:
     def note(self) -> str:
         """Return one line on how much of the dataset is read from here."""
         total = self.found + self.missing + self.changed
-        line = f"{self.found} of {total} images are read from {self.folder} (shorter side {self.settings.shorter_side_px} px)"
+        size = f" (shorter side {self.settings.shorter_side_px} px)" if self.settings is not None else ""
+        line = f"{self.found} of {total} images are read from {self.folder}{size}"
         if self.found == total:
             return line
         return (
@@ -147,7 +143,7 @@ class ResizedImages:
     def key(self, path: Path) -> str:
         """Return a hash of the source and of how its copy was made; empty if there is none."""
         row = self._rows.get(path)
-        if row is None:
+        if row is None or self.settings is None:
             return ""
         made = "" if row.full_size is None else f"-{self.settings.shorter_side_px}px-q{self.settings.jpeg_quality}"
         return row.sha256 + made

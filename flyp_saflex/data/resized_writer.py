@@ -91,6 +91,8 @@ def materialise(
         with _alone(folder):
             if found is None:
                 replace_lines(folder / SETTINGS, [msgspec.json.encode(settings)])
+            for left in folder.glob(f".{SETTINGS}.*.tmp"):
+                left.unlink()
             mend_tail(folder / INDEX)
             rows = read_index(folder)
             end = max(((row.shard, row.offset + row.length) for row in rows), default=(0, 0))
