@@ -71,7 +71,8 @@ class DataConfig:
     workers: Natural = 0
     """Processes that read images; 0: read in the main process."""
     decoding: Literal["scaled", "exact"] = "scaled"
-    """`scaled`: JPEGs are decoded at a part of their size, at least twice what the model sees (PSNR >= 50 dB); `exact`: whole."""
+    """`scaled`: large JPEGs are decoded at a half or a quarter of their size, but at least twice what the model sees (PSNR of
+    photographs: 50 dB and more), for training, evaluation and filters; `exact`: whole."""
     materialised: str = ""
     """Folder of resized copies that training and evaluation read instead of the files; `data RECIPE --materialise` makes them."""
     materialised_px: Count = 256

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+from PIL import Image
 from tqdm import tqdm
 
 from flyp_saflex.cache import mend_tail
@@ -181,7 +182,10 @@ def _copy(task: _Task, settings: Settings) -> tuple[Stored, bytes | None] | str:
         return row, data
     width, height = (round(side * min(1, px / shorter)) for side in picture.size)
     buffer = io.BytesIO()
-    picture.resized(width, height).save(buffer, "JPEG", quality=settings.jpeg_quality, subsampling=0)
+    # Lanczos: the copy is resized once more, and keeps more of what that needs.
+    picture.resized(width, height, resample=Image.Resampling.LANCZOS).save(
+        buffer, "JPEG", quality=settings.jpeg_quality, subsampling=0
+    )
     return msgspec.structs.replace(row, full_size=picture.size), buffer.getvalue()
 
 
