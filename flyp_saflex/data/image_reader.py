@@ -5,7 +5,8 @@
              average, PSNR >= 50 dB on photographs, 46 dB where they are sharp to the last pixel (test_image_reader.py)
     resized  a copy made once by `flyp-saflex data RECIPE --materialise` is read instead of the file
 
-A preprocessing that is not the usual one, or a transform without a description, is always exact.
+An image that is too small for that, or no JPEG, is the same to the last bit in the first two. A preprocessing that is not the
+usual one, or a transform without a description, is always exact.
 """
 
 from __future__ import annotations

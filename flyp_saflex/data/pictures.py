@@ -91,12 +91,14 @@ class Picture:
         Args:
             width: of the whole result.
             height: of the whole result.
-            part: (left, top, width, height) of the result that is wanted: the rest is not calculated.
+            part: (left, top, width, height) of the result that is wanted. Unless the image is whole, the rest is not
+                calculated; a whole one gives what Pillow's resize and crop give, to the last bit.
             resample: how.
         """
         left, top, wide, high = part or (0, 0, width, height)
-        if self.whole and self.size == (width, height):
-            return self.pixels.crop((left, top, left + wide, top + high))
+        if self.whole:
+            image = self.pixels if self.size == (width, height) else self.pixels.resize((width, height), resample)
+            return image.crop((left, top, left + wide, top + high))
         box = self._within(left / width, top / height, (left + wide) / width, (top + high) / height)
         return self.pixels.resize((wide, high), resample, box=_inside(box, self.pixels.size))
 

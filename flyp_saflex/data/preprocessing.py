@@ -1,8 +1,9 @@
 """The usual preprocessing of CLIP models, on an image that may have been decoded smaller (floor 2).
 
 open_clip describes it in a few numbers: resize (shorter side to S, or squash to S x S), centre crop, to [0, 1], normalise.
-What stands here calculates the same, but resizes only what the crop keeps, from the exact place of the image among the pixels
-at hand. A description that it does not know is left to the model's own transform, on the whole image.
+What stands here calculates the same, to the last bit for an image that is there whole. Of one that was decoded smaller it
+resizes only what the crop keeps, from the exact place of the image among the pixels at hand. A description that it does not
+know is left to the model's own transform, on the whole image.
 
 Shapes: S side of the square, H height, W width.
 """

@@ -129,6 +129,7 @@ def test_smaller_images_and_other_formats_are_decoded_whole(tmp_path):
     for name in ("a.png", "b.jpg", "c.jpg"):
         picture = scaled().picture(tmp_path / name)
         assert np.array_equal(picture.image(), read_image(tmp_path / name))
+        assert torch.equal(scaled().tensor(picture), exact(tmp_path / name)), "to the last bit"
     assert reduced(save(tmp_path / "d.jpg", photo(300, int(4.5 * SIDE)))), "one row more, and half is enough"
 
 

@@ -29,28 +29,18 @@ def noise(width: int, height: int) -> Image.Image:
         {"interpolation": "random", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     ],
 )
-def test_it_equals_the_models_own_transform(changes):
+def test_it_equals_the_models_own_transform_to_the_last_bit(changes):
     settings = USUAL | changes
     own = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     usual = Preprocessing.of(settings)
     assert usual is not None
-    step = 1 / 255 / min(settings["std"]) * 1.001
-    differing = total = 0
     for size in ((32, 32), (33, 32), (32, 57), (101, 75), (75, 101), (60, 40), (320, 33), (20, 28), (64, 64), (47, 333)):
         expected, found = own(noise(*size)), usual(Picture.of(noise(*size)))
-        assert found.dtype == torch.float32
         assert found.is_contiguous()
-        # Resizing only what the crop keeps starts at a fraction of a pixel, which rounds a tie to the other side:
-        # ties are rare with
-        # bicubic weights, less so with bilinear ones.
-        assert (expected - found).abs().max() <= step, size
-        differing, total = differing + int((expected != found).sum()), total + found.numel()
-    assert differing < (0.01 if settings["interpolation"] == "bilinear" else 0.001) * total
-    if settings.get("resize_mode") == "squash":
-        assert differing == 0
+        assert torch.equal(found, expected), size
 
 
-def test_pixels_that_are_not_resized_become_the_same_numbers_to_the_last_bit():
+def test_every_value_becomes_the_same_number():
     own = image_transform_v2(PreprocessCfg(**USUAL), is_train=False)
     every_value = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint16).astype(np.uint8).reshape(32, 32, 3))
     assert torch.equal(Preprocessing.of(USUAL)(Picture.of(every_value)), own(every_value))
