@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from flyp_saflex.config import Config
+from flyp_saflex.data.image_reader import ImageReader
 from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.errors import DataError, ModelError, RunError
 from flyp_saflex.method.clip import Clip, load_clip
@@ -137,12 +138,13 @@ def _score(
 def _loader(config: Config, clip: Clip, state: PartialState, *, max_unreadable: float = 1.0) -> ImageLoader:
     """Return a reader; unreadable edits are scored `keep = false`, so by default any number of them is allowed."""
     return ImageLoader(
-        clip.preprocess,
+        ImageReader(clip.preprocess, clip.config["preprocess_cfg"], scaled=config.data.decoding == "scaled"),
         batch_size=config.filter.batch_size,
         workers=config.data.workers,
         max_unreadable=max_unreadable,
         box_crop=config.data.box_crop,
         progress=state.is_main_process,
+        pin=state.device.type == "cuda",
     )
 
 
