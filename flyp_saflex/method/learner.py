@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flyp_saflex.method.clip import ImageTower
 from flyp_saflex.method.losses import at_least_float32
+from flyp_saflex.method.text import encode_text
 
 Trainable = Literal["all", "head"]
 
@@ -38,32 +39,6 @@ class Outputs(NamedTuple):
         with torch.autocast(images_ND.device.type, enabled=False):
             columns_CD = self.columns_CD if columns_C is None else self.columns_CD[columns_C]
             return self.scale * images_ND @ columns_CD.T + self.bias
-
-
-def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
-    """Encode texts, reading no further than the longest of them.
-
-    Attention is causal in CLIP's text tower, so padding behind the end token changes nothing; towers with another
-    attention or pooling take the whole context.
-
-    Returns:
-        Embeddings [N, D], not normalised.
-    """
-    tower = getattr(model, "text", model)
-    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-    plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
-    mask = getattr(tower, "attn_mask", None)
-    if pool != "argmax" or not plain or mask is None or not hasattr(tower, "token_embedding"):
-        return model.encode_text(tokens_NL)
-    ends_N = tokens_NL.argmax(dim=-1)
-    length = int(ends_N.max()) + 1
-    hidden_NLW = tower.token_embedding(tokens_NL[:, :length]) + tower.positional_embedding[:length]
-    hidden_NLW = tower.ln_final(tower.transformer(hidden_NLW, attn_mask=mask[:length, :length]))
-    pooled_NW = hidden_NLW[torch.arange(len(ends_N), device=ends_N.device), ends_N]
-    projection = tower.text_projection
-    if projection is None:
-        return pooled_NW
-    return projection(pooled_NW) if isinstance(projection, nn.Module) else pooled_NW @ projection
 
 
 class Learner(nn.Module):
