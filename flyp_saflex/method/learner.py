@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flyp_saflex.method.clip import ImageTower
 from flyp_saflex.method.losses import at_least_float32
+from flyp_saflex.method.text import encode_text
 
 Trainable = Literal["all", "head"]
 
@@ -42,32 +43,6 @@ class Outputs(NamedTuple):
     def rows_from(self, first: int) -> Outputs:
         """Return the same without the images before the `first`."""
         return self._replace(pooled_NF=self.pooled_NF[first:], images_ND=self.images_ND[first:])
-
-
-def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
-    """Encode texts, reading no further than the longest of them.
-
-    Attention is causal in CLIP's text tower, so padding behind the end token changes nothing; towers with another
-    attention or pooling take the whole context.
-
-    Returns:
-        Embeddings [N, D], not normalised.
-    """
-    tower = getattr(model, "text", model)
-    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-    plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
-    mask = getattr(tower, "attn_mask", None)
-    if pool != "argmax" or not plain or mask is None or not hasattr(tower, "token_embedding"):
-        return model.encode_text(tokens_NL)
-    ends_N = tokens_NL.argmax(dim=-1)
-    length = int(ends_N.max()) + 1
-    hidden_NLW = tower.token_embedding(tokens_NL[:, :length]) + tower.positional_embedding[:length]
-    hidden_NLW = tower.ln_final(tower.transformer(hidden_NLW, attn_mask=mask[:length, :length]))
-    pooled_NW = hidden_NLW[torch.arange(len(ends_N), device=ends_N.device), ends_N]
-    projection = tower.text_projection
-    if projection is None:
-        return pooled_NW
-    return projection(pooled_NW) if isinstance(projection, nn.Module) else pooled_NW @ projection
 
 
 class Learner(nn.Module):

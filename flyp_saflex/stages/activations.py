@@ -41,6 +41,7 @@ def fingerprint(clip: Clip, tower: ImageTower, *, box_crop: bool, scaled: bool =
     architecture = {key: value for key, value in model.get("vision_cfg", {}).items() if key != "timm_model_pretrained"}
     known = [architecture, bool(model.get("quick_gelu")), clip.config["preprocess_cfg"], tower.num_frozen, box_crop]
     known += ["scaled decoding"] if scaled else []
+    known += ["one token"] if tower.lower_gives_one_token else []
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     frozen = {id(parameter) for parameter in tower.frozen_parameters()}
     for name, value in clip.model.visual.state_dict(keep_vars=True).items():

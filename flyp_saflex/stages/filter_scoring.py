@@ -20,7 +20,7 @@ from flyp_saflex.config import Config
 from flyp_saflex.data.image_reader import ImageReader
 from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.errors import DataError, ModelError, RunError
-from flyp_saflex.method.clip import Clip, load_clip
+from flyp_saflex.method.clip import Clip, ImageTower, load_clip
 from flyp_saflex.method.filters import confident_thresholds, semantic_log_odds
 from flyp_saflex.method.predict import Predictor, Variant, predict
 from flyp_saflex.method.wise import WiseModel
@@ -150,11 +150,11 @@ def _loader(config: Config, clip: Clip, state: PartialState, *, max_unreadable: 
 
 def _embedder(clip: Clip) -> Variant:
     """Return what gives the predictor of normalised image embeddings."""
-    device = next(clip.model.parameters()).device
+    device, tower = next(clip.model.parameters()).device, ImageTower(clip.model.visual)
 
     @torch.no_grad()
     def embed(images_BCHW: Tensor) -> Tensor:
-        return normalize(clip.model.encode_image(images_BCHW.to(device, non_blocking=True)).float(), dim=-1)
+        return normalize(tower(images_BCHW.to(device, non_blocking=True)).float(), dim=-1)
 
     def enter() -> Predictor:
         return embed
