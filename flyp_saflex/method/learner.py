@@ -16,6 +16,8 @@ from flyp_saflex.method.clip import ImageTower
 from flyp_saflex.method.losses import at_least_float32
 
 Trainable = Literal["all", "head"]
+_DROP_RATES = ("p", "prob", "drop_prob", "dropout")
+"""What torch, timm and open_clip call the rate of a module that drops something at random in training."""
 
 
 class Outputs(NamedTuple):
@@ -130,6 +132,16 @@ class Learner(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 fixed = freeze_batchnorm or not any(parameter.requires_grad for parameter in module.parameters())
                 module.train(training and not fixed)
+
+    def acts_as_evaluated(self) -> bool:
+        """Return whether a pass in the present mode equals one in evaluation mode: no dropout, no batch statistics."""
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+                return False
+            drops = "Drop" in type(module).__name__ or isinstance(module, nn.MultiheadAttention)
+            if module.training and drops and any(getattr(module, name, 0.0) for name in _DROP_RATES):
+                return False
+        return True
 
     def parameters_in(self, scope: Trainable) -> dict[str, Tensor]:
         """Return the trained parameters whose gradient SAFLEX looks at.

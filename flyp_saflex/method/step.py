@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from flyp_saflex.method import baselines, gains, losses
+from flyp_saflex.method.estimators import CHECK_ROWS
 from flyp_saflex.method.learner import Learner, Outputs
 from flyp_saflex.method.saflex import Saflex
 
@@ -167,8 +168,8 @@ class StepLoss:
         result.loss = loss_fn(logits_NC, assignment_NC, weights_N)
         return result
 
-    def refresh(self, validation: Validation) -> float:
-        """Take SAFLEX's validation gradient at the current parameters; return its norm.
+    def refresh(self, validation: Validation) -> Tensor:
+        """Take SAFLEX's validation gradient at the current parameters; return its norm, a scalar tensor.
 
         The gradient of a loss that is a mean over rows is taken in parts of `rows_at_once`; the contrastive loss of
         `validation_loss = "train"` is one part whatever its size.
@@ -187,7 +188,10 @@ class StepLoss:
                         inputs = torch.cat([self.learner.tower.upper(few) for few in inputs.split(self.rows_at_once)])
                 loss_fn = self._validation_loss(inputs, validation.labels_V[chosen], validation.captions_V[chosen])
                 share = len(inputs) / num_rows
-                for name, value in gains.gradient(loss_fn, parameters).items():
+                newest = gains.gradient(loss_fn, parameters)
+                if len(inputs) == num_rows:
+                    return self.saflex.update(newest)
+                for name, value in newest.items():
                     total[name] = total[name] + share * value if name in total else share * value
         return self.saflex.update(total)
 
@@ -240,22 +244,36 @@ class StepLoss:
     ) -> Tensor:
         """Fill in weights and gains of the augmented rows; return their learned mass over the columns [A, C]."""
         assert self.saflex is not None
-        saflex, local = self.saflex, rows.num_train
-        head = saflex.settings.scope == "head"
-        inputs = (out.pooled_NF if head else rows.inputs)[local:].detach()
+        saflex, learner, first = self.saflex, self.learner, rows.num_train
+        head, gather = saflex.settings.scope == "head", self.processes.gather
+        inputs = (out.pooled_NF if head else rows.inputs)[first:].detach()
+        parameters = learner.parameters_in(saflex.settings.scope)
 
-        def logits_fn(parameters: dict[str, Tensor]) -> Tensor:
-            arguments = (inputs, columns.tokens_UL)
-            outputs = functional_call(self.learner, parameters, arguments, {"from_pooled": head}, tie_weights=False)
-            return outputs.logits(columns_C=columns.inverse_C)
+        def logits_of(inputs: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+            def logits_fn(parameters: dict[str, Tensor]) -> Tensor:
+                arguments = (inputs, columns.tokens_UL)
+                outputs = functional_call(learner, parameters, arguments, {"from_pooled": head}, tie_weights=False)
+                return outputs.logits(columns_C=columns.inverse_C)
 
-        with self._evaluation_mode():
-            logits_AC, tangent_AC = saflex.tangent(logits_fn, self.learner.parameters_in(saflex.settings.scope))
-        logits_AC = self.processes.gather(logits_AC)
-        gains_AC = gains.gains(logits_AC, self.processes.gather(tangent_AC))
-        gains_AK = losses.average_over_columns(gains_AC, columns.choices_K, columns.columns_C)
+            return logits_fn
+
+        def gains_of(derivative: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            values_AC, tangent_AC = (gather(part) for part in derivative)
+            gains_AC = gains.gains(values_AC, tangent_AC)
+            return values_AC, losses.average_over_columns(gains_AC, columns.choices_K, columns.columns_C)
+
+        def few(values: Tensor) -> Tensor:  # the first rows of every process
+            return values.unflatten(0, (-1, len(inputs)))[:, :CHECK_ROWS].flatten(0, 1)
+
         upstream_AK = columns.upstream_NK[columns.augmented_N]
-        classes_A = self.processes.gather(rows.labels_N)[columns.augmented_N]
+        own_AC = self._own_logits(out, first, columns)
+        with self._evaluation_mode():
+            logits_AC, gains_AK = gains_of(saflex.tangent(logits_of(inputs), parameters, own_AC))
+            if saflex.watch.due(saflex.estimator_for(parameters)):
+                exact = saflex.tangent(logits_of(inputs[:CHECK_ROWS]), parameters, estimator="exact")
+                if saflex.watch.compare(few(gains_AK), gains_of(exact)[1], few(upstream_AK)):
+                    logits_AC, gains_AK = gains_of(saflex.tangent(logits_of(inputs), parameters))
+        classes_A = gather(rows.labels_N)[columns.augmented_N]
         agrees_A = columns.inverse_C[logits_AC.argmax(dim=1)] == upstream_AK.argmax(dim=1)
         result.weights_A, labels_AK = saflex.solve(gains_AK, upstream_AK, keep_A=keep_A, agrees_A=agrees_A, classes_A=classes_A)
         result.gains_A = (gains_AK * upstream_AK).sum(dim=1)
@@ -264,6 +282,13 @@ class StepLoss:
         result.top_labels_AJ = columns.choices_K[order_AK[:, :NUM_TOP_LABELS]]
         result.top_shares_AJ = shares_AK[:, :NUM_TOP_LABELS]
         return losses.spread_over_columns(labels_AK, columns.choices_K, columns.columns_C)
+
+    def _own_logits(self, out: Outputs, first: int, columns: _Columns) -> Tensor | None:
+        """Return this pass's logits of this process's augmented rows; None if evaluation mode is another function."""
+        if getattr(self.forward, "module", self.forward) is not self.learner or not self.learner.acts_as_evaluated():
+            return None  # a compiled forward rounds differently: as much as a finite difference is
+        with torch.no_grad():
+            return out.logits(out.images_ND[first:], columns.inverse_C)
 
     def _validation_loss(self, inputs: Tensor, labels_V: Tensor, captions_V: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
         assert self.saflex is not None
