@@ -32,6 +32,7 @@ from flyp_saflex.method.closed_form import WEIGHT_RULES, KeptRates, renormalise,
 from flyp_saflex.method.estimators import Choice, Watch, choose
 from flyp_saflex.method.gains import Estimator, Parameters, directional_derivative, gains, gradient, norm
 from flyp_saflex.method.losses import VALIDATION_LOSSES, at_least_float32
+from flyp_saflex.method.validation_bank import ValidationBank
 
 GainScale = Literal["none", "std"]
 Scope = Literal["all", "head"]
@@ -54,6 +55,8 @@ class SaflexSettings:
     """`ce`, `margin` or `train`; for the trainer, which builds the loss function."""
     validation_rows: int = 256
     """Validation rows per refresh, 0: the whole split; for the trainer."""
+    validation_renewed: int = 0
+    """How many of them get new image features per refresh in head scope, 0: all; for the trainer (`ValidationBank`)."""
     refresh_every: int = 4
     """Steps between validation gradients."""
     scope: Scope = "head"
@@ -86,6 +89,7 @@ class SaflexSettings:
             "temperature": (self.temperature > 0, "a number above 0"),
             "penalty": (self.penalty >= 0, "a number of at least 0"),
             "validation_rows": (self.validation_rows >= 0, "a whole number of at least 0 (0: the whole split)"),
+            "validation_renewed": (self.validation_renewed >= 0, "a whole number of at least 0 (0: all of them)"),
             "check_every": (self.check_every >= 0, "a whole number of at least 0 (0: never)"),
             "refresh_every": (self.refresh_every >= 1, "a whole number of at least 1"),
             "class_balance": (0 <= self.class_balance <= 1, "a number from 0 to 1"),
@@ -160,8 +164,8 @@ class Diagnostics:
 class Saflex:
     """Weights and soft labels for augmented rows in any training loop.
 
-    It holds the running average of the validation gradient, nothing else of the model; it writes no `.grad`, changes no
-    parameter, and what it returns is detached.
+    It holds the running average of the validation gradient (and, for a trainer that renews them in turn, features of
+    validation rows), nothing else of the model; it writes no `.grad`, changes no parameter, and what it returns is detached.
 
     Args:
         settings: what to do; None: the named preset with overrides.
@@ -170,6 +174,7 @@ class Saflex:
 
     Attributes:
         watch: compares estimated gains with exact ones now and then; under `estimator = "auto"` it may give them up.
+        bank: validation features that a trainer keeps from refresh to refresh (`validation_renewed`).
     """
 
     def __init__(self, settings: SaflexSettings | None = None, *, preset: str = "robust", **overrides: Any) -> None:
@@ -178,6 +183,7 @@ class Saflex:
         self._gradient: dict[str, Tensor] | None = None
         self._previous_rms: Tensor | float | None = None
         self.watch = Watch(every=self.settings.check_every, may_give_up=self.settings.estimator == "auto")
+        self.bank = ValidationBank()
         self._rates = KeptRates()
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
@@ -372,13 +378,14 @@ class Saflex:
         """Forget everything: the next step starts with a refresh (another set of parameters is trained from now on)."""
         self._gradient, self._previous_rms, self._rates, self._last = None, None, KeptRates(), None
         self.watch.reset()
+        self.bank.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on bit for bit; tensors are shared, and never changed in place here."""
         stored = None if self._gradient is None else dict(self._gradient)
         previous = None if self._previous_rms is None else float(self._previous_rms)
-        rates, watch = dict(self._rates.counts), self.watch.state_dict()
-        return {"gradient": stored, "previous_rms": previous, "kept_rates": rates, "watch": watch}
+        rates, watch, bank = dict(self._rates.counts), self.watch.state_dict(), self.bank.state_dict()
+        return {"gradient": stored, "previous_rms": previous, "kept_rates": rates, "watch": watch, "bank": bank}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
@@ -387,3 +394,4 @@ class Saflex:
         self._previous_rms = state["previous_rms"]
         self._rates.counts = dict(state["kept_rates"])
         self.watch.load_state_dict(state["watch"])
+        self.bank.load_state_dict(state["bank"])

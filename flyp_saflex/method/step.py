@@ -88,11 +88,15 @@ class StepResult:
 
 @dataclass
 class Validation:
-    """SAFLEX's validation rows of one refresh: inputs [V, ...], class labels [V], caption ids [V]."""
+    """SAFLEX's validation rows of one refresh: inputs [V, ...], class labels [V], caption ids [V].
+
+    With `slots_V` the rows renew these slots of the object's `ValidationBank`, and the gradient is that of the whole bank.
+    """
 
     inputs: Tensor
     labels_V: Tensor
     captions_V: Tensor
+    slots_V: Tensor | None = None
 
 
 class StepLoss:
@@ -171,28 +175,30 @@ class StepLoss:
     def refresh(self, validation: Validation) -> Tensor:
         """Take SAFLEX's validation gradient at the current parameters; return its norm, a scalar tensor.
 
-        The gradient of a loss that is a mean over rows is taken in parts of `rows_at_once`; the contrastive loss of
+        In head scope the image features are computed in parts of `rows_at_once` and their gradient at once. That of all
+        parameters is taken in such parts where the loss is a mean over rows; the contrastive loss of
         `validation_loss = "train"` is one part whatever its size.
         """
         assert self.saflex is not None, "there is nothing to refresh without SAFLEX"
-        settings, num_rows = self.saflex.settings, len(validation.labels_V)
+        settings, head = self.saflex.settings, self.saflex.settings.scope == "head"
         parameters = self.learner.parameters_in(settings.scope)
-        part = num_rows if settings.validation_loss == "train" else self.rows_at_once
-        total: dict[str, Tensor] = {}
+        inputs, labels_V, captions_V = validation.inputs, validation.labels_V, validation.captions_V
         with self._evaluation_mode():
+            if head:
+                with torch.no_grad():
+                    inputs = torch.cat([self.learner.tower.upper(few) for few in inputs.split(self.rows_at_once)])
+                if validation.slots_V is not None:
+                    inputs, labels_V, captions_V = self.saflex.bank.renew(validation.slots_V, inputs, labels_V, captions_V)
+            num_rows = len(labels_V)
+            part = num_rows if head or settings.validation_loss == "train" else self.rows_at_once
+            total: dict[str, Tensor] = {}
             for start in range(0, num_rows, part):
                 chosen = slice(start, start + part)
-                inputs = validation.inputs[chosen]
-                if settings.scope == "head":
-                    with torch.no_grad():
-                        inputs = torch.cat([self.learner.tower.upper(few) for few in inputs.split(self.rows_at_once)])
-                loss_fn = self._validation_loss(inputs, validation.labels_V[chosen], validation.captions_V[chosen])
-                share = len(inputs) / num_rows
-                newest = gains.gradient(loss_fn, parameters)
-                if len(inputs) == num_rows:
-                    return self.saflex.update(newest)
-                for name, value in newest.items():
-                    total[name] = total[name] + share * value if name in total else share * value
+                newest = gains.gradient(self._validation_loss(inputs[chosen], labels_V[chosen], captions_V[chosen]), parameters)
+                share = len(labels_V[chosen]) / num_rows
+                if share < 1:
+                    newest = {name: share * value for name, value in newest.items()}
+                total = {name: total[name] + value for name, value in newest.items()} if total else newest
         return self.saflex.update(total)
 
     def _columns(self, rows: Rows, class_columns_K: Tensor | None) -> _Columns:
