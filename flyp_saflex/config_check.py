@@ -16,6 +16,11 @@ def check(config: Config) -> list[str]:
         )
     if augment.filter == "scores" and "cache" not in augment.upstream:
         problems.append('augment.filter = "scores" needs edits: add "cache" to augment.upstream or set augment.filter="none"')
+    if saflex.enabled and saflex.estimator in ("central", "one-sided") and train.precision != "no":
+        problems.append(
+            f"saflex.estimator = {saflex.estimator} needs float32, but train.precision = {train.precision}, whose rounding is "
+            "larger than the difference: set saflex.estimator=auto or train.precision=no"
+        )
     if "cache" in augment.upstream[1:]:
         problems.append('augment.upstream: "cache" must come first, the operations after it are applied to its images')
     if train.batch_size % train.accumulation:

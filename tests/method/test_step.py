@@ -1,11 +1,14 @@
 """The step: gains are those of brute-force gradients, the loss is the sum of its parts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from flyp_saflex.method.clip import load_clip
 from flyp_saflex.method.learner import Learner
+from flyp_saflex.method.losses import margin
 from flyp_saflex.method.saflex import Saflex
 from flyp_saflex.method.step import Rows, StepLoss, Validation, first_with_equal_tokens
 
@@ -24,11 +27,13 @@ def clip(tiny_clip_dir):
     return clip
 
 
-def make(clip, *, scope="head", head=False, num_frozen=0, validation_loss="ce", **options):
+def make(clip, *, head=False, num_frozen=0, dtype=torch.float64, **options):
     torch.manual_seed(0)
     learner = Learner(clip.model, num_frozen=num_frozen, head=torch.nn.Linear(32, 3).double() if head else None)
     learner.freeze()
-    saflex = Saflex(scope=scope, validation_loss=validation_loss, gain_scale="none", penalty=0.0, weight_rule="all")
+    chosen = {"scope": "head", "validation_loss": "ce", "estimator": "exact", "average": 0.5}
+    chosen = {name: options.pop(name, default) for name, default in chosen.items()}
+    saflex = Saflex(gain_scale="none", penalty=0.0, weight_rule="all", **chosen)
     step = StepLoss(
         learner,
         learner,
@@ -37,10 +42,10 @@ def make(clip, *, scope="head", head=False, num_frozen=0, validation_loss="ce", 
         saflex=saflex,
         **options,
     )
-    images = torch.randn(TRAIN + AUGMENTED, 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(TRAIN + AUGMENTED, 3, 32, 32, dtype=dtype)
     rows = Rows(learner.tower.lower(images).detach(), torch.tensor(CAPTIONS), torch.tensor(LABELS), torch.arange(7), TRAIN)
     labels = torch.tensor([0, 1, 2, 0, 1])
-    validation = Validation(learner.tower.lower(torch.randn(5, 3, 32, 32, dtype=torch.float64)).detach(), labels, labels)
+    validation = Validation(learner.tower.lower(torch.randn(5, 3, 32, 32, dtype=dtype)).detach(), labels, labels)
     return learner, step, rows, validation
 
 
@@ -173,3 +178,74 @@ def test_a_step_without_augmented_rows_has_none(clip):
 def test_captions_that_read_the_same_are_one_proxy_class():
     tokens = torch.tensor([[1, 2, 0], [1, 3, 0], [1, 2, 0], [4, 0, 0], [1, 3, 0]])
     assert first_with_equal_tokens(tokens).tolist() == [0, 1, 0, 3, 1]
+
+
+def count_passes(learner, monkeypatch):
+    passes = []
+    upper = learner.tower.upper
+    monkeypatch.setattr(learner.tower, "upper", lambda inputs: (passes.append(len(inputs)), upper(inputs))[1])
+    return passes
+
+
+@pytest.mark.parametrize("proxies", ["captions", "batch"])
+def test_one_sided_differences_start_from_the_steps_own_logits(clip, monkeypatch, proxies):
+    clip.model.float()
+    found = {}
+    for estimator in ("exact", "auto"):
+        learner, step, rows, validation = make(clip, scope="all", proxies=proxies, estimator=estimator, dtype=torch.float32)
+        learner.train()
+        step.refresh(validation)
+        step(rows)  # finds the step size
+        with monkeypatch.context() as patch:
+            passes = count_passes(learner, patch)
+            _, found[estimator] = gains_of(step, rows, patch)
+        if estimator == "auto":
+            assert passes == [TRAIN + AUGMENTED, AUGMENTED], "the step's pass and one beside it"
+            clip.model.visual.transformer.resblocks[0].attn.dropout = 0.1  # another function than in evaluation mode
+            with monkeypatch.context() as patch:
+                passes = count_passes(learner, patch)
+                _, dropped = gains_of(step, rows, patch)
+            assert passes == [TRAIN + AUGMENTED, AUGMENTED, AUGMENTED]
+            torch.testing.assert_close(dropped, found["auto"], rtol=0, atol=0.01 * float(found["auto"].abs().max()))
+    # 1 %: twice the truncation at a logit change of 3e-3, on random weights
+    assert float((found["auto"] - found["exact"]).norm() / found["exact"].norm()) < 0.01
+
+
+def test_auto_falls_back_to_exact_within_the_step(clip, monkeypatch, capsys):
+    clip.model.float()
+    gains = {}
+    for estimator in ("exact", "auto"):
+        learner, step, rows, validation = make(clip, scope="all", estimator=estimator, dtype=torch.float32)
+        step.refresh(validation)
+        if estimator == "auto":  # a step far too long for a first-order difference
+            step.saflex._previous_rms = 1e-7
+        _, gains[estimator] = gains_of(step, rows, monkeypatch)
+    assert torch.equal(gains["auto"], gains["exact"])
+    assert step.saflex.estimator_for(learner.parameters_in("all")) == "exact"
+    assert "exact from now on" in capsys.readouterr().out
+
+
+def test_a_bank_mixes_old_and_new_features_under_the_current_text(clip):
+    learner, step, _, validation = make(clip, validation_loss="margin", average=0.0)
+    slots = torch.tensor([0, 1, 2, 3, 4])
+    step.refresh(validation)
+    fresh = step.saflex.state_dict()["gradient"]
+    step.refresh(replace(validation, slots_V=slots))
+    for name, value in step.saflex.state_dict()["gradient"].items():
+        torch.testing.assert_close(value, fresh[name], rtol=0, atol=1e-12)
+    with torch.no_grad():
+        old = learner.tower.upper(validation.inputs)
+        for parameter in learner.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        new = learner.tower.upper(validation.inputs)
+    assert step.saflex.bank.next_slots(5, 2) == [0, 1]
+    few = slice(0, 2)
+    step.refresh(Validation(validation.inputs[few], validation.labels_V[few], validation.captions_V[few], slots[few]))
+    assert step.saflex.bank.next_slots(5, 4) == [2, 3, 4, 0]
+    mixed = torch.cat([new[:2], old[2:]])
+    logits = learner(mixed, step.caption_tokens_ML[:3], from_pooled=True).logits()
+    names = step.saflex.state_dict()["gradient"]
+    parameters = [dict(learner.named_parameters())[name] for name in names]
+    expected = torch.autograd.grad(margin(logits, validation.labels_V), parameters)
+    for value, other in zip(names.values(), expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-12)
