@@ -250,6 +250,9 @@ class TrainConfig:
     """Largest gradient norm; 0: no clipping."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of forward and backward pass."""
+    rows_at_once: Natural = 0
+    """Image rows per forward and backward pass and process; 0: all at once. With a number, features come first and gradients
+    in parts after them (GradCache): the same step in less memory, for one forward pass more."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     freeze_text: bool = False
@@ -328,6 +331,9 @@ class SaflexConfig:
     every process, told in metrics.jsonl as `estimator_...`; 0: never."""
     agreement: Literal["ignore", "keep", "require"] | None = None
     """Rows whose label the model itself predicts: `ignore` that, `keep` them whatever their gain, or `require` it."""
+    select: Literal["auto", "always", "never"] = "auto"
+    """Decide about augmented rows first and train on the kept ones only: the same step, cheaper where few are kept. `auto`
+    does so while a running average of the kept part is below what pays. Also for the filters of `augment.filter`."""
     class_balance: Fraction | None = None
     """How far kept rows are weighed so that dropping does not shift the classes' shares; 0: not, 1: wholly."""
 

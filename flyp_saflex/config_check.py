@@ -16,11 +16,6 @@ def check(config: Config) -> list[str]:
         )
     if augment.filter == "scores" and "cache" not in augment.upstream:
         problems.append('augment.filter = "scores" needs edits: add "cache" to augment.upstream or set augment.filter="none"')
-    if saflex.enabled and saflex.estimator in ("central", "one-sided") and train.precision != "no":
-        problems.append(
-            f"saflex.estimator = {saflex.estimator} needs float32, but train.precision = {train.precision}, whose rounding is "
-            "larger than the difference: set saflex.estimator=auto or train.precision=no"
-        )
     if "cache" in augment.upstream[1:]:
         problems.append('augment.upstream: "cache" must come first, the operations after it are applied to its images')
     if train.batch_size % train.accumulation:
@@ -32,6 +27,16 @@ def check(config: Config) -> list[str]:
         problems.append(
             f"train.freeze_image and train.freeze_text leave train.method = {train.method} nothing to train but logit_scale: "
             "unfreeze one or use train.method=linear-probe"
+        )
+    if saflex.select == "always" and not (saflex.enabled or augment.filter in ("argmax", "lowest-loss", "random")):
+        problems.append(
+            'saflex.select = "always", but nothing is dropped while training with saflex.enabled = false and '
+            f'augment.filter = "{augment.filter}": set saflex.select="auto" or saflex.enabled=true'
+        )
+    if saflex.select == "always" and (train.freeze_image or train.method == "linear-probe"):
+        frozen = "train.freeze_image = true" if train.freeze_image else "train.method = linear-probe"
+        problems.append(
+            f'saflex.select = "always" saves backward passes of images, but {frozen} leaves none: set saflex.select="auto"'
         )
     if train.frozen_cache and (augment.on_train or any(name != "cache" for name in augment.upstream)):
         problems.append(

@@ -98,6 +98,16 @@ def test_error_names_the_key_and_the_fix(values: dict[str, object], words: str) 
         ),
         (["train.frozen_cache=/acts", "augment.on_train=[]"], ("train.frozen_cache", "train.freeze_image_blocks")),
         (["train.select_split=id_val", "data.add_to_train=id_val"], ("train.select_split", "data.add_to_train")),
+        (["saflex.select=always"], ("saflex.select", "saflex.enabled")),
+        (["saflex.select=always", "augment.filter=scores", "augment.upstream=cache"], ("saflex.select", "augment.filter")),
+        (
+            ["saflex.select=always", "augment.filter=argmax", "augment.upstream=flip", "train.freeze_image=true"],
+            ("saflex.select", "train.freeze_image"),
+        ),
+        (
+            ["saflex.select=always", "saflex.enabled=true", "augment.upstream=flip", "train.method=linear-probe"],
+            ("saflex.select", "train.method"),
+        ),
         (
             ["saflex.enabled=true", "augment.upstream=flip", "train.select_split=", "data.add_to_train=id_val"],
             ("saflex.validation_split", "data.add_to_train"),

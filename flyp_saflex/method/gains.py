@@ -95,8 +95,7 @@ def directional_derivative(
         logits = None
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         if estimator == "exact":
-            _load_forward_mode()
-            with _training_kernels(), sdpa_kernel(SDPBackend.MATH):
+            with forward_mode():
                 values, tangent = torch.func.jvp(logits_fn, (point,), (towards,))[:2]
         else:
             with _training_kernels():
@@ -201,6 +200,14 @@ def _first_step(
     return step, ahead
 
 
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Compute attention by its plain formula: the fused and the inference kernels have no forward-mode derivative."""
+    _load_forward_mode()
+    with _training_kernels(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 @cache
 def _load_forward_mode() -> None:
     """Let PyTorch compile its forward-mode formulas, once, without its warning that its own compiler is deprecated."""
@@ -211,7 +218,7 @@ def _load_forward_mode() -> None:
 
 @contextmanager
 def _training_kernels() -> Iterator[None]:
-    """Keep attention off its inference kernel: it has no forward-mode derivative, and rounds unlike a training step."""
+    """Keep attention off its inference kernel, which rounds unlike a training step."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -16,8 +16,6 @@ from flyp_saflex.method.clip import ImageTower
 from flyp_saflex.method.losses import at_least_float32
 
 Trainable = Literal["all", "head"]
-_DROP_RATES = ("p", "prob", "drop_prob", "dropout")
-"""What torch, timm and open_clip call the rate of a module that drops something at random in training."""
 
 
 class Outputs(NamedTuple):
@@ -40,6 +38,10 @@ class Outputs(NamedTuple):
         with torch.autocast(images_ND.device.type, enabled=False):
             columns_CD = self.columns_CD if columns_C is None else self.columns_CD[columns_C]
             return self.scale * images_ND @ columns_CD.T + self.bias
+
+    def rows_from(self, first: int) -> Outputs:
+        """Return the same without the images before the `first`."""
+        return self._replace(pooled_NF=self.pooled_NF[first:], images_ND=self.images_ND[first:])
 
 
 def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class Learner(nn.Module):
 
         Args:
             inputs: activations behind the frozen blocks (`tower.lower`), or pooled features [N, F] with `from_pooled`.
-            tokens_CL: captions, one per column; unused with a linear head.
+            tokens_CL: captions, one per column (none of them: no columns); unused with a linear head.
             from_pooled: start behind the pooling: the head scope of SAFLEX.
         """
         pooled_NF = inputs if from_pooled else self.tower.upper(inputs)
@@ -97,7 +99,9 @@ class Learner(nn.Module):
             weight, bias = at_least_float32(self.head.weight), at_least_float32(self.head.bias)
             return Outputs(pooled_NF, images_ND, weight, images_ND.new_ones(()), bias)
         assert tokens_CL is not None, "captions are the columns of a model without a linear head"
-        columns_CD = F.normalize(at_least_float32(encode_text(self.clip, tokens_CL)), dim=-1)
+        columns_CD = images_ND[:0]
+        if len(tokens_CL):
+            columns_CD = F.normalize(at_least_float32(encode_text(self.clip, tokens_CL)), dim=-1)
         scale = at_least_float32(self.clip.logit_scale).exp()
         return Outputs(pooled_NF, images_ND, columns_CD, scale, images_ND.new_zeros(()))
 
@@ -138,8 +142,7 @@ class Learner(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
                 return False
-            drops = "Drop" in type(module).__name__ or isinstance(module, nn.MultiheadAttention)
-            if module.training and drops and any(getattr(module, name, 0.0) for name in _DROP_RATES):
+            if module.training and drops_at_random(module):
                 return False
         return True
 
@@ -156,6 +159,16 @@ class Learner(nn.Module):
         trunk = {id(parameter) for parameter in self.clip.visual.parameters()}
         trunk -= {id(parameter) for parameter in self.tower.projection_parameters()}
         return {name: parameter for name, parameter in trained.items() if id(parameter) not in trunk}
+
+
+def drops_at_random(module: nn.Module) -> bool:
+    """Return whether a module is a dropout of any kind (of values, patches, paths, attention) with a rate above zero."""
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout > 0
+    if "drop" not in type(module).__name__.lower():
+        return False
+    rates = (getattr(module, name, None) for name in ("p", "prob", "drop_prob", "drop_rate"))
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def parameter_groups(learner: Learner, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:

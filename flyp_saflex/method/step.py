@@ -3,54 +3,35 @@
 FLYP's columns are the captions of the whole batch over all processes, so features are gathered with their gradient and
 every process computes the same loss; averaged gradients are then those of one process with the whole batch.
 
-Shapes: N rows of all processes, A of them augmented, C columns, K label choices (distinct captions, or classes),
-V validation rows, D embedding, F pooled width, L tokens, J labels that are logged.
+A step is one pass (forward, decide about the augmented rows, loss), or two (`two_pass.py`), for the same loss and gradient:
+decide first and train on the kept rows, or all features first and their backward passes a few rows at a time.
+
+Shapes: N rows of all processes, A of them augmented, S chosen for the pass with gradient, C columns, K label choices
+(distinct captions, or classes), V validation rows, D embedding, F pooled width, L tokens, J labels that are logged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from flyp_saflex.method import baselines, gains, losses
-from flyp_saflex.method.estimators import CHECK_ROWS
+from flyp_saflex.method import baselines, gains, losses, step_gains, two_pass
+from flyp_saflex.method.columns import Columns, Proxies, Rows, caption_columns, class_columns, first_with_equal_tokens
 from flyp_saflex.method.learner import Learner, Outputs
 from flyp_saflex.method.saflex import Saflex
 
-Proxies = Literal["captions", "batch"]
 Filter = Literal["none", "scores", "argmax", "lowest-loss", "random"]
 NUM_TOP_LABELS = 5
 """How many of a learned label's classes are told; the others are rarely worth a look."""
-
-
-@dataclass
-class Rows:
-    """One process's rows of a part of a step; N and A are local here. Training rows come first.
-
-    Attributes:
-        inputs: what the learner's image tower takes.
-        captions_N: caption id of every row.
-        labels_N: class index of every row.
-        ids_N: identity of an augmented row (index of the edit or sample), for states kept between visits.
-        num_train: T.
-        partners_N, partner_labels_N, share_N: Mixup and CutMix: the other caption and class, and the part of the row's
-            label that stays its own; None without mixing.
-    """
-
-    inputs: Tensor
-    captions_N: Tensor
-    labels_N: Tensor
-    ids_N: Tensor
-    num_train: int
-    partners_N: Tensor | None = None
-    partner_labels_N: Tensor | None = None
-    share_N: Tensor | None = None
+VALIDATION_ROWS_AT_ONCE = 256
+"""Validation rows per forward pass where the training rows are taken all at once."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +41,12 @@ class Processes:
     Attributes:
         gather: concatenation of every process's tensor, without gradient.
         gather_features: the same with gradient to every process.
+        rank: whose part of a concatenation is this process's own.
     """
 
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
     gather_features: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    rank: int = 0
 
 
 @dataclass
@@ -71,11 +54,14 @@ class StepResult:
     """Loss of a part of a step, and what was decided about its augmented rows (over all processes).
 
     Attributes:
-        loss: scalar with gradient.
+        loss: scalar; its gradient is to be had through `surrogates`.
         ids_A, weights_A: identity and weight of the augmented rows.
         gains_A: gain of the label that each came with; None without SAFLEX.
         top_labels_AJ: the labels with the largest learned shares, the largest first, as caption ids (or classes).
         top_shares_AJ: their shares; J is at most `NUM_TOP_LABELS`.
+        surrogates: functions of no arguments that return scalars whose gradients add up to the loss' own: the loss, or in
+            parts. Call one, go backward, call the next: each makes its own forward pass.
+        selected: whether rows of weight zero were left out of the pass with gradient.
     """
 
     loss: Tensor
@@ -84,6 +70,8 @@ class StepResult:
     gains_A: Tensor | None = None
     top_labels_AJ: Tensor | None = None
     top_shares_AJ: Tensor | None = None
+    surrogates: list[Callable[[], Tensor]] = field(default_factory=list)
+    selected: bool = False
 
 
 @dataclass
@@ -112,7 +100,9 @@ class StepLoss:
         saflex: None: weights one and the labels that rows came with.
         upstream_filter, keep_fraction: plain filters (baselines) of augmented rows.
         processes: how tensors meet.
-        rows_at_once: validation rows per forward pass.
+        rows_at_once: rows per forward and backward pass, of training and validation; 0: a part's training rows all at once.
+        selecting: whether to decide about augmented rows before training on them; None: never. Its running average is
+            kept up to date here.
     """
 
     def __init__(
@@ -128,7 +118,8 @@ class StepLoss:
         upstream_filter: Filter = "none",
         keep_fraction: float = 0.5,
         processes: Processes | None = None,
-        rows_at_once: int = 256,
+        rows_at_once: int = 0,
+        selecting: two_pass.Selecting | None = None,
     ) -> None:
         self.learner, self.forward = learner, forward
         self.caption_tokens_ML, self.class_captions_K = caption_tokens_ML, class_captions_K
@@ -136,6 +127,7 @@ class StepLoss:
         self.contrastive, self.proxies, self.saflex = contrastive, proxies, saflex
         self.upstream_filter, self.keep_fraction = upstream_filter, keep_fraction
         self.processes, self.rows_at_once = processes or Processes(), rows_at_once
+        self.selecting = selecting or two_pass.Selecting("never")
 
     def __call__(
         self, rows: Rows, *, class_columns_K: Tensor | None = None, generator: torch.Generator | None = None
@@ -147,139 +139,193 @@ class StepLoss:
             class_columns_K: caption ids that are the columns of cross entropy with a text head, one per class.
             generator: of the `random` filter; seeded alike on every process.
         """
-        columns = self._columns(rows, class_columns_K)
-        out = self.forward(rows.inputs, columns.tokens_UL)
-        images_ND = self.processes.gather_features(out.images_ND)
-        logits_NC = out.logits(images_ND, columns.inverse_C)
-        num_rows = len(logits_NC)
-
-        if self.contrastive and self.proxies == "batch" and rows.partners_N is None:
-            assignment_NC = torch.eye(num_rows, device=logits_NC.device)
+        gather = self.processes.gather
+        if self.contrastive:
+            columns = caption_columns(rows, self.caption_tokens_ML, self.same_M, self.proxies, gather)
         else:
-            assignment_NC = losses.spread_over_columns(columns.upstream_NK, columns.choices_K, columns.columns_C)
+            captions_K = self.class_captions_K if class_columns_K is None else class_columns_K
+            columns = class_columns(rows, self.caption_tokens_ML[captions_K], gather)
+        if self.rows_at_once and len(rows.inputs) > self.rows_at_once:
+            return self._in_parts(rows, columns, generator)
+        if self.selecting.on and bool(columns.augmented_N.any()) and two_pass.trains_images(self.learner):
+            return self._select_then_train(rows, columns, generator)
+        learner, saflex, num_train, known = self.learner, self.saflex, rows.num_train, None
+        if saflex is not None and len(rows.inputs) > num_train and step_gains.may_carry_tangent(self.forward, learner, saflex):
+            out, known = step_gains.forward_with_tangent(learner, saflex, rows.inputs, num_train, columns)
+        else:
+            out = self.forward(rows.inputs, columns.tokens_UL)
+        logits_NC = out.logits(self.processes.gather_features(out.images_ND), columns.inverse_C)
+        logits_AC = logits_NC.detach()[columns.augmented_N]
+        result, assignment_NC, weights_N = self._decide(rows, out.rows_from(num_train), logits_AC, columns, generator, known)
+        result.loss = loss = self._loss(logits_NC, assignment_NC, weights_N)
+        result.surrogates = [lambda: loss]
+        return result
+
+    def _select_then_train(self, rows: Rows, columns: Columns, generator: torch.Generator | None) -> StepResult:
+        """Decide from a pass without gradient over the augmented rows; train on the training rows and the kept ones."""
+        inputs, judged = rows.inputs[rows.num_train :], self.upstream_filter in ("argmax", "lowest-loss")
+        seen, logits_AC = None, None
+        if judged or (self.saflex is not None and self.saflex.settings.scope == "head"):
+            tokens_UL = columns.tokens_UL if judged else columns.tokens_UL[:0]
+            seen = two_pass.features(self.forward, self.learner, inputs, tokens_UL)
+            logits_AC = self.processes.gather(seen.logits(columns_C=columns.inverse_C)) if judged else None
+        result, assignment_NC, weights_N = self._decide(rows, seen, logits_AC, columns, generator)
+        chosen_S, among_all_S = two_pass.chosen_rows(weights_N, len(rows.inputs), self.processes.rank)
+        out = self.forward(rows.inputs[chosen_S], columns.tokens_UL)
+        logits_SC = out.logits(self.processes.gather_features(out.images_ND), columns.inverse_C)
+        result.loss = loss = self._loss(logits_SC, assignment_NC[among_all_S], weights_N[among_all_S])
+        result.surrogates, result.selected = [lambda: loss], True
+        return result
+
+    def _in_parts(self, rows: Rows, columns: Columns, generator: torch.Generator | None) -> StepResult:
+        """Take the loss and its gradient at the features of all rows; leave the towers' backward passes to `surrogates`."""
+        features = two_pass.leaves(
+            two_pass.features(self.forward, self.learner, rows.inputs, columns.tokens_UL, self.rows_at_once)
+        )
+        logits_NC = features.logits(self.processes.gather_features(features.images_ND), columns.inverse_C)
+        logits_AC = logits_NC.detach()[columns.augmented_N]
+        seen = features.rows_from(rows.num_train)
+        result, assignment_NC, weights_N = self._decide(rows, seen, logits_AC, columns, generator)
+        loss = self._loss(logits_NC, assignment_NC, weights_N)
+        gradient = two_pass.gradients(loss, features)
+        kept_N = weights_N.view(-1, len(rows.inputs))[self.processes.rank] > 0
+        chosen_S = kept_N.nonzero()[:, 0] if bool(kept_N.any()) else torch.zeros(1, dtype=torch.long, device=kept_N.device)
+        result.loss = loss.detach()
+        result.surrogates = two_pass.surrogates(
+            self.forward,
+            self.learner,
+            rows.inputs[chosen_S],
+            columns.tokens_UL,
+            gradient._replace(images_ND=gradient.images_ND[chosen_S]),
+            self.rows_at_once,
+        )
+        result.selected = bool(columns.augmented_N.any())
+        return result
+
+    def _loss(self, logits_NC: Tensor, assignment_NC: Tensor, weights_N: Tensor) -> Tensor:
+        loss_fn = losses.clip_loss if self.contrastive else losses.soft_cross_entropy
+        return loss_fn(logits_NC, assignment_NC, weights_N)
+
+    def _decide(
+        self,
+        rows: Rows,
+        seen: Outputs | None,
+        logits_AC: Tensor | None,
+        columns: Columns,
+        generator: torch.Generator | None,
+        known: step_gains.Derivative | None = None,
+    ) -> tuple[StepResult, Tensor, Tensor]:
+        """Return what is decided about the augmented rows, all rows' mass over the columns [N, C], and their weights [N].
+
+        Args:
+            rows: this process's rows.
+            seen: what the learner made of its augmented rows; head scope starts from the pooled features.
+            logits_AC: logits of all processes' augmented rows without gradient; None where no filter looks at them.
+            columns: of the step.
+            generator: of the `random` filter.
+            known: logits and exact derivative of this process's augmented rows, if the pass gave them.
+        """
         augmented_N = columns.augmented_N
-        weights_N = torch.ones(num_rows, device=logits_NC.device)
-        result = StepResult(logits_NC, self.processes.gather(rows.ids_N)[augmented_N], weights_N[augmented_N])
+        if self.contrastive and self.proxies == "batch" and rows.partners_N is None:
+            assignment_NC = torch.eye(len(augmented_N), device=augmented_N.device)
+        else:
+            assignment_NC = columns.upstream_assignment()
+        weights_N = torch.ones(len(augmented_N), device=augmented_N.device)
+        result = StepResult(weights_N.new_zeros(()), self.processes.gather(rows.ids_N)[augmented_N], weights_N[augmented_N])
         if bool(augmented_N.any()):
-            keep_A = self._filter(logits_NC.detach()[augmented_N], columns, generator)
+            keep_A = self._filter(logits_AC, columns, generator)
             if self.saflex is None:
                 result.weights_A = keep_A.to(weights_N.dtype)
             else:
-                learned_AC = self._learn(rows, out, logits_NC.detach(), columns, keep_A, result)
+                learned_AC = self._learn(rows, seen, columns, keep_A, result, known)
                 assignment_NC[augmented_N] = learned_AC.to(assignment_NC.dtype)
             weights_N[augmented_N] = result.weights_A.to(weights_N.dtype)
-        loss_fn = losses.clip_loss if self.contrastive else losses.soft_cross_entropy
-        result.loss = loss_fn(logits_NC, assignment_NC, weights_N)
-        return result
+            if self.saflex is not None or self.upstream_filter != "none":
+                self.selecting.update(result.weights_A)
+        return result, assignment_NC, weights_N
 
     def refresh(self, validation: Validation) -> Tensor:
         """Take SAFLEX's validation gradient at the current parameters; return its norm, a scalar tensor.
 
-        In head scope the image features are computed in parts of `rows_at_once` and their gradient at once. That of all
-        parameters is taken in such parts where the loss is a mean over rows; the contrastive loss of
-        `validation_loss = "train"` is one part whatever its size.
+        In head scope the image features are computed in parts of `rows_at_once`, their gradient at once. That of all
+        parameters is taken in such parts where the loss is a mean over rows. The contrastive loss of
+        `validation_loss = "train"` is one part whatever its size; with `rows_at_once` its passes are in parts all the same.
         """
         assert self.saflex is not None, "there is nothing to refresh without SAFLEX"
         settings, head = self.saflex.settings, self.saflex.settings.scope == "head"
         parameters = self.learner.parameters_in(settings.scope)
         inputs, labels_V, captions_V = validation.inputs, validation.labels_V, validation.captions_V
+        at_once = self.rows_at_once or VALIDATION_ROWS_AT_ONCE
+        total: dict[str, Tensor] = {}
         with self._evaluation_mode():
             if head:
                 with torch.no_grad():
-                    inputs = torch.cat([self.learner.tower.upper(few) for few in inputs.split(self.rows_at_once)])
+                    inputs = torch.cat([self.learner.tower.upper(few) for few in inputs.split(at_once)])
                 if validation.slots_V is not None:
                     inputs, labels_V, captions_V = self.saflex.bank.renew(validation.slots_V, inputs, labels_V, captions_V)
             num_rows = len(labels_V)
-            part = num_rows if head or settings.validation_loss == "train" else self.rows_at_once
-            total: dict[str, Tensor] = {}
+            part = num_rows if head or (settings.validation_loss == "train" and self.contrastive) else at_once
             for start in range(0, num_rows, part):
-                chosen = slice(start, start + part)
-                newest = gains.gradient(self._validation_loss(inputs[chosen], labels_V[chosen], captions_V[chosen]), parameters)
-                share = len(labels_V[chosen]) / num_rows
+                few = slice(start, start + part)
+                tokens_KL, loss_of = self._validation_loss(labels_V[few], captions_V[few])
+                if not head and self.rows_at_once and len(inputs[few]) > at_once:
+                    found = two_pass.gradient_in_parts(self.learner, inputs[few], tokens_KL, loss_of, parameters, at_once)
+                else:
+                    found = gains.gradient(partial(self._loss_at, inputs[few], tokens_KL, loss_of), parameters)
+                share = len(inputs[few]) / num_rows
                 if share < 1:
-                    newest = {name: share * value for name, value in newest.items()}
-                total = {name: total[name] + value for name, value in newest.items()} if total else newest
+                    found = {name: share * value for name, value in found.items()}
+                total = {name: total[name] + value for name, value in found.items()} if total else found
         return self.saflex.update(total)
 
-    def _columns(self, rows: Rows, class_columns_K: Tensor | None) -> _Columns:
-        gather = self.processes.gather
-        own_N = self.same_M[rows.captions_N] if self.contrastive else rows.labels_N
-        local_augmented_N = torch.arange(len(own_N), device=own_N.device) >= rows.num_train
-        augmented_N = gather(local_augmented_N.long()).bool()
-        own_N = gather(own_N)
-        mixed = rows.partners_N is not None and rows.partner_labels_N is not None and rows.share_N is not None
-        if mixed:
-            assert rows.partners_N is not None
-            assert rows.partner_labels_N is not None
-            assert rows.share_N is not None
-            partner_N = gather(self.same_M[rows.partners_N] if self.contrastive else rows.partner_labels_N)
-            share_N1 = gather(rows.share_N)[:, None]
-        if self.contrastive:
-            choices_K = torch.unique(torch.cat([own_N, partner_N]) if mixed else own_N)
-            columns_C = own_N if self.proxies == "batch" and not mixed else choices_K
-            inverse_C = torch.searchsorted(choices_K, columns_C)
-            tokens_UL = self.caption_tokens_ML[choices_K]
-        else:
-            choices_K = columns_C = inverse_C = torch.arange(len(self.class_captions_K), device=own_N.device)
-            captions_K = self.class_captions_K if class_columns_K is None else class_columns_K
-            tokens_UL = self.caption_tokens_ML[captions_K]
-        upstream_NK = losses.assignment(own_N, choices_K)
-        if mixed:
-            upstream_NK = share_N1 * upstream_NK + (1 - share_N1) * losses.assignment(partner_N, choices_K)
-        return _Columns(choices_K, columns_C, inverse_C, tokens_UL, upstream_NK, augmented_N)
-
-    def _filter(self, logits_AC: Tensor, columns: _Columns, generator: torch.Generator | None) -> Tensor:
+    def _filter(self, logits_AC: Tensor | None, columns: Columns, generator: torch.Generator | None) -> Tensor:
         """Return which augmented rows a plain filter keeps."""
         upstream_AK = columns.upstream_NK[columns.augmented_N]
-        first_K = (columns.columns_C[None, :] == columns.choices_K[:, None]).long().argmax(dim=1)
-        logits_AK = logits_AC[:, first_K]  # repeated captions have equal logits: one column of each
-        if self.upstream_filter == "argmax":
-            keep_A = baselines.keep_where_argmax_agrees(logits_AK, upstream_AK.argmax(dim=1))
-        elif self.upstream_filter == "lowest-loss":
-            losses_A = -(upstream_AK * logits_AK.log_softmax(dim=1)).sum(dim=1)
-            keep_A = baselines.keep_lowest_losses(losses_A, self.keep_fraction)
-        elif self.upstream_filter == "random":
+        if self.upstream_filter == "random":
             assert generator is not None, "the random filter needs a generator"
-            keep_A = baselines.keep_at_random(len(logits_AC), self.keep_fraction, generator).to(logits_AC.device)
+            keep_A = baselines.keep_at_random(len(upstream_AK), self.keep_fraction, generator).to(upstream_AK.device)
+        elif self.upstream_filter in ("argmax", "lowest-loss"):
+            assert logits_AC is not None, "this filter looks at logits"
+            first_K = (columns.columns_C[None, :] == columns.choices_K[:, None]).long().argmax(dim=1)
+            logits_AK = logits_AC[:, first_K]  # repeated captions have equal logits: one column of each
+            if self.upstream_filter == "argmax":
+                keep_A = baselines.keep_where_argmax_agrees(logits_AK, upstream_AK.argmax(dim=1))
+            else:
+                losses_A = -(upstream_AK * logits_AK.log_softmax(dim=1)).sum(dim=1)
+                keep_A = baselines.keep_lowest_losses(losses_A, self.keep_fraction)
         else:
-            keep_A = torch.ones(len(logits_AC), device=logits_AC.device)
+            keep_A = torch.ones(len(upstream_AK), device=upstream_AK.device)
         return keep_A > 0
 
     def _learn(
-        self, rows: Rows, out: Outputs, logits_NC: Tensor, columns: _Columns, keep_A: Tensor, result: StepResult
+        self,
+        rows: Rows,
+        seen: Outputs | None,
+        columns: Columns,
+        keep_A: Tensor,
+        result: StepResult,
+        known: step_gains.Derivative | None,
     ) -> Tensor:
         """Fill in weights and gains of the augmented rows; return their learned mass over the columns [A, C]."""
         assert self.saflex is not None
-        saflex, learner, first = self.saflex, self.learner, rows.num_train
-        head, gather = saflex.settings.scope == "head", self.processes.gather
-        inputs = (out.pooled_NF if head else rows.inputs)[first:].detach()
-        parameters = learner.parameters_in(saflex.settings.scope)
-
-        def logits_of(inputs: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
-            def logits_fn(parameters: dict[str, Tensor]) -> Tensor:
-                arguments = (inputs, columns.tokens_UL)
-                outputs = functional_call(learner, parameters, arguments, {"from_pooled": head}, tie_weights=False)
-                return outputs.logits(columns_C=columns.inverse_C)
-
-            return logits_fn
-
-        def gains_of(derivative: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            values_AC, tangent_AC = (gather(part) for part in derivative)
-            gains_AC = gains.gains(values_AC, tangent_AC)
-            return values_AC, losses.average_over_columns(gains_AC, columns.choices_K, columns.columns_C)
-
-        def few(values: Tensor) -> Tensor:  # the first rows of every process
-            return values.unflatten(0, (-1, len(inputs)))[:, :CHECK_ROWS].flatten(0, 1)
-
-        upstream_AK = columns.upstream_NK[columns.augmented_N]
-        own_AC = self._own_logits(out, first, columns)
+        saflex, learner = self.saflex, self.learner
+        head = saflex.settings.scope == "head"
+        assert seen is not None or not head, "head scope starts from pooled features"
+        inputs = seen.pooled_NF if seen is not None and head else rows.inputs[rows.num_train :]
+        own_AC = None if seen is None or not len(seen.columns_CD) else step_gains.own_logits(self.forward, learner, seen, columns)
         with self._evaluation_mode():
-            logits_AC, gains_AK = gains_of(saflex.tangent(logits_of(inputs), parameters, own_AC))
-            if saflex.watch.due(saflex.estimator_for(parameters)):
-                exact = saflex.tangent(logits_of(inputs[:CHECK_ROWS]), parameters, estimator="exact")
-                if saflex.watch.compare(few(gains_AK), gains_of(exact)[1], few(upstream_AK)):
-                    logits_AC, gains_AK = gains_of(saflex.tangent(logits_of(inputs), parameters))
-        classes_A = gather(rows.labels_N)[columns.augmented_N]
+            logits_AC, gains_AK = step_gains.step_gains(
+                learner,
+                saflex,
+                inputs.detach(),
+                columns,
+                self.processes.gather,
+                own_AC=own_AC,
+                known=known,
+                rows_at_once=0 if head else self.rows_at_once,
+            )
+        upstream_AK = columns.upstream_NK[columns.augmented_N]
+        classes_A = self.processes.gather(rows.labels_N)[columns.augmented_N]
         agrees_A = columns.inverse_C[logits_AC.argmax(dim=1)] == upstream_AK.argmax(dim=1)
         result.weights_A, labels_AK = saflex.solve(gains_AK, upstream_AK, keep_A=keep_A, agrees_A=agrees_A, classes_A=classes_A)
         result.gains_A = (gains_AK * upstream_AK).sum(dim=1)
@@ -289,34 +335,29 @@ class StepLoss:
         result.top_shares_AJ = shares_AK[:, :NUM_TOP_LABELS]
         return losses.spread_over_columns(labels_AK, columns.choices_K, columns.columns_C)
 
-    def _own_logits(self, out: Outputs, first: int, columns: _Columns) -> Tensor | None:
-        """Return this pass's logits of this process's augmented rows; None if evaluation mode is another function."""
-        if getattr(self.forward, "module", self.forward) is not self.learner or not self.learner.acts_as_evaluated():
-            return None  # a compiled forward rounds differently: as much as a finite difference is
-        with torch.no_grad():
-            return out.logits(out.images_ND[first:], columns.inverse_C)
-
-    def _validation_loss(self, inputs: Tensor, labels_V: Tensor, captions_V: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+    def _validation_loss(self, labels_V: Tensor, captions_V: Tensor) -> tuple[Tensor, Callable[[Outputs], Tensor]]:
+        """Return the texts that validation rows are held against, and the loss of what the learner makes of both."""
         assert self.saflex is not None
         settings = self.saflex.settings
         as_trained = settings.validation_loss == "train" and self.contrastive
         captions_V = self.same_M[captions_V]
         choices_K = torch.unique(captions_V) if as_trained else self.class_captions_K
-        tokens_KL = self.caption_tokens_ML[choices_K]
 
-        def loss_fn(parameters: dict[str, Tensor]) -> Tensor:
-            arguments = (inputs, tokens_KL)
-            outputs = functional_call(
-                self.learner, parameters, arguments, {"from_pooled": settings.scope == "head"}, tie_weights=False
-            )
-            logits_VK = outputs.logits()
+        def loss_of(outputs: Outputs) -> Tensor:
             if as_trained:
                 columns_C, assignment_VC = losses.proxy_columns(captions_V, self.proxies)
-                return losses.clip_loss(logits_VK[:, torch.searchsorted(choices_K, columns_C)], assignment_VC)
+                return losses.clip_loss(outputs.logits()[:, torch.searchsorted(choices_K, columns_C)], assignment_VC)
             name = "ce" if settings.validation_loss == "train" else settings.validation_loss
-            return losses.VALIDATION_LOSSES[name](logits_VK, labels_V)
+            return losses.VALIDATION_LOSSES[name](outputs.logits(), labels_V)
 
-        return loss_fn
+        return self.caption_tokens_ML[choices_K], loss_of
+
+    def _loss_at(
+        self, inputs: Tensor, tokens_KL: Tensor, loss_of: Callable[[Outputs], Tensor], parameters: dict[str, Tensor]
+    ) -> Tensor:
+        assert self.saflex is not None
+        options = {"from_pooled": self.saflex.settings.scope == "head"}
+        return loss_of(functional_call(self.learner, parameters, (inputs, tokens_KL), options, tie_weights=False))
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
@@ -328,36 +369,3 @@ class StepLoss:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def first_with_equal_tokens(tokens_ML: Tensor) -> Tensor:
-    """Return, for every caption, the first one that reads the same to the text tower.
-
-    Captions that differ in case only (iWildCam has "Lowland paca" and "lowland paca") are one proxy class: as two, their
-    logits would tie and push against each other for nothing.
-    """
-    _, inverse_M = torch.unique(tokens_ML, dim=0, return_inverse=True)
-    ids_M = torch.arange(len(tokens_ML), device=tokens_ML.device)
-    first_U = torch.full_like(ids_M, len(ids_M)).scatter_reduce(0, inverse_M, ids_M, "amin")
-    return first_U[inverse_M]
-
-
-@dataclass
-class _Columns:
-    """Columns of a step, over all processes.
-
-    Attributes:
-        choices_K: what a label can be: distinct caption ids, or classes.
-        columns_C: the choice that every column of the loss stands for.
-        inverse_C: row of `tokens_UL` of every column.
-        tokens_UL: tokens to encode, each distinct caption once (U = K).
-        upstream_NK: labels that the rows came with.
-        augmented_N: which rows are augmented.
-    """
-
-    choices_K: Tensor
-    columns_C: Tensor
-    inverse_C: Tensor
-    tokens_UL: Tensor
-    upstream_NK: Tensor
-    augmented_N: Tensor

@@ -22,7 +22,9 @@ from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.method.clip import Clip, load_clip
 from flyp_saflex.method.learner import Learner
-from flyp_saflex.method.saflex import Saflex, preset
+from flyp_saflex.method.saflex import Saflex
+from flyp_saflex.method.saflex_settings import preset
+from flyp_saflex.method.two_pass import obstacle
 from flyp_saflex.method.zeroshot import zero_shot_head
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.stages.activations import ActivationStore, frozen_blocks, open_store
@@ -154,6 +156,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Job:
     torch.manual_seed(derived_seed(config.seed, "model") % 2**63)  # only linear heads and random models draw from it
     clip = load_clip(config.model.name, config.model.pretrained)
     learner = build_learner(config, clip, dataset.num_classes)
+    _check_two_passes(config, learner, notes)
     initial_head = None
     if learner.head is not None:
         with torch.no_grad():  # WiSE-FT's start: the zero-shot classifier as a linear head
@@ -176,7 +179,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Job:
     if config.saflex.enabled:
         options = asdict(config.saflex)
         name = options.pop("preset")
-        for key in ("enabled", "validation_split"):
+        for key in ("enabled", "validation_split", "select"):
             options.pop(key)
         saflex = Saflex(preset(name, **options))
         if saflex.settings.validation_renewed and saflex.settings.scope != "head":
@@ -196,6 +199,21 @@ def prepare(config: Config, *, limit: int | None = None) -> Job:
         notes=notes,
         initial_head=initial_head,
     )
+
+
+def _check_two_passes(config: Config, learner: Learner, notes: list[str]) -> None:
+    """Refuse steps of two passes where they would train something else than steps of one."""
+    train = config.train
+    reason = obstacle(learner, freeze_batchnorm=train.freeze_batchnorm)
+    if reason and train.rows_at_once:
+        raise ConfigError(f"train.rows_at_once = {train.rows_at_once}: {reason}, or train.rows_at_once=0")
+    if reason and config.saflex.select == "always":
+        raise ConfigError(f'saflex.select = "always": {reason}, or saflex.select="auto"')
+    rows = train.batch_size + (round(config.augment.per_train * train.batch_size) if config.augment.upstream else 0)
+    if train.rows_at_once * train.accumulation >= rows:
+        notes.append(
+            f"train.rows_at_once = {train.rows_at_once} has no effect: a part of a step has {rows // train.accumulation} rows"
+        )
 
 
 def _edits(config: Config, dataset: Dataset, notes: list[str], *, partial: bool) -> tuple[Edit, ...]:

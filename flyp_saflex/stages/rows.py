@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from flyp_saflex.data.batches import Batch, BatchReader, Plan, Row, Stream, derived_seed
 from flyp_saflex.data.registry import split_for
 from flyp_saflex.method import baselines
-from flyp_saflex.method.saflex import SaflexSettings
-from flyp_saflex.method.step import Rows, StepResult, Validation
+from flyp_saflex.method.columns import Rows
+from flyp_saflex.method.saflex_settings import SaflexSettings
+from flyp_saflex.method.step import StepResult, Validation
 from flyp_saflex.records import Edit, Sample
 from flyp_saflex.stages.activations import ActivationStore
 from flyp_saflex.stages.job import MIXES, Job
@@ -87,8 +88,9 @@ class RowBuilder:
         if self.mix is not None and len(items) > batch.num_train:
             self._mix(rows, step, part)
         if job.config.train.frozen_cache == "":
+            few = job.config.train.rows_at_once or len(items)
             with torch.no_grad():
-                rows.inputs = job.learner.tower.lower(rows.inputs)
+                rows.inputs = torch.cat([job.learner.tower.lower(inputs) for inputs in rows.inputs.split(few)])
         return rows
 
     def describe(self, step: int, results: list[StepResult]) -> list[dict[str, Any]]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,12 @@ from flyp_saflex.data.batches import Batch, derived_seed
 from flyp_saflex.data.images import read_image
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.method.learner import parameter_groups
-from flyp_saflex.method.step import Processes, StepLoss, StepResult
+from flyp_saflex.method.step import StepLoss, StepResult
+from flyp_saflex.method.two_pass import Selecting, obstacle
 from flyp_saflex.rundir import RunDir
 from flyp_saflex.stages import checkpoint
 from flyp_saflex.stages.job import Job, prepare
+from flyp_saflex.stages.processes import processes_of, synchronised
 from flyp_saflex.stages.rows import RowBuilder, ValidationRows, read_steps
 from flyp_saflex.stages.selection import Selection, save_model
 from flyp_saflex.stages.signals import StopSignals
@@ -84,10 +84,12 @@ class _Trainer:
         if job.saflex is not None:
             job.saflex.watch.tell = accelerator.print
         self.rows = RowBuilder(job, accelerator.device)
+        apart = not obstacle(job.learner, freeze_batchnorm=self.options.freeze_batchnorm)
+        self.selecting = Selecting(job.config.saflex.select if apart else "never")
         self.signals = StopSignals()
         self.unreadable: dict[str, str] = {}
         self.new_unreadable: dict[str, str] = {}
-        self.saflex_before: dict[str, Any] | None = None
+        self.decided_before: dict[str, Any] = {}
         self.buffers_before: dict[str, Tensor] = {}
         self.refreshed = -1
         self.seconds = 0.0
@@ -122,6 +124,8 @@ class _Trainer:
         if job.saflex is not None and step == phase.start:  # the gradient of the phase before has other parameters
             job.saflex.reset()
             self.refreshed = -1
+        if step == phase.start:
+            self.selecting.reset()
         optimizer = torch.optim.AdamW(
             parameter_groups(job.learner, lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay),
             betas=options.betas,
@@ -166,7 +170,7 @@ class _Trainer:
         job, options, accelerator = self.job, self.options, self.accelerator
         torch.manual_seed(derived_seed(job.config.seed, "step", step))  # dropout, if the model has any
         job.learner.set_mode(training=True, freeze_batchnorm=options.freeze_batchnorm)
-        self.saflex_before = job.saflex.state_dict() if job.saflex is not None else None
+        self.decided_before = self._decided()
         self.buffers_before = {} if options.freeze_batchnorm else {k: value.clone() for k, value in job.learner.named_buffers()}
         template = derived_seed(job.config.seed, "template", step) % job.captions.num_templates
         columns_K = job.class_captions(template).to(accelerator.device)
@@ -174,14 +178,18 @@ class _Trainer:
         results = []
         for part, batch in enumerate(batches):
             rows = self.rows.build(batch, step, part)
-            with _synchronised(accelerator, model, last=part == len(batches) - 1):
+            with synchronised(accelerator, model, last=part == len(batches) - 1):
                 with accelerator.autocast():
                     result = step_loss(rows, class_columns_K=columns_K, generator=generator)
                 loss = float(result.loss.detach())
                 if not loss <= options.max_loss:
                     self._stop_diverged(step, "loss", loss, batches, optimizer)
-                accelerator.backward(result.loss / len(batches))
-            result.loss = result.loss.detach()
+                for number, surrogate in enumerate(result.surrogates, start=1):
+                    with synchronised(accelerator, model, last=number == len(result.surrogates)):
+                        with accelerator.autocast():
+                            value = surrogate()
+                        accelerator.backward(value / len(batches))
+            result.loss, result.surrogates = result.loss.detach(), []
             results.append(result)
         norm = float("nan")
         if options.clip_norm:
@@ -236,6 +244,7 @@ class _Trainer:
         if self.job.num_augmented:
             weights_A = torch.cat([result.weights_A for result in results])
             row["kept_fraction"] = float((weights_A > 0).float().mean())
+            row["selected"] = any(result.selected for result in results)
         if self.job.saflex is not None and self.job.num_augmented:
             row |= self.job.saflex.log_row()
         if self.accelerator.is_main_process:
@@ -244,11 +253,6 @@ class _Trainer:
 
     def _step_loss(self, model: Any) -> StepLoss:
         job, accelerator = self.job, self.accelerator
-        processes = Processes()
-        if accelerator.num_processes > 1:
-            processes = Processes(
-                gather=accelerator.gather, gather_features=lambda features: gather_features(features, accelerator)
-            )
         return StepLoss(
             job.learner,
             model,
@@ -259,7 +263,9 @@ class _Trainer:
             saflex=job.saflex,
             upstream_filter=job.config.augment.filter,
             keep_fraction=job.config.augment.keep_fraction,
-            processes=processes,
+            processes=processes_of(accelerator),
+            rows_at_once=job.config.train.rows_at_once,
+            selecting=self.selecting,
         )
 
     def _save(self, step: int, optimizer: Any) -> None:
@@ -268,7 +274,7 @@ class _Trainer:
             state = {
                 "learner": self.job.learner.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "saflex": self.job.saflex.state_dict() if self.job.saflex is not None else None,
+                **self._decided(),
                 "refreshed": self.refreshed,
                 "selection": self.selection.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
@@ -277,10 +283,19 @@ class _Trainer:
             }
             checkpoint.save(self.run.checkpoints, step, state, keep=self.options.keep_checkpoints)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.job.learner.load_state_dict(state["learner"])
+    def _decided(self) -> dict[str, Any]:
+        """Return what deciding about augmented rows goes on from."""
+        saflex = self.job.saflex.state_dict() if self.job.saflex is not None else None
+        return {"saflex": saflex, "selecting": self.selecting.state_dict()}
+
+    def _restore_decided(self, state: dict[str, Any]) -> None:
         if self.job.saflex is not None:
             self.job.saflex.load_state_dict(_to(state["saflex"], self.accelerator.device))
+        self.selecting.load_state_dict(state["selecting"])
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.job.learner.load_state_dict(state["learner"])
+        self._restore_decided(state)
         self.refreshed = state["refreshed"]
         self.selection.load_state_dict(state["selection"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -320,8 +335,7 @@ class _Trainer:
     def _stop_diverged(self, step: int, what: str, value: float, batches: list[Batch], optimizer: Any) -> None:
         for name, before in self.buffers_before.items():
             self.job.learner.get_buffer(name).copy_(before)
-        if self.job.saflex is not None and self.saflex_before is not None:
-            self.job.saflex.load_state_dict(self.saflex_before)
+        self._restore_decided(self.decided_before)
         self._save(step, optimizer)
         names = [identity for batch in batches for identity in self.rows.names(batch)]
         if self.accelerator.is_main_process:
@@ -360,30 +374,6 @@ class _Trainer:
         self.unreadable |= self.new_unreadable
         self.new_unreadable = {}
         return stopping
-
-
-def gather_features(features_ND: Tensor, accelerator: Accelerator) -> Tensor:
-    """Return the features of all processes, with gradient to this one's rows.
-
-    Every process computes the loss of the whole batch. Text features are encoded everywhere, so their gradient is whole on
-    each process; image features reach it through their own process only. The local gradient is multiplied by the number
-    of processes, so that averaging over processes gives the gradient of a single process for both.
-    """
-    count = accelerator.num_processes
-    scaled_ND = features_ND + (count - 1) * (features_ND - features_ND.detach())
-    parts = list(accelerator.gather(features_ND.detach()).chunk(count))
-    parts[accelerator.process_index] = scaled_ND
-    return torch.cat(parts)
-
-
-@contextmanager
-def _synchronised(accelerator: Accelerator, model: Any, *, last: bool) -> Iterator[None]:
-    """Average gradients over processes in the last accumulated part only."""
-    if last:
-        yield
-    else:
-        with accelerator.no_sync(model):
-            yield
 
 
 def _readable(path: str) -> bool:

@@ -129,9 +129,8 @@ def test_a_training_pass_without_dropout_and_batch_statistics_is_an_evaluation_p
     learner.set_mode(training=True, freeze_batchnorm=True)
     assert learner.acts_as_evaluated()
     images, tokens = torch.randn(2, 3, 32, 32), clip.tokenizer(TEXTS)
-    with torch.no_grad():
-        training = learner(images, tokens)
-        assert torch.equal(training.images_ND, learner.eval()(images, tokens).images_ND)
+    # With gradient: without it, attention in evaluation mode has a kernel of its own, which rounds otherwise.
+    assert torch.equal(learner(images, tokens).images_ND, learner.eval()(images, tokens).images_ND)
 
 
 @pytest.mark.parametrize("part", ["attention", "dropout", "drop path", "patches"])

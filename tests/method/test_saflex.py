@@ -17,7 +17,8 @@ from flyp_saflex.errors import ConfigError
 from flyp_saflex.method.closed_form import WEIGHT_RULES, renormalise, soft_labels
 from flyp_saflex.method.gains import gains
 from flyp_saflex.method.losses import clip_loss, cross_entropy, soft_cross_entropy
-from flyp_saflex.method.saflex import PRESETS, Saflex, SaflexSettings, preset
+from flyp_saflex.method.saflex import Saflex
+from flyp_saflex.method.saflex_settings import PRESETS, SaflexSettings, preset
 
 RETAINED = 1e6  # a penalty that retains labels, see the robust preset
 
@@ -419,7 +420,12 @@ def test_robust_looks_at_no_more_rows_than_training_does():
 
 
 def test_settings_have_the_names_of_the_recipes_options():
-    recipe = {field.name for field in dataclasses.fields(config.SaflexConfig)} - {"enabled", "preset", "validation_split"}
+    recipe = {field.name for field in dataclasses.fields(config.SaflexConfig)} - {
+        "enabled",
+        "preset",
+        "validation_split",
+        "select",
+    }
     assert {field.name for field in dataclasses.fields(SaflexSettings)} == recipe
     assert set(get_args(config.WeightRule)) == set(WEIGHT_RULES)
 

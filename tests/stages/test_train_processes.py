@@ -23,6 +23,12 @@ CASES = {
         "train.proxies=batch",
         "train.freeze_image_blocks=1",
     ],
+    "all parameters, estimated and compared": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.scope=all",
+        "saflex.check_every=4",
+    ],
     "linear probe, then finetuning in parts": [
         "train.method=lp-ft",
         "train.probe_steps=3",
@@ -31,6 +37,21 @@ CASES = {
         "augment.upstream=flip",
         "saflex.enabled=true",
         "train.freeze_text=true",
+    ],
+    "select, then train: other numbers of rows kept on each": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.weight_rule=sum",
+        "saflex.select=always",
+    ],
+    "features first, gradients in parts": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.weight_rule=sum",
+        "saflex.scope=all",
+        "train.proxies=batch",
+        "train.accumulation=2",
+        "train.rows_at_once=3",
     ],
 }
 
