@@ -117,15 +117,11 @@ def may_carry_tangent(forward: Callable[..., Outputs], learner: Learner, saflex:
     several processes or of a compiler), it equals the one in evaluation mode, and nothing is recomputed in half precision or
     in the backward pass. In head scope it does not pay: plain attention costs the training what the text pass saves.
     """
-    parameters = learner.parameters_in(saflex.settings.scope)
-    return (
-        saflex.settings.scope == "all"
-        and saflex.estimator_for(parameters) == "exact"
-        and forward is learner
-        and not learner.tower.checkpointing
-        and not torch.is_autocast_enabled(next(iter(parameters.values())).device.type)
-        and learner.acts_as_evaluated()
-    )
+    if saflex.settings.scope != "all" or forward is not learner or learner.tower.checkpointing or not learner.acts_as_evaluated():
+        return False
+    parameters = learner.parameters_in("all")
+    device_type = next(iter(parameters.values())).device.type
+    return saflex.estimator_for(parameters) == "exact" and not torch.is_autocast_enabled(device_type)
 
 
 def own_logits(forward: Callable[..., Outputs], learner: Learner, seen: Outputs | None, columns: Columns) -> Tensor | None:
