@@ -320,15 +320,22 @@ class SaflexConfig:
     validation_loss: Literal["ce", "margin", "train"] | None = None
     """Loss of the validation rows: cross entropy over class captions, its infinite-temperature limit, or the training loss."""
     validation_rows: Natural | None = None
-    """Validation images per refresh; 0: the whole split."""
+    """Validation images per refresh, drawn in turn; 0, or more than the split has: all of it, kept in memory."""
+    validation_renewed: Natural | None = None
+    """Head scope: how many of the validation images are run through the image tower per refresh, in turn, while the others
+    keep their features of earlier refreshes; 0: all. With 32 of 256 a refresh costs an eighth."""
     refresh_every: Count | None = None
     """Steps between validation gradients."""
     scope: Literal["all", "head"] | None = None
     """Parameters whose gradient is meant: all trained ones, or image projection + text tower."""
     average: Fraction | None = None
     """Decay of a running average of the validation gradient over refreshes; 0: the newest only."""
-    estimator: Literal["exact", "central", "one-sided"] | None = None
-    """Directional derivative: forward-mode differentiation, or finite differences."""
+    estimator: Literal["auto", "exact", "central", "one-sided"] | None = None
+    """Directional derivative: forward-mode differentiation (`exact`), or finite differences of float32 passes. `auto`: exact
+    in head scope and in half precision, else one-sided, and exact from then on if a comparison finds that it errs."""
+    check_every: Natural | None = None
+    """Steps (parts of steps, with `train.accumulation`) between comparisons of estimated gains with exact ones on 8 rows of
+    every process, told in metrics.jsonl as `estimator_...`; 0: never."""
     agreement: Literal["ignore", "keep", "require"] | None = None
     """Rows whose label the model itself predicts: `ignore` that, `keep` them whatever their gain, or `require` it."""
     select: Literal["auto", "always", "never"] = "auto"

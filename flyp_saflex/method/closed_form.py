@@ -114,9 +114,9 @@ class KeptRates:
     def update(self, classes_A: Tensor, kept_A: Tensor) -> None:
         """Count the rows of a step."""
         self.counts = {k: (kept * self.decay, seen * self.decay) for k, (kept, seen) in self.counts.items()}
-        for label, kept in zip(classes_A.tolist(), kept_A.tolist(), strict=True):
+        for label, kept in torch.stack([classes_A, kept_A.to(classes_A.dtype)], dim=1).tolist():  # once from the device
             before = self.counts.get(label, (0.0, 0.0))
-            self.counts[label] = before[0] + bool(kept), before[1] + 1
+            self.counts[label] = before[0] + kept, before[1] + 1
 
     def factors(self, classes_A: Tensor, strength: float) -> Tensor:
         """Return (r / r_c) ** strength for every row; ones before anything was kept."""

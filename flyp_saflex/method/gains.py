@@ -95,13 +95,13 @@ def directional_derivative(
         logits = None
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         if estimator == "exact":
-            _load_forward_mode()
-            with _differentiable_attention():
+            with forward_mode():
                 values, tangent = torch.func.jvp(logits_fn, (point,), (towards,))[:2]
         else:
-            values, tangent = _finite_difference(
-                logits_fn, point, towards, estimator=estimator, base=logits, target_rms=target_rms, previous_rms=previous_rms
-            )
+            with _training_kernels():
+                values, tangent = _finite_difference(
+                    logits_fn, point, towards, estimator=estimator, base=logits, target_rms=target_rms, previous_rms=previous_rms
+                )
     return at_least_float32(values.detach()), at_least_float32(tangent.detach())
 
 
@@ -140,6 +140,11 @@ def rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt()) if values.numel() else 0.0
 
 
+def norm(values: Parameters) -> Tensor:
+    """Return the Euclidean norm over all tensors together, as a scalar tensor: nobody waits for the device."""
+    return torch.stack([torch.linalg.vector_norm(value.detach()) for value in values.values()]).norm()
+
+
 def _finite_difference(
     logits_fn: Callable[[dict[str, Tensor]], Tensor],
     point: dict[str, Tensor],
@@ -153,23 +158,24 @@ def _finite_difference(
     def at(step: float) -> Tensor:
         return logits_fn({name: torch.add(value, towards[name], alpha=step) for name, value in point.items()})
 
-    length = math.sqrt(sum(float(value.double().square().sum()) for value in towards.values()))
-    if length == 0.0 or not math.isfinite(length):
-        base = logits_fn(point) if base is None else base
-        return base, base * length  # zeros, or NaN: whoever called sees at once that the direction is broken
+    length = norm(towards)
     if previous_rms and math.isfinite(previous_rms):
         step, ahead = target_rms / previous_rms, None
-        if estimator == "one-sided":
-            ahead = at(step)
     else:
         base = logits_fn(point) if base is None else base
-        step, ahead = _first_step(at, base, point, length, target_rms)
+        if not 0 < float(length) < math.inf:
+            return base, base * length  # zeros, or NaN: whoever called sees at once that the direction is broken
+        step, ahead = _first_step(at, base, point, float(length), target_rms)
     if estimator == "one-sided":
-        assert ahead is not None, "the one-sided difference has its second point"
+        ahead = at(step) if ahead is None else ahead
         base = logits_fn(point) if base is None else base
-        return base, (ahead - base) / step
-    ahead, behind = at(step), at(-step)
-    return (ahead + behind) / 2 if base is None else base, (ahead - behind) / (2 * step)
+        tangent = (ahead - base) / step
+    else:
+        ahead, behind = at(step), at(-step)
+        base = (ahead + behind) / 2 if base is None else base
+        tangent = (ahead - behind) / (2 * step)
+    # A zero direction gives exact zeros although `base` may come from another batch size, whose rounding differs.
+    return base, torch.where(length > 0, tangent, tangent.nan_to_num(0, 0, 0) * length)
 
 
 def _first_step(
@@ -180,8 +186,7 @@ def _first_step(
     No relative step transfers between models, so it starts from a millionth of the parameters' norm and follows the
     change that it sees, up to that norm: logits that do not depend on the direction would never change.
     """
-    size = math.sqrt(sum(float(value.double().square().sum()) for value in point.values()))
-    longest = (size or 1.0) / length
+    longest = (float(norm(point)) or 1.0) / length
     step = 1e-6 * longest
     ahead = at(step)
     for _ in range(_PROBES):
@@ -195,6 +200,14 @@ def _first_step(
     return step, ahead
 
 
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Compute attention by its plain formula: the fused and the inference kernels have no forward-mode derivative."""
+    _load_forward_mode()
+    with _training_kernels(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 @cache
 def _load_forward_mode() -> None:
     """Let PyTorch compile its forward-mode formulas, once, without its warning that its own compiler is deprecated."""
@@ -204,12 +217,11 @@ def _load_forward_mode() -> None:
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Compute attention by its plain formula: the fused and the inference kernels have no forward-mode derivative."""
+def _training_kernels() -> Iterator[None]:
+    """Keep attention off its inference kernel, which rounds unlike a training step."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -112,6 +112,15 @@ class Learner(nn.Module):
                 fixed = freeze_batchnorm or not any(parameter.requires_grad for parameter in module.parameters())
                 module.train(training and not fixed)
 
+    def acts_as_evaluated(self) -> bool:
+        """Return whether a pass in the present mode equals one in evaluation mode: no dropout, no batch statistics."""
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+                return False
+            if module.training and drops_at_random(module):
+                return False
+        return True
+
     def parameters_in(self, scope: Trainable) -> dict[str, Tensor]:
         """Return the trained parameters whose gradient SAFLEX looks at.
 
@@ -125,6 +134,16 @@ class Learner(nn.Module):
         trunk = {id(parameter) for parameter in self.clip.visual.parameters()}
         trunk -= {id(parameter) for parameter in self.tower.projection_parameters()}
         return {name: parameter for name, parameter in trained.items() if id(parameter) not in trunk}
+
+
+def drops_at_random(module: nn.Module) -> bool:
+    """Return whether a module is a dropout of any kind (of values, patches, paths, attention) with a rate above zero."""
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout > 0
+    if "drop" not in type(module).__name__.lower():
+        return False
+    rates = (getattr(module, name, None) for name in ("p", "prob", "drop_prob", "drop_rate"))
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def parameter_groups(learner: Learner, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -103,7 +103,8 @@ def assignment(caption_ids_N: Tensor, columns_C: Tensor) -> Tensor:
 
 def spread_over_columns(labels_AK: Tensor, captions_K: Tensor, columns_C: Tensor) -> Tensor:
     """Return soft labels over K distinct captions as mass over C columns; columns of one caption share its mass."""
-    return labels_AK @ assignment(captions_K, columns_C).to(labels_AK.dtype)
+    with torch.autocast(labels_AK.device.type, enabled=False):  # a share is no rounding matter
+        return labels_AK @ assignment(captions_K, columns_C).to(labels_AK.dtype)
 
 
 def average_over_columns(gains_AC: Tensor, captions_K: Tensor, columns_C: Tensor) -> Tensor:
@@ -111,7 +112,8 @@ def average_over_columns(gains_AC: Tensor, captions_K: Tensor, columns_C: Tensor
 
     The adjoint of `spread_over_columns`: <gains, spread(labels)> = <average(gains), labels>.
     """
-    return gains_AC @ assignment(captions_K, columns_C).to(gains_AC.dtype).T
+    with torch.autocast(gains_AC.device.type, enabled=False):
+        return gains_AC @ assignment(captions_K, columns_C).to(gains_AC.dtype).T
 
 
 def nt_xent(

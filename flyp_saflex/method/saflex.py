@@ -2,7 +2,7 @@
 
 Each row's weight and label are chosen so that the coming step lowers the validation loss most, to first order (Eq. 3-4).
 That is a linear program which separates over rows (Theorem 1); `closed_form.py` solves it, `gains.py` has its
-coefficients, this file has the settings and the object that a training loop talks to.
+coefficients, `saflex_settings.py` the settings, this file the object that a training loop talks to.
 
 With a few lines it joins any training loop; the model is any function of named parameters:
 
@@ -20,119 +20,20 @@ Shapes: A augmented rows, K labels (classes, or the distinct captions of the bat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flyp_saflex.errors import ConfigError, nearest
+from flyp_saflex.errors import ConfigError
 from flyp_saflex.method.closed_form import WEIGHT_RULES, KeptRates, renormalise, soft_labels, spread
-from flyp_saflex.method.gains import Estimator, Parameters, directional_derivative, gains, gradient, rms
-from flyp_saflex.method.losses import VALIDATION_LOSSES, at_least_float32
-
-GainScale = Literal["none", "std"]
-Scope = Literal["all", "head"]
-Agreement = Literal["ignore", "keep", "require"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaflexSettings:
-    """What SAFLEX does; field names are those of the recipe's `[saflex]` section. See `preset` for values."""
-
-    temperature: float = 0.1
-    """tau of the soft labels."""
-    penalty: float = 1e6
-    """beta: pull of the learned label towards the one that the row came with; 1e6 retains it exactly."""
-    weight_rule: str = "upstream"
-    """A name in `WEIGHT_RULES`."""
-    gain_scale: GainScale = "std"
-    """Unit of the gains: as printed in the paper, or their standard deviation over the batch."""
-    validation_loss: str = "margin"
-    """`ce`, `margin` or `train`; for the trainer, which builds the loss function."""
-    validation_rows: int = 0
-    """Validation rows per refresh, 0: the whole split; for the trainer."""
-    refresh_every: int = 4
-    """Steps between validation gradients."""
-    scope: Scope = "head"
-    """Parameters whose gradient is meant; for the trainer, which passes them."""
-    average: float = 0.5
-    """Decay of the validation gradient's running average; 0: the newest only."""
-    estimator: Estimator = "exact"
-    """How the directional derivative is computed."""
-    agreement: Agreement = "keep"
-    """Rows whose label the model itself predicts: `ignore` that, `keep` them whatever their gain, or `require` it."""
-    class_balance: float = 1.0
-    """0..1: weigh kept rows so that dropping does not shift the classes' shares (`KeptRates`); 0: off."""
-
-    def __post_init__(self) -> None:
-        choices: dict[str, tuple[str, ...]] = {
-            "weight_rule": tuple(WEIGHT_RULES),
-            "gain_scale": get_args(GainScale),
-            "validation_loss": (*VALIDATION_LOSSES, "train"),
-            "scope": get_args(Scope),
-            "estimator": get_args(Estimator),
-            "agreement": get_args(Agreement),
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(f"saflex.{name} = {value!r}: expected one of {', '.join(known)}{nearest(str(value), known)}")
-        ranges = {
-            "temperature": (self.temperature > 0, "a number above 0"),
-            "penalty": (self.penalty >= 0, "a number of at least 0"),
-            "validation_rows": (self.validation_rows >= 0, "a whole number of at least 0 (0: the whole split)"),
-            "refresh_every": (self.refresh_every >= 1, "a whole number of at least 1"),
-            "class_balance": (0 <= self.class_balance <= 1, "a number from 0 to 1"),
-            "average": (0 <= self.average < 1, "at least 0 and below 1 (at 1 no gradient but the first would count)"),
-        }
-        for name, (holds, expected) in ranges.items():
-            if not holds:
-                raise ConfigError(f"saflex.{name} = {getattr(self, name)}: expected {expected}")
-
-
-PRESETS: dict[str, SaflexSettings] = {
-    # The appendix' values for CLIP finetuning: its tau and beta, Eq. (11) as printed, the training loss, all parameters. It
-    # does not say how many validation rows; 256 is our batch size.
-    "paper": SaflexSettings(
-        temperature=0.1,
-        penalty=0.0,
-        weight_rule="sum",
-        gain_scale="none",
-        validation_loss="train",
-        validation_rows=256,
-        refresh_every=1,
-        scope="all",
-        average=0.0,
-        estimator="exact",
-        class_balance=0.0,
-        agreement="ignore",
-    ),
-    # Ours: labels are retained, rows whose own label does not help are dropped. The margin's gradient does not fade when the
-    # validation rows are classified right. Many validation rows, reused over steps, because the sampling noise of the
-    # gradient is larger than any other error. The model's own prediction may overrule a negative gain: together the two drop
-    # 13 % of the clean edits, the model's vote alone 24 % (scripts/RESULTS.md). Class balance, because dropping otherwise
-    # favours the classes it drops least.
-    "robust": SaflexSettings(),
-}
-
-
-def preset(name: str = "robust", **overrides: Any) -> SaflexSettings:
-    """Return the named settings with some changed; an override of None leaves the preset's value.
-
-    Raises:
-        ConfigError: unknown preset or field (with the nearest name), or a value out of range.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"saflex.preset = {name!r}: expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
-    known = [field.name for field in fields(SaflexSettings)]
-    for key in overrides:
-        if key not in known:
-            raise ConfigError(f"saflex has no option {key!r}{nearest(key, known)} (known: {', '.join(known)})")
-    values = {key: getattr(PRESETS[name], key) for key in known}
-    return SaflexSettings(**values | {key: value for key, value in overrides.items() if value is not None})
-
+from flyp_saflex.method.estimators import Watch, choose
+from flyp_saflex.method.gains import Estimator, Parameters, directional_derivative, gains, gradient, norm
+from flyp_saflex.method.losses import at_least_float32
+from flyp_saflex.method.saflex_settings import SaflexSettings, preset
+from flyp_saflex.method.validation_bank import ValidationBank
 
 _preset = preset  # `Saflex.__init__` has an argument of that name
 
@@ -156,20 +57,26 @@ class Diagnostics:
 class Saflex:
     """Weights and soft labels for augmented rows in any training loop.
 
-    It holds the running average of the validation gradient, nothing else of the model; it writes no `.grad`, changes no
-    parameter, and what it returns is detached.
+    It holds the running average of the validation gradient (and, for a trainer that renews them in turn, features of
+    validation rows), nothing else of the model; it writes no `.grad`, changes no parameter, and what it returns is detached.
 
     Args:
         settings: what to do; None: the named preset with overrides.
         preset: `robust` or `paper`, if `settings` is None.
         overrides: fields of `SaflexSettings`.
+
+    Attributes:
+        watch: compares estimated gains with exact ones now and then; under `estimator = "auto"` it may give them up.
+        bank: validation features that a trainer keeps from refresh to refresh (`validation_renewed`).
     """
 
     def __init__(self, settings: SaflexSettings | None = None, *, preset: str = "robust", **overrides: Any) -> None:
         assert settings is None or not overrides, "give settings, or a preset with overrides, not both"
         self.settings = settings if settings is not None else _preset(preset, **overrides)
         self._gradient: dict[str, Tensor] | None = None
-        self._previous_rms: float | None = None
+        self._previous_rms: Tensor | float | None = None
+        self.watch = Watch(every=self.settings.check_every, may_give_up=self.settings.estimator == "auto")
+        self.bank = ValidationBank()
         self._rates = KeptRates()
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
@@ -182,8 +89,8 @@ class Saflex:
         parameters: Parameters,
         validation_loss_fn: Callable[[dict[str, Tensor]], Tensor],
         reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
-    ) -> float:
-        """Take the validation gradient and add it to the running average; return the new gradient's norm.
+    ) -> Tensor:
+        """Take the validation gradient and add it to the running average; return the new gradient's norm, a scalar tensor.
 
         Args:
             parameters: the scope, by name.
@@ -193,8 +100,8 @@ class Saflex:
         newest = gradient(validation_loss_fn, parameters)
         return self.update(reduce(newest) if reduce else newest)
 
-    def update(self, newest: Mapping[str, Tensor]) -> float:
-        """Add a validation gradient that the caller computed to the running average; return its norm.
+    def update(self, newest: Mapping[str, Tensor]) -> Tensor:
+        """Add a validation gradient that the caller computed to the running average; return its norm, a scalar tensor.
 
         Raises:
             ConfigError: other parameter names than before.
@@ -211,28 +118,51 @@ class Saflex:
             self._gradient = {name: decay * old[name] + (1 - decay) * value for name, value in detached.items()}
         else:
             self._gradient = {name: value.clone() for name, value in detached.items()}
-        return float(torch.stack([value.double().square().sum() for value in detached.values()]).sum().sqrt())
+        return norm(detached)
 
-    def tangent(
-        self, logits_fn: Callable[[dict[str, Tensor]], Tensor], parameters: Parameters, logits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return logits and their derivative along the averaged validation gradient (see `directional_derivative`).
+    def estimator_for(self, parameters: Parameters) -> Estimator:
+        """Return the estimator that the next call with these parameters uses."""
+        if self.settings.estimator != "auto":
+            return self.settings.estimator
+        return "exact" if self.watch.given_up else choose(parameters, self.settings.scope)
+
+    @property
+    def direction(self) -> dict[str, Tensor]:
+        """The averaged validation gradient; read it only.
 
         Raises:
             ConfigError: before the first `refresh`.
         """
         if self._gradient is None:
             raise ConfigError("saflex has no validation gradient yet: call refresh(parameters, validation_loss_fn) first")
+        return self._gradient
+
+    def tangent(
+        self,
+        logits_fn: Callable[[dict[str, Tensor]], Tensor],
+        parameters: Parameters,
+        logits: Tensor | None = None,
+        *,
+        estimator: Estimator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits and their derivative along the averaged validation gradient (see `directional_derivative`).
+
+        Args:
+            logits_fn: as in a call of the object, like the next two.
+            parameters: by name.
+            logits: at the parameters.
+            estimator: another one than `estimator_for(parameters)`.
+
+        Raises:
+            ConfigError: before the first `refresh`.
+        """
+        estimator = estimator or self.estimator_for(parameters)
+        previous = None if self._previous_rms is None else float(self._previous_rms)  # of the last call: no wait by now
         values, tangent = directional_derivative(
-            logits_fn,
-            parameters,
-            self._gradient,
-            estimator=self.settings.estimator,
-            logits=logits,
-            previous_rms=self._previous_rms,
+            logits_fn, parameters, self.direction, estimator=estimator, logits=logits, previous_rms=previous
         )
-        if self.settings.estimator != "exact":
-            self._previous_rms = rms(tangent)
+        if estimator != "exact":
+            self._previous_rms = tangent.square().mean().sqrt()
         return values, tangent
 
     def __call__(
@@ -254,8 +184,14 @@ class Saflex:
             gains_fn: turns logits and tangent into gains; `symmetric_gains` for both terms of the CLIP loss.
         """
         values, tangent = self.tangent(logits_fn, parameters, logits)
+        gains_AK = gains_fn(values, tangent)
+        if self.watch.due(self.estimator_for(parameters)):
+            values, tangent = self.tangent(logits_fn, parameters, estimator="exact")
+            exact_AK = gains_fn(values, tangent)
+            self.watch.compare(gains_AK, exact_AK, upstream)
+            gains_AK = exact_AK
         labels_A = upstream if upstream.ndim == 1 else upstream.argmax(dim=1)
-        return self.solve(gains_fn(values, tangent), upstream, agrees_A=values.argmax(dim=1) == labels_A)
+        return self.solve(gains_AK, upstream, agrees_A=values.argmax(dim=1) == labels_A)
 
     def solve(
         self,
@@ -334,14 +270,24 @@ class Saflex:
             num_invalid=num_rows - num_valid,
         )
 
+    def log_row(self) -> dict[str, Any]:
+        """Return what the last call decided, and the last comparison of the estimator, for a row of metrics."""
+        summary = self.diagnostics
+        row = {"label_entropy": summary.label_entropy, "mean_gain": summary.mean_gain, "invalid_rows": summary.num_invalid}
+        return row | self.watch.log_row()
+
     def reset(self) -> None:
         """Forget everything: the next step starts with a refresh (another set of parameters is trained from now on)."""
         self._gradient, self._previous_rms, self._rates, self._last = None, None, KeptRates(), None
+        self.watch.reset()
+        self.bank.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on bit for bit; tensors are shared, and never changed in place here."""
         stored = None if self._gradient is None else dict(self._gradient)
-        return {"gradient": stored, "previous_rms": self._previous_rms, "kept_rates": dict(self._rates.counts)}
+        previous = None if self._previous_rms is None else float(self._previous_rms)
+        rates, watch, bank = dict(self._rates.counts), self.watch.state_dict(), self.bank.state_dict()
+        return {"gradient": stored, "previous_rms": previous, "kept_rates": rates, "watch": watch, "bank": bank}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
@@ -349,3 +295,5 @@ class Saflex:
         self._gradient = None if stored is None else {name: value.clone() for name, value in stored.items()}
         self._previous_rms = state["previous_rms"]
         self._rates.counts = dict(state["kept_rates"])
+        self.watch.load_state_dict(state["watch"])
+        self.bank.load_state_dict(state["bank"])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from flyp_saflex.method import baselines, gains, losses, two_pass
+from flyp_saflex.method import baselines, gains, losses, step_gains, two_pass
 from flyp_saflex.method.columns import Columns, Proxies, Rows, caption_columns, class_columns, first_with_equal_tokens
 from flyp_saflex.method.learner import Learner, Outputs
 from flyp_saflex.method.saflex import Saflex
@@ -76,11 +76,15 @@ class StepResult:
 
 @dataclass
 class Validation:
-    """SAFLEX's validation rows of one refresh: inputs [V, ...], class labels [V], caption ids [V]."""
+    """SAFLEX's validation rows of one refresh: inputs [V, ...], class labels [V], caption ids [V].
+
+    With `slots_V` the rows renew these slots of the object's `ValidationBank`, and the gradient is that of the whole bank.
+    """
 
     inputs: Tensor
     labels_V: Tensor
     captions_V: Tensor
+    slots_V: Tensor | None = None
 
 
 class StepLoss:
@@ -145,10 +149,14 @@ class StepLoss:
             return self._in_parts(rows, columns, generator)
         if self.selecting.on and bool(columns.augmented_N.any()) and two_pass.trains_images(self.learner):
             return self._select_then_train(rows, columns, generator)
-        out = self.forward(rows.inputs, columns.tokens_UL)
+        learner, saflex, num_train, known = self.learner, self.saflex, rows.num_train, None
+        if saflex is not None and len(rows.inputs) > num_train and step_gains.may_carry_tangent(self.forward, learner, saflex):
+            out, known = step_gains.forward_with_tangent(learner, saflex, rows.inputs, num_train, columns)
+        else:
+            out = self.forward(rows.inputs, columns.tokens_UL)
         logits_NC = out.logits(self.processes.gather_features(out.images_ND), columns.inverse_C)
         logits_AC = logits_NC.detach()[columns.augmented_N]
-        result, assignment_NC, weights_N = self._decide(rows, out.rows_from(rows.num_train), logits_AC, columns, generator)
+        result, assignment_NC, weights_N = self._decide(rows, out.rows_from(num_train), logits_AC, columns, generator, known)
         result.loss = loss = self._loss(logits_NC, assignment_NC, weights_N)
         result.surrogates = [lambda: loss]
         return result
@@ -205,6 +213,7 @@ class StepLoss:
         logits_AC: Tensor | None,
         columns: Columns,
         generator: torch.Generator | None,
+        known: step_gains.Derivative | None = None,
     ) -> tuple[StepResult, Tensor, Tensor]:
         """Return what is decided about the augmented rows, all rows' mass over the columns [N, C], and their weights [N].
 
@@ -214,6 +223,7 @@ class StepLoss:
             logits_AC: logits of all processes' augmented rows without gradient; None where no filter looks at them.
             columns: of the step.
             generator: of the `random` filter.
+            known: logits and exact derivative of this process's augmented rows, if the pass gave them.
         """
         augmented_N = columns.augmented_N
         if self.contrastive and self.proxies == "batch" and rows.partners_N is None:
@@ -227,40 +237,45 @@ class StepLoss:
             if self.saflex is None:
                 result.weights_A = keep_A.to(weights_N.dtype)
             else:
-                learned_AC = self._learn(rows, seen, columns, keep_A, result)
+                learned_AC = self._learn(rows, seen, columns, keep_A, result, known)
                 assignment_NC[augmented_N] = learned_AC.to(assignment_NC.dtype)
             weights_N[augmented_N] = result.weights_A.to(weights_N.dtype)
             if self.saflex is not None or self.upstream_filter != "none":
                 self.selecting.update(result.weights_A)
         return result, assignment_NC, weights_N
 
-    def refresh(self, validation: Validation) -> float:
-        """Take SAFLEX's validation gradient at the current parameters; return its norm.
+    def refresh(self, validation: Validation) -> Tensor:
+        """Take SAFLEX's validation gradient at the current parameters; return its norm, a scalar tensor.
 
-        The gradient of a loss that is a mean over rows is taken in parts of `rows_at_once`. The contrastive loss of
+        In head scope the image features are computed in parts of `rows_at_once`, their gradient at once. That of all
+        parameters is taken in such parts where the loss is a mean over rows. The contrastive loss of
         `validation_loss = "train"` is one part whatever its size; with `rows_at_once` its passes are in parts all the same.
         """
         assert self.saflex is not None, "there is nothing to refresh without SAFLEX"
-        settings, num_rows = self.saflex.settings, len(validation.labels_V)
+        settings, head = self.saflex.settings, self.saflex.settings.scope == "head"
         parameters = self.learner.parameters_in(settings.scope)
+        inputs, labels_V, captions_V = validation.inputs, validation.labels_V, validation.captions_V
         at_once = self.rows_at_once or VALIDATION_ROWS_AT_ONCE
-        part = num_rows if settings.validation_loss == "train" and self.contrastive else at_once
         total: dict[str, Tensor] = {}
         with self._evaluation_mode():
+            if head:
+                with torch.no_grad():
+                    inputs = torch.cat([self.learner.tower.upper(few) for few in inputs.split(at_once)])
+                if validation.slots_V is not None:
+                    inputs, labels_V, captions_V = self.saflex.bank.renew(validation.slots_V, inputs, labels_V, captions_V)
+            num_rows = len(labels_V)
+            part = num_rows if head or (settings.validation_loss == "train" and self.contrastive) else at_once
             for start in range(0, num_rows, part):
-                chosen = slice(start, start + part)
-                inputs = validation.inputs[chosen]
-                if settings.scope == "head":
-                    with torch.no_grad():
-                        inputs = torch.cat([self.learner.tower.upper(few) for few in inputs.split(at_once)])
-                tokens_KL, loss_of = self._validation_loss(validation.labels_V[chosen], validation.captions_V[chosen])
-                if settings.scope == "all" and self.rows_at_once and len(inputs) > at_once:
-                    found = two_pass.gradient_in_parts(self.learner, inputs, tokens_KL, loss_of, parameters, at_once)
+                few = slice(start, start + part)
+                tokens_KL, loss_of = self._validation_loss(labels_V[few], captions_V[few])
+                if not head and self.rows_at_once and len(inputs[few]) > at_once:
+                    found = two_pass.gradient_in_parts(self.learner, inputs[few], tokens_KL, loss_of, parameters, at_once)
                 else:
-                    found = gains.gradient(partial(self._loss_at, inputs, tokens_KL, loss_of), parameters)
-                share = len(inputs) / num_rows
-                for name, value in found.items():
-                    total[name] = total[name] + share * value if name in total else share * value
+                    found = gains.gradient(partial(self._loss_at, inputs[few], tokens_KL, loss_of), parameters)
+                share = len(inputs[few]) / num_rows
+                if share < 1:
+                    found = {name: share * value for name, value in found.items()}
+                total = {name: total[name] + value for name, value in found.items()} if total else found
         return self.saflex.update(total)
 
     def _filter(self, logits_AC: Tensor | None, columns: Columns, generator: torch.Generator | None) -> Tensor:
@@ -282,29 +297,33 @@ class StepLoss:
             keep_A = torch.ones(len(upstream_AK), device=upstream_AK.device)
         return keep_A > 0
 
-    def _learn(self, rows: Rows, seen: Outputs | None, columns: Columns, keep_A: Tensor, result: StepResult) -> Tensor:
+    def _learn(
+        self,
+        rows: Rows,
+        seen: Outputs | None,
+        columns: Columns,
+        keep_A: Tensor,
+        result: StepResult,
+        known: step_gains.Derivative | None,
+    ) -> Tensor:
         """Fill in weights and gains of the augmented rows; return their learned mass over the columns [A, C]."""
         assert self.saflex is not None
-        saflex = self.saflex
+        saflex, learner = self.saflex, self.learner
         head = saflex.settings.scope == "head"
         assert seen is not None or not head, "head scope starts from pooled features"
-        inputs = (seen.pooled_NF if seen is not None and head else rows.inputs[rows.num_train :]).detach()
-        at_once = 0 if head else self.rows_at_once
-        first, *others = inputs.split(at_once or max(len(inputs), 1))
-
-        def logits_fn(parameters: dict[str, Tensor]) -> Tensor:
-            outputs = run(parameters, first, columns.tokens_UL)
-            rest = [run(parameters, few, columns.tokens_UL[:0]).images_ND for few in others]  # the texts are read once
-            return outputs.logits(torch.cat([outputs.images_ND, *rest]), columns.inverse_C)
-
-        def run(parameters: dict[str, Tensor], few: Tensor, tokens_UL: Tensor) -> Outputs:
-            return functional_call(self.learner, parameters, (few, tokens_UL), {"from_pooled": head}, tie_weights=False)
-
+        inputs = seen.pooled_NF if seen is not None and head else rows.inputs[rows.num_train :]
+        own_AC = None if seen is None or not len(seen.columns_CD) else step_gains.own_logits(self.forward, learner, seen, columns)
         with self._evaluation_mode():
-            logits_AC, tangent_AC = saflex.tangent(logits_fn, self.learner.parameters_in(saflex.settings.scope))
-        logits_AC = self.processes.gather(logits_AC)
-        gains_AC = gains.gains(logits_AC, self.processes.gather(tangent_AC))
-        gains_AK = losses.average_over_columns(gains_AC, columns.choices_K, columns.columns_C)
+            logits_AC, gains_AK = step_gains.step_gains(
+                learner,
+                saflex,
+                inputs.detach(),
+                columns,
+                self.processes.gather,
+                own_AC=own_AC,
+                known=known,
+                rows_at_once=0 if head else self.rows_at_once,
+            )
         upstream_AK = columns.upstream_NK[columns.augmented_N]
         classes_A = self.processes.gather(rows.labels_N)[columns.augmented_N]
         agrees_A = columns.inverse_C[logits_AC.argmax(dim=1)] == upstream_AK.argmax(dim=1)

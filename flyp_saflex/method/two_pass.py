@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flyp_saflex.method.learner import Learner, Outputs
+from flyp_saflex.method.learner import Learner, Outputs, drops_at_random
 
 Select = Literal["auto", "always", "never"]
 Forward = Callable[..., Outputs]
@@ -88,7 +88,7 @@ def obstacle(learner: Learner, *, freeze_batchnorm: bool) -> str:
     for name, module in learner.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not freeze_batchnorm:
             return f"{name} normalises with the statistics of the whole batch: set train.freeze_batchnorm=true"
-        if _drops_at_random(module):
+        if drops_at_random(module):
             return f"{name} ({type(module).__name__}) is random in training, so that two passes differ: set its rate to 0"
     return ""
 
@@ -220,16 +220,6 @@ def _trains_texts(learner: Learner) -> bool:
         parameter.requires_grad and id(parameter) not in visual and name not in ("logit_scale", "logit_bias")
         for name, parameter in learner.clip.named_parameters()
     )
-
-
-def _drops_at_random(module: nn.Module) -> bool:
-    """Whether a module is a dropout of any kind (of values, patches, paths, attention) with a rate above zero."""
-    if isinstance(module, nn.MultiheadAttention):
-        return module.dropout > 0
-    if "drop" not in type(module).__name__.lower():
-        return False
-    rates = (getattr(module, name, None) for name in ("p", "prob", "drop_prob", "drop_rate"))
-    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 @contextmanager

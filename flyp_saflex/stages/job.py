@@ -23,7 +23,8 @@ from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.method.clip import Clip, load_clip
 from flyp_saflex.method.learner import Learner
-from flyp_saflex.method.saflex import Saflex, preset
+from flyp_saflex.method.saflex import Saflex
+from flyp_saflex.method.saflex_settings import preset
 from flyp_saflex.method.two_pass import obstacle
 from flyp_saflex.method.zeroshot import zero_shot_head
 from flyp_saflex.records import Dataset, Edit, Sample
@@ -192,6 +193,8 @@ def prepare(config: Config, *, limit: int | None = None) -> Job:
         for key in ("enabled", "validation_split", "select"):
             options.pop(key)
         saflex = Saflex(preset(name, **options))
+        if saflex.settings.validation_renewed and saflex.settings.scope != "head":
+            notes.append("saflex.validation_renewed has no effect with saflex.scope=all: every image's own gradient is taken")
     return Job(
         config=config,
         dataset=dataset,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_all_start_methods
 from typing import Any
@@ -14,7 +15,7 @@ from flyp_saflex.data.batches import Batch, BatchReader, Plan, Row, Stream, deri
 from flyp_saflex.data.registry import split_for
 from flyp_saflex.method import baselines
 from flyp_saflex.method.columns import Rows
-from flyp_saflex.method.saflex import SaflexSettings
+from flyp_saflex.method.saflex_settings import SaflexSettings
 from flyp_saflex.method.step import StepResult, Validation
 from flyp_saflex.records import Edit, Sample
 from flyp_saflex.stages.activations import ActivationStore
@@ -165,23 +166,35 @@ class ValidationRows:
     def __init__(self, job: Job, store: ActivationStore | None, device: torch.device) -> None:
         self.job, self.store, self.device = job, store, device
         self.samples = split_for(job.dataset, job.config.saflex.validation_split, "select").samples
-        self._kept: dict[tuple[int, ...], Validation] = {}
+        self._whole: Validation | None = None
 
     def at(self, step: int, settings: SaflexSettings) -> Validation:
-        """Return the validation rows of the refresh before `step`."""
-        wanted = settings.validation_rows or len(self.samples)
-        if wanted >= len(self.samples):
-            positions = list(range(len(self.samples)))
-        else:
-            stream = Stream(len(self.samples), derived_seed(self.job.config.seed, "validation"))
-            positions = stream.take(step // settings.refresh_every * wanted, wanted)
-        key = tuple(positions)
-        if key not in self._kept:
+        """Return the validation rows of the refresh before `step`; of a bank those that it renews."""
+        num_samples = len(self.samples)
+        size = min(settings.validation_rows or num_samples, num_samples)
+        stream = Stream(num_samples, derived_seed(self.job.config.seed, "validation"))
+        renewed = settings.validation_renewed if settings.scope == "head" else 0
+        if self.job.saflex is None or not 0 < renewed < size:
+            if size == num_samples:
+                return self._of(list(range(num_samples)))
+            return self._of(stream.take(step // settings.refresh_every * size, size))
+        bank = self.job.saflex.bank
+        slots = bank.next_slots(size, renewed)
+        rows = self._of(slots if size == num_samples else stream.take(bank.num_read, len(slots)))
+        return replace(rows, slots_V=torch.tensor(slots, device=self.device))
+
+    def _of(self, positions: list[int]) -> Validation:
+        """Return these rows, from memory if the whole split is there."""
+        whole = self._whole
+        if whole is None:
             validation = self._read([self.samples[position] for position in positions])
-            if len(positions) < len(self.samples) or validation.inputs.nbytes > KEEP_BYTES:
-                return validation
-            self._kept[key] = validation
-        return self._kept[key]
+            if positions == list(range(len(self.samples))) and validation.inputs.nbytes <= KEEP_BYTES:
+                self._whole = validation
+            return validation
+        if len(positions) == len(self.samples):
+            return whole
+        chosen = torch.tensor(positions, device=self.device)
+        return Validation(whole.inputs[chosen], whole.labels_V[chosen], whole.captions_V[chosen])
 
     def _read(self, samples: list[Sample]) -> Validation:
         job = self.job

@@ -81,6 +81,8 @@ class _Trainer:
                 self.store.ensure([*job.dataset.train.samples, *(job.edits or ())])
         self.selection = Selection(job, run, self.store, accelerator.device)
         self.validation = ValidationRows(job, self.store, accelerator.device) if job.saflex else None
+        if job.saflex is not None:
+            job.saflex.watch.tell = accelerator.print
         self.rows = RowBuilder(job, accelerator.device)
         apart = not obstacle(job.learner, freeze_batchnorm=self.options.freeze_batchnorm)
         self.selecting = Selecting(job.config.saflex.select if apart else "never")
@@ -244,8 +246,7 @@ class _Trainer:
             row["kept_fraction"] = float((weights_A > 0).float().mean())
             row["selected"] = any(result.selected for result in results)
         if self.job.saflex is not None and self.job.num_augmented:
-            summary = self.job.saflex.diagnostics
-            row |= {"label_entropy": summary.label_entropy, "mean_gain": summary.mean_gain, "invalid_rows": summary.num_invalid}
+            row |= self.job.saflex.log_row()
         if self.accelerator.is_main_process:
             self.run.append_metrics(row)
             self.accelerator.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=step)

@@ -2,6 +2,7 @@
 
 import open_clip
 import pytest
+import timm
 import torch
 
 from flyp_saflex.method.clip import load_clip
@@ -84,3 +85,34 @@ def test_head_scope_is_projection_text_tower_and_scale(clip):
     assert {name for name in head if name.startswith("clip.visual.")} == {"clip.visual.proj"}
     assert "clip.token_embedding.weight" not in head
     assert set(learner.parameters_in("all")) == trained(learner)
+
+
+def test_a_training_pass_without_dropout_and_batch_statistics_is_an_evaluation_pass(clip):
+    learner = Learner(clip.model)
+    learner.set_mode(training=True, freeze_batchnorm=True)
+    assert learner.acts_as_evaluated()
+    images, tokens = torch.randn(2, 3, 32, 32), clip.tokenizer(TEXTS)
+    # With gradient: without it, attention in evaluation mode has a kernel of its own, which rounds otherwise.
+    assert torch.equal(learner(images, tokens).images_ND, learner.eval()(images, tokens).images_ND)
+
+
+@pytest.mark.parametrize("part", ["attention", "dropout", "drop path", "patches"])
+def test_a_part_that_drops_at_random_makes_it_another_function(clip, part):
+    learner = Learner(clip.model)
+    block = clip.model.visual.transformer.resblocks[0]
+    if part == "attention":
+        block.attn.dropout = 0.1
+    elif part == "patches":
+        clip.model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
+    else:
+        block.ls_1 = torch.nn.Dropout(0.1) if part == "dropout" else timm.layers.DropPath(0.1)
+    assert not learner.train().acts_as_evaluated()
+    assert learner.eval().acts_as_evaluated()
+
+
+def test_batch_statistics_make_it_another_function():
+    model = open_clip.CLIP(embed_dim=32, vision_cfg=RESNET, text_cfg=TEXT)
+    learner = Learner(model)
+    for frozen in (True, False):
+        learner.set_mode(training=True, freeze_batchnorm=frozen)
+        assert learner.acts_as_evaluated() == frozen

@@ -17,7 +17,8 @@ from flyp_saflex.errors import ConfigError
 from flyp_saflex.method.closed_form import WEIGHT_RULES, renormalise, soft_labels
 from flyp_saflex.method.gains import gains
 from flyp_saflex.method.losses import clip_loss, cross_entropy, soft_cross_entropy
-from flyp_saflex.method.saflex import PRESETS, Saflex, SaflexSettings, preset
+from flyp_saflex.method.saflex import Saflex
+from flyp_saflex.method.saflex_settings import PRESETS, SaflexSettings, preset
 
 RETAINED = 1e6  # a penalty that retains labels, see the robust preset
 
@@ -371,7 +372,7 @@ def test_splitting_the_validation_rows_over_processes_changes_nothing():
     assert torch.equal(split(logits_fn, parameters, y_aug)[0], whole(logits_fn, parameters, y_aug)[0])
 
 
-@pytest.mark.parametrize("estimator", ["exact", "central", "one-sided"])
+@pytest.mark.parametrize("estimator", ["auto", "exact", "central", "one-sided"])
 def test_a_resumed_object_goes_on_bit_for_bit(estimator):
     model, x_val, y_val, x_aug, y_aug, _ = problem(rows=20)
     settings = preset("robust", penalty=0.5, estimator=estimator)
@@ -409,11 +410,22 @@ def test_presets_have_the_papers_values():
     paper = PRESETS["paper"]
     assert (paper.temperature, paper.penalty, paper.weight_rule, paper.gain_scale) == (0.1, 0.0, "sum", "none")
     assert (paper.validation_loss, paper.scope, paper.refresh_every, paper.average) == ("train", "all", 1, 0.0)
+    assert (paper.estimator, paper.validation_rows) == ("exact", 256)
     assert preset("paper", temperature=0.01, penalty=None) == dataclasses.replace(paper, temperature=0.01)
 
 
+def test_robust_looks_at_no_more_rows_than_training_does():
+    robust = PRESETS["robust"]
+    assert (robust.estimator, robust.scope, robust.validation_rows, robust.validation_renewed) == ("auto", "head", 256, 0)
+
+
 def test_settings_have_the_names_of_the_recipes_options():
-    recipe = {field.name for field in dataclasses.fields(config.SaflexConfig)} - {"enabled", "preset", "validation_split"}
+    recipe = {field.name for field in dataclasses.fields(config.SaflexConfig)} - {
+        "enabled",
+        "preset",
+        "validation_split",
+        "select",
+    }
     assert {field.name for field in dataclasses.fields(SaflexSettings)} == recipe
     assert set(get_args(config.WeightRule)) == set(WEIGHT_RULES)
 
@@ -429,6 +441,8 @@ def test_settings_have_the_names_of_the_recipes_options():
         ("paper", {"refresh_every": 0}, "saflex.refresh_every = 0"),
         ("paper", {"average": 1.0}, "saflex.average = 1.0"),
         ("paper", {"validation_rows": -1}, "saflex.validation_rows = -1"),
+        ("paper", {"validation_renewed": -1}, "saflex.validation_renewed = -1"),
+        ("paper", {"check_every": -1}, "saflex.check_every = -1"),
         ("paper", {"estimator": "eksact"}, "did you mean 'exact'"),
     ],
 )

@@ -1,13 +1,20 @@
 """The step: gains are those of brute-force gradients, the loss is the sum of its parts."""
 
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 
 from flyp_saflex.method.clip import load_clip
 from flyp_saflex.method.learner import Learner
+from flyp_saflex.method.losses import margin
 from flyp_saflex.method.saflex import Saflex
 from flyp_saflex.method.step import Rows, StepLoss, Validation, first_with_equal_tokens
+from flyp_saflex.method.step_gains import may_carry_tangent
 
 CLASSES = ["a photo of a cat.", "a photo of a dog.", "a photo of an owl."]
 OWN = ["two cats asleep on one chair", "an owl"]
@@ -24,11 +31,13 @@ def clip(tiny_clip_dir):
     return clip
 
 
-def make(clip, *, scope="head", head=False, num_frozen=0, validation_loss="ce", **options):
+def make(clip, *, head=False, num_frozen=0, dtype=torch.float64, **options):
     torch.manual_seed(0)
     learner = Learner(clip.model, num_frozen=num_frozen, head=torch.nn.Linear(32, 3).double() if head else None)
     learner.freeze()
-    saflex = Saflex(scope=scope, validation_loss=validation_loss, gain_scale="none", penalty=0.0, weight_rule="all")
+    chosen = {"scope": "head", "validation_loss": "ce", "estimator": "exact", "average": 0.5}
+    chosen = {name: options.pop(name, default) for name, default in chosen.items()}
+    saflex = Saflex(gain_scale="none", penalty=0.0, weight_rule="all", **chosen)
     step = StepLoss(
         learner,
         learner,
@@ -37,10 +46,10 @@ def make(clip, *, scope="head", head=False, num_frozen=0, validation_loss="ce", 
         saflex=saflex,
         **options,
     )
-    images = torch.randn(TRAIN + AUGMENTED, 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(TRAIN + AUGMENTED, 3, 32, 32, dtype=dtype)
     rows = Rows(learner.tower.lower(images).detach(), torch.tensor(CAPTIONS), torch.tensor(LABELS), torch.arange(7), TRAIN)
     labels = torch.tensor([0, 1, 2, 0, 1])
-    validation = Validation(learner.tower.lower(torch.randn(5, 3, 32, 32, dtype=torch.float64)).detach(), labels, labels)
+    validation = Validation(learner.tower.lower(torch.randn(5, 3, 32, 32, dtype=dtype)).detach(), labels, labels)
     return learner, step, rows, validation
 
 
@@ -50,6 +59,11 @@ def gains_of(step, rows, monkeypatch):
     solve = step.saflex.solve
     monkeypatch.setattr(step.saflex, "solve", lambda gains, *a, **k: (seen.append(gains), solve(gains, *a, **k))[1])
     return step(rows), seen[0]
+
+
+def apart(step):
+    """Wrap the forward pass, as several processes or a compiler would: the derivative is then taken in a pass of its own."""
+    step.forward = partial(type(step.learner).__call__, step.learner)
 
 
 def brute_force(learner, step, rows, columns, choices):
@@ -72,10 +86,13 @@ def brute_force(learner, step, rows, columns, choices):
 
 
 @pytest.mark.parametrize("proxies", ["captions", "batch"])
-@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("scope", ["head", "all", "all, in a pass of its own"])
 @pytest.mark.parametrize("validation_loss", ["ce", "train"])
 def test_gains_match_brute_force(clip, monkeypatch, proxies, scope, validation_loss):
-    learner, step, rows, validation = make(clip, scope=scope, proxies=proxies, num_frozen=1, validation_loss=validation_loss)
+    settings = {"scope": scope.split(",")[0], "proxies": proxies, "num_frozen": 1, "validation_loss": validation_loss}
+    learner, step, rows, validation = make(clip, **settings)
+    if "own" in scope:
+        apart(step)
     step.refresh(validation)
     result, gains = gains_of(step, rows, monkeypatch)
     choices = sorted(set(CAPTIONS))
@@ -173,3 +190,130 @@ def test_a_step_without_augmented_rows_has_none(clip):
 def test_captions_that_read_the_same_are_one_proxy_class():
     tokens = torch.tensor([[1, 2, 0], [1, 3, 0], [1, 2, 0], [4, 0, 0], [1, 3, 0]])
     assert first_with_equal_tokens(tokens).tolist() == [0, 1, 0, 3, 1]
+
+
+def count_passes(learner, monkeypatch):
+    passes = []
+    upper = learner.tower.upper
+    monkeypatch.setattr(learner.tower, "upper", lambda inputs: (passes.append(len(inputs)), upper(inputs))[1])
+    return passes
+
+
+@pytest.mark.parametrize("method", ["captions", "batch", "cross entropy", "linear head"])
+def test_a_pass_that_carries_the_derivative_changes_nothing(clip, monkeypatch, method):
+    """1e-10 in float64: attention by its plain formula and training rows apart, the same sums in another order."""
+    options = {"proxies": method} if method in ("captions", "batch") else {"contrastive": False, "head": method == "linear head"}
+    found = []
+    for carried in (True, False):
+        learner, step, rows, validation = make(clip, scope="all", **options)
+        learner.train()
+        if not carried:
+            apart(step)
+        step.refresh(validation)
+        with monkeypatch.context() as patch:
+            passes = count_passes(learner, patch)
+            result, gains = gains_of(step, rows, patch)
+        assert passes == ([TRAIN, AUGMENTED] if carried else [TRAIN + AUGMENTED, AUGMENTED])
+        learner.zero_grad()
+        result.loss.backward()
+        gradients = {name: parameter.grad for name, parameter in learner.named_parameters()}
+        found.append((result.loss.detach(), gains, gradients))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+    assert found[0][1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reason", ["dropout", "recomputed activations", "autocast", "head scope", "a difference"])
+def test_a_pass_carries_the_derivative_only_where_that_is_the_same_function_and_pays(clip, reason):
+    options = {"head scope": {"scope": "head"}, "a difference": {"scope": "all", "estimator": "central"}}
+    learner, step, _, _ = make(clip, **options.get(reason, {"scope": "all"}))
+    learner.train()
+    if reason == "dropout":
+        clip.model.visual.transformer.resblocks[0].attn.dropout = 0.1
+    learner.tower.checkpointing = reason == "recomputed activations"
+    with torch.autocast("cpu", enabled=reason == "autocast"):
+        assert not may_carry_tangent(learner, learner, step.saflex)
+    assert may_carry_tangent(learner.eval(), learner, step.saflex) == (reason in ("dropout", "autocast"))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "one-sided"])
+def test_the_derivative_of_a_convnet_that_trains_in_half_precision(monkeypatch, estimator):
+    """PyTorch has no forward mode for BatchNorm in mixed precision, and differences are lost in it: both stay in float32."""
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    model = open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text).eval()
+    clip = SimpleNamespace(model=model, tokenizer=lambda texts: open_clip.tokenize(texts, context_length=16))
+    found = []
+    for half in (False, True):
+        learner, step, rows, validation = make(clip, scope="all", estimator=estimator, dtype=torch.float32)
+        step.refresh(validation)
+        if half:  # as accelerate does
+            learner.forward = torch.autocast("cpu", dtype=torch.bfloat16)(learner.forward)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            found.append(gains_of(step, rows, monkeypatch)[1])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.02 * float(found[0].abs().max()))
+
+
+@pytest.mark.parametrize("proxies", ["captions", "batch"])
+def test_one_sided_differences_start_from_the_steps_own_logits(clip, monkeypatch, proxies):
+    clip.model.float()
+    found = {}
+    for estimator in ("exact", "auto"):
+        learner, step, rows, validation = make(clip, scope="all", proxies=proxies, estimator=estimator, dtype=torch.float32)
+        learner.train()
+        step.refresh(validation)
+        step(rows)  # finds the step size
+        with monkeypatch.context() as patch:
+            passes = count_passes(learner, patch)
+            _, found[estimator] = gains_of(step, rows, patch)
+        if estimator == "auto":
+            assert passes == [TRAIN + AUGMENTED, AUGMENTED], "the step's pass and one beside it"
+            clip.model.visual.transformer.resblocks[0].attn.dropout = 0.1  # another function than in evaluation mode
+            with monkeypatch.context() as patch:
+                passes = count_passes(learner, patch)
+                _, dropped = gains_of(step, rows, patch)
+            assert passes == [TRAIN + AUGMENTED, AUGMENTED, AUGMENTED]
+            clip.model.visual.transformer.resblocks[0].attn.dropout = 0.0
+            torch.testing.assert_close(dropped, found["auto"], rtol=0, atol=0.01 * float(found["auto"].abs().max()))
+    # 1 %: twice the truncation at a logit change of 3e-3, on random weights
+    assert float((found["auto"] - found["exact"]).norm() / found["exact"].norm()) < 0.01
+
+
+def test_auto_falls_back_to_exact_within_the_step(clip, monkeypatch, capsys):
+    clip.model.float()
+    gains = {}
+    for estimator in ("exact", "auto"):
+        learner, step, rows, validation = make(clip, scope="all", estimator=estimator, dtype=torch.float32)
+        step.refresh(validation)
+        if estimator == "auto":  # a step far too long for a first-order difference
+            step.saflex._previous_rms = 1e-7
+        _, gains[estimator] = gains_of(step, rows, monkeypatch)
+    torch.testing.assert_close(gains["auto"], gains["exact"], rtol=1e-5, atol=0)  # the latter came with the training pass
+    assert step.saflex.estimator_for(learner.parameters_in("all")) == "exact"
+    assert "exact from now on" in capsys.readouterr().out
+
+
+def test_a_bank_mixes_old_and_new_features_under_the_current_text(clip):
+    learner, step, _, validation = make(clip, validation_loss="margin", average=0.0)
+    slots = torch.tensor([0, 1, 2, 3, 4])
+    step.refresh(validation)
+    fresh = step.saflex.state_dict()["gradient"]
+    step.refresh(replace(validation, slots_V=slots))
+    for name, value in step.saflex.state_dict()["gradient"].items():
+        torch.testing.assert_close(value, fresh[name], rtol=0, atol=1e-12)
+    with torch.no_grad():
+        old = learner.tower.upper(validation.inputs)
+        for parameter in learner.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        new = learner.tower.upper(validation.inputs)
+    assert step.saflex.bank.next_slots(5, 2) == [0, 1]
+    few = slice(0, 2)
+    step.refresh(Validation(validation.inputs[few], validation.labels_V[few], validation.captions_V[few], slots[few]))
+    assert step.saflex.bank.next_slots(5, 4) == [2, 3, 4, 0]
+    mixed = torch.cat([new[:2], old[2:]])
+    logits = learner(mixed, step.caption_tokens_ML[:3], from_pooled=True).logits()
+    names = step.saflex.state_dict()["gradient"]
+    parameters = [dict(learner.named_parameters())[name] for name in names]
+    expected = torch.autograd.grad(margin(logits, validation.labels_V), parameters)
+    for value, other in zip(names.values(), expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-12)

@@ -60,7 +60,7 @@ def make(build, *, tower="vit", scope="head", head=False, saflex=True, mixed=Fal
         counted,
         caption_tokens_ML=tokens_ML,
         class_captions_K=torch.arange(3),
-        saflex=Saflex(scope=scope, agreement="ignore", validation_loss="ce") if saflex else None,
+        saflex=Saflex(scope=scope, agreement="ignore", validation_loss="ce", estimator="exact") if saflex else None,
         **options,
     )
     images = torch.randn(TRAIN + AUGMENTED, 3, 32, 32, dtype=dtype)

@@ -23,6 +23,12 @@ CASES = {
         "train.proxies=batch",
         "train.freeze_image_blocks=1",
     ],
+    "all parameters, estimated and compared": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.scope=all",
+        "saflex.check_every=4",
+    ],
     "linear probe, then finetuning in parts": [
         "train.method=lp-ft",
         "train.probe_steps=3",

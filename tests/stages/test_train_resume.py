@@ -57,11 +57,19 @@ def train_until(monkeypatch, step, *arguments, **options):
         train(*arguments, **options)
 
 
-@pytest.mark.parametrize("scope", ["head", pytest.param("all", marks=pytest.mark.slow)])
-def test_resumed_run_equals_the_undisturbed_one(make_config, tmp_path, monkeypatch, scope):
+OPTIONS = {
+    "head": ["saflex.scope=head"],
+    "head, features renewed in turn": ["saflex.scope=head", "saflex.validation_renewed=1", "saflex.refresh_every=1"],
+    "all, estimated": ["saflex.scope=all", "saflex.check_every=3"],
+    "all": ["saflex.scope=all", "saflex.estimator=exact"],
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if "all" in name else []) for name in OPTIONS])
+def test_resumed_run_equals_the_undisturbed_one(make_config, tmp_path, monkeypatch, name):
     config = make_config(
         *SAFLEX,
-        f"saflex.scope={scope}",
+        *OPTIONS[name],
         "train.steps=8",
         "train.checkpoint_every=2",
         "train.evaluate_every=3",

@@ -1,0 +1,179 @@
+"""Measure how well cheap estimators of SAFLEX's gains agree with the exact ones, during a real finetune.
+
+    python scripts/benchmarks/estimator_fidelity.py
+    python scripts/benchmarks/estimator_fidelity.py --mini-clip FOLDER --pacs FOLDER
+
+Two finetunes with SAFLEX, all parameters trained: the tiny CLIP on the drawn camera-trap world, and a pretrained CLIP on PACS
+photographs (folders beside this checkout if they are there, else that part is skipped). At some steps the gains of the coming
+batches' augmented rows are computed in every way, for the same validation rows, and compared with the exact gains of all
+parameters. "Head scope" is compared too, although it is another method, not an estimate of the same thing.
+
+error: root mean square difference / that of the exact gains. cosine: mean over rows. sign: of the gain of the row's own label.
+argmax: of the best label. TV: total variation between the soft labels (tau 0.1, beta 0, gains in units of their spread).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from flyp_saflex import recipe
+from flyp_saflex.assets import TINY_CLIP
+from flyp_saflex.assets.world import write_world
+from flyp_saflex.method import gains, losses
+from flyp_saflex.method.closed_form import soft_labels, spread
+from flyp_saflex.method.columns import Rows
+from flyp_saflex.method.estimators import fidelity
+from flyp_saflex.method.learner import parameter_groups
+from flyp_saflex.method.step import StepLoss, Validation
+from flyp_saflex.stages.job import Job, prepare
+from flyp_saflex.stages.rows import RowBuilder, ValidationRows, read_steps
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+STEPS = (0, 20, 60)
+CPU = torch.device("cpu")
+TARGETS = (1e-3, 3e-3, 1e-2)
+"""Root mean square changes of the logits that a finite difference may aim at; 3e-3 is what training uses."""
+
+
+def ways() -> Iterator[tuple[str, str, str, float]]:
+    """Yield name, scope, estimator and aim of every way of taking the gains."""
+    for target in TARGETS:
+        yield f"one-sided, on the step's own logits, {target:g}", "all", "one-sided", target
+    for target in TARGETS:
+        yield f"central, {target:g}", "all", "central", target
+    yield "head scope, exact", "head", "exact", 0.0
+
+
+class Point:
+    """A step of a finetune: gains of its augmented rows over the class captions."""
+
+    def __init__(self, job: Job, rows: Rows, validation: Validation) -> None:
+        self.learner, self.rows, self.validation = job.learner, rows, validation
+        self.tokens_KL, self.labels_A = job.tokens_ML[job.class_captions()], rows.labels_N[rows.num_train :]
+        with torch.no_grad():
+            self.own_AK = self.learner(rows.inputs, self.tokens_KL).logits()[rows.num_train :]
+
+    def gains(self, scope: str, estimator: str, target: float, previous_rms: float | None) -> tuple[Tensor, float]:
+        """Return gains_AK and the derivative's root mean square."""
+        parameters = self.learner.parameters_in(scope)  # type: ignore[arg-type]
+        direction = gains.gradient(
+            lambda p: losses.margin(self._logits(p, self.validation.inputs), self.validation.labels_V), parameters
+        )
+        values, tangent = gains.directional_derivative(
+            lambda p: self._logits(p, self.rows.inputs[self.rows.num_train :]),
+            parameters,
+            direction,
+            estimator=estimator,  # type: ignore[arg-type]
+            logits=self.own_AK if estimator == "one-sided" else None,
+            target_rms=target,
+            previous_rms=previous_rms,
+        )
+        return gains.gains(values, tangent), gains.rms(tangent)
+
+    def _logits(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        return functional_call(self.learner, parameters, (inputs, self.tokens_KL), tie_weights=False).logits()
+
+
+def compare(found_AK: Tensor, exact_AK: Tensor, labels_A: Tensor) -> tuple[float, ...]:
+    """Return error, cosine, sign, argmax and total variation."""
+    upstream_AK = losses.assignment(labels_A, torch.arange(exact_AK.shape[1]))
+    everyone = torch.ones(len(labels_A), dtype=torch.bool)
+    labels = [soft_labels(values / spread(values, everyone), upstream_AK, 0.1, 0.0) for values in (found_AK, exact_AK)]
+    variation = float((labels[0] - labels[1]).abs().sum(dim=1).mean() / 2)
+    return (*astuple(fidelity(found_AK, exact_AK, labels_A))[1:], variation)
+
+
+def finetune(config_of: Callable[[], Job], title: str, batches: int) -> None:
+    """Finetune, stop at `STEPS`, compare, print."""
+    job = config_of()
+    learner, saflex = job.learner, job.saflex
+    assert saflex is not None
+    learner.freeze()
+    options = job.config.train
+    optimizer = torch.optim.AdamW(parameter_groups(learner, lr=options.lr, head_lr=options.head_lr, weight_decay=0.1))
+    step_loss = StepLoss(learner, learner, caption_tokens_ML=job.tokens_ML, class_captions_K=job.class_captions(), saflex=saflex)
+    builder, validation = RowBuilder(job, CPU), ValidationRows(job, None, CPU)
+    size = f"{options.batch_size} train + {job.num_augmented} augmented rows, lr {options.lr:g}"
+    print(f"\n{title}: {size}, {batches} batches per point, {len(validation.samples)} validation rows")
+    print("\n| step | gains | error | cosine | sign | argmax | TV |\n|--:|---|--:|--:|--:|--:|--:|")
+    found: dict[tuple[int, str], list[tuple[float, ...]]] = {}
+    last = max(STEPS) + batches
+    for step, parts in enumerate(read_steps(job, None, 0, last)):
+        rows = builder.build(parts[0], step, 0)
+        learner.set_mode(training=True, freeze_batchnorm=True)
+        at = max((point for point in STEPS if point <= step), default=0)
+        if step - at < batches:
+            point = Point(job, rows, validation.at(step, saflex.settings))
+            learner.eval()
+            exact_AK, previous_rms = point.gains("all", "exact", 0.0, None)
+            for name, scope, estimator, target in ways():
+                other_AK, _ = point.gains(scope, estimator, target, previous_rms)
+                found.setdefault((at, name), []).append(compare(other_AK, exact_AK, point.labels_A))
+        if step >= max(STEPS):
+            continue
+        if saflex.due(step):
+            step_loss.refresh(validation.at(step, saflex.settings))
+        learner.set_mode(training=True, freeze_batchnorm=True)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * min((step + 1) / max(options.warmup_steps, 1), 1)
+        for surrogate in step_loss(rows).surrogates:
+            surrogate().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for (step, name), rows_of in found.items():
+        means = [statistics.fmean(column) for column in zip(*rows_of, strict=True)]
+        print(
+            f"| {step} | {name} | {means[0]:.4f} | {means[1]:.5f} | {means[2]:.3f} | {means[3]:.3f} | {means[4]:.4f} |",
+            flush=True,
+        )
+
+
+def tiny_job(folder: Path) -> Job:
+    """Return the tiny CLIP on a drawn world."""
+    root = write_world(folder, num_images=800, seed=0, size_px=64)
+    options = [f"data.root={root}", f"data.prompts={root / 'prompts'}", f"model.name=local-dir:{TINY_CLIP}"]
+    return prepare(recipe.load("demo", [*options, *_common(32), "saflex.validation_split=id_val"]))
+
+
+def pacs_job(model: Path, pacs: Path, batch_size: int) -> Job:
+    """Return a pretrained CLIP on PACS photographs."""
+    options = [f"data.root={pacs}", f"model.name=local-dir:{model}", "train.freeze_image_blocks=0"]
+    return prepare(recipe.load("pacs", [*options, *_common(batch_size), "augment.per_train=1", "saflex.validation_rows=64"]))
+
+
+def _common(batch_size: int) -> list[str]:
+    steps = max(STEPS) + 8
+    return ["augment.upstream=randaugment", "saflex.enabled=true", f"train.steps={steps}", f"train.batch_size={batch_size}"]
+
+
+def main() -> None:
+    """Run both finetunes and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--mini-clip", type=Path, default=SHARED / "models" / "mini_clip")
+    parser.add_argument("--pacs", type=Path, default=SHARED / "data" / "pacs160")
+    parser.add_argument("--batches", type=int, default=4, help="batches compared at every point")
+    parser.add_argument("--batch-size", type=int, default=16, help="of the finetune on PACS")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}, float32")
+    with tempfile.TemporaryDirectory() as folder:
+        finetune(lambda: tiny_job(Path(folder)), "tiny CLIP on the drawn world", options.batches)
+    if options.mini_clip.is_dir() and options.pacs.is_dir():
+        job = pacs_job(options.mini_clip, options.pacs, options.batch_size)
+        finetune(lambda: job, "pretrained CLIP on PACS photographs", options.batches)
+    else:
+        print(f"\nskipped: the pretrained CLIP on PACS ({options.mini_clip} and {options.pacs} are not both there)")
+
+
+if __name__ == "__main__":
+    main()
