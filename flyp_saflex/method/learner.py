@@ -6,6 +6,7 @@ Shapes: N images, C captions (columns), L tokens, F pooled width, D embedding, K
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -59,6 +60,8 @@ class Learner(nn.Module):
         self.clip = model
         self.tower = ImageTower(model.visual, num_frozen)
         self.head = head
+        self.text_is_frozen = False
+        self._frozen_texts: dict[tuple[bytes, bool], Tensor] = {}
 
     def forward(self, inputs: Tensor, tokens_CL: Tensor | None = None, from_pooled: bool = False) -> Outputs:
         """Embed images and columns.
@@ -76,9 +79,20 @@ class Learner(nn.Module):
         assert tokens_CL is not None, "captions are the columns of a model without a linear head"
         columns_CD = images_ND[:0]
         if len(tokens_CL):
-            columns_CD = F.normalize(at_least_float32(encode_text(self.clip, tokens_CL)), dim=-1)
+            encode = self._encode_frozen if self.text_is_frozen else partial(encode_text, self.clip)
+            columns_CD = F.normalize(at_least_float32(encode(tokens_CL)), dim=-1)
         scale = at_least_float32(self.clip.logit_scale).exp()
         return Outputs(pooled_NF, images_ND, columns_CD, scale, images_ND.new_zeros(()))
+
+    @torch.no_grad()
+    def _encode_frozen(self, tokens_CL: Tensor) -> Tensor:
+        """Do what `encode_text` does, each text once for as long as the text tower stays frozen."""
+        half = torch.is_autocast_enabled(tokens_CL.device.type)  # another precision, other digits
+        keys = [(row.tobytes(), half) for row in tokens_CL.cpu().numpy()]
+        for place, key in enumerate(keys):
+            if key not in self._frozen_texts:  # alone: what it is among would change its last digits, and a resumed run
+                self._frozen_texts[key] = encode_text(self.clip, tokens_CL[place : place + 1])[0]
+        return torch.stack([self._frozen_texts[key] for key in keys])
 
     def freeze(
         self,
@@ -94,6 +108,8 @@ class Learner(nn.Module):
             self.head.requires_grad_(True)
             text = True
             self.clip.logit_scale.requires_grad_(False)
+        self.text_is_frozen = text
+        self._frozen_texts.clear()  # in case its weights were exchanged
         visual = {id(parameter) for parameter in self.clip.visual.parameters()}
         locked = {id(parameter) for parameter in self.tower.frozen_parameters()}
         for name, parameter in self.clip.named_parameters():

@@ -5,8 +5,10 @@ import pytest
 import timm
 import torch
 
+from flyp_saflex.method import learner as module
 from flyp_saflex.method.clip import load_clip
 from flyp_saflex.method.learner import Learner
+from flyp_saflex.method.text import encode_text
 
 TEXTS = ["a photo of a cat.", "a dog", "a rather longer caption of two horses", ""]
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
@@ -46,6 +48,28 @@ def test_freezing(clip):
     assert not any(name.startswith("clip.visual.") for name in trained(learner))
     assert "clip.token_embedding.weight" not in trained(learner)
     assert "clip.text_projection" in trained(learner)
+
+
+def test_frozen_texts_are_encoded_once(clip, monkeypatch):
+    images, tokens = torch.randn(3, 3, 32, 32), clip.tokenizer(TEXTS)
+    learner = Learner(clip.model)
+    expected = learner(images, tokens)
+    calls = []
+    monkeypatch.setattr(module, "encode_text", lambda *args: calls.append(1) or encode_text(*args))
+    learner.freeze(text=True)
+    for chosen in ([0, 1, 2, 3], [3, 1], [1, 1]):
+        out = learner(images, tokens[chosen])
+        torch.testing.assert_close(out.columns_CD, expected.columns_CD.detach()[chosen], rtol=0, atol=1e-6)
+        assert not out.columns_CD.requires_grad
+        assert out.logits().requires_grad
+    assert len(calls) == 4
+    learner.freeze()
+    assert learner(images, tokens).columns_CD.requires_grad
+    assert len(calls) == 5
+    with torch.no_grad():
+        clip.model.text_projection.mul_(-1)
+    learner.freeze(text=True)
+    torch.testing.assert_close(learner(images, tokens).columns_CD, -expected.columns_CD.detach(), rtol=0, atol=1e-6)
 
 
 def test_freezing_with_a_linear_head(clip):
