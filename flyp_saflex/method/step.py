@@ -192,12 +192,7 @@ class StepLoss:
         chosen_S = kept_N.nonzero()[:, 0] if bool(kept_N.any()) else torch.zeros(1, dtype=torch.long, device=kept_N.device)
         result.loss = loss.detach()
         result.surrogates = two_pass.surrogates(
-            self.forward,
-            self.learner,
-            rows.inputs[chosen_S],
-            columns.tokens_UL,
-            gradient._replace(images_ND=gradient.images_ND[chosen_S]),
-            self.rows_at_once,
+            self.forward, self.learner, rows.inputs, chosen_S, columns.tokens_UL, gradient, self.rows_at_once
         )
         result.selected = bool(columns.augmented_N.any())
         return result

@@ -156,7 +156,13 @@ def gradients(loss: Tensor, at: Outputs) -> Outputs:
 
 
 def surrogates(
-    forward: Forward, learner: Learner, inputs: Tensor, tokens_UL: Tensor, gradient: Outputs, rows_at_once: int
+    forward: Forward,
+    learner: Learner,
+    inputs: Tensor,
+    chosen_S: Tensor,
+    tokens_UL: Tensor,
+    gradient: Outputs,
+    rows_at_once: int,
 ) -> list[Callable[[], Tensor]]:
     """Return functions whose values' gradients add up to that of the loss; each makes one forward pass of a few rows.
 
@@ -165,28 +171,29 @@ def surrogates(
     Args:
         forward: the learner, possibly wrapped.
         learner: the bare module: what is frozen needs no pass.
-        inputs: this process's rows that have a gradient, at least one.
+        inputs: this process's rows.
+        chosen_S: those that have a gradient, at least one; they are taken from the inputs when their pass comes.
         tokens_UL: the texts.
-        gradient: of the loss, with respect to `images_ND` (of these rows), `columns_CD`, `scale` and `bias`.
+        gradient: of the loss, with respect to `images_ND` (of all these rows), `columns_CD`, `scale` and `bias`.
         rows_at_once: rows per pass.
     """
-    images = list(zip(inputs.split(rows_at_once), gradient.images_ND.split(rows_at_once), strict=True))
+    images = [(few, gradient.images_ND[few]) for few in chosen_S.split(rows_at_once)]
+    spare = [(chosen_S[:1], torch.zeros_like(gradient.images_ND[:1]))]  # a row without gradient
     if not trains_images(learner):
-        images = [(inputs[:1], torch.zeros_like(gradient.images_ND[:1]))]
+        images = spare
     size = TEXTS_PER_ROW * rows_at_once
     if learner.head is not None or not _trains_texts(learner):
         texts = [(tokens_UL[:0], gradient.columns_CD)]
     else:
         texts = list(zip(tokens_UL.split(size), gradient.columns_CD.split(size), strict=True))
     number = max(len(images), len(texts))
-    # Both end with the last pass; one that has no rows left to give is given a row without gradient, or no text.
-    padding = [(inputs[:1], torch.zeros_like(gradient.images_ND[:1]))] * (number - len(images))
+    # Both end with the last pass; before that, one that has too few has a row without gradient, or no text.
     silence = [(tokens_UL[:0], gradient.columns_CD[:0])] * (number - len(texts))
-    passes = list(zip(padding + images, silence + texts, strict=True))
+    passes = list(zip(spare * (number - len(images)) + images, silence + texts, strict=True))
 
     def surrogate(place: int) -> Tensor:
         (few, images_ND), (read, columns_UD) = passes[place]
-        out = forward(few, read)
+        out = forward(inputs[few], read)
         total = (out.images_ND * images_ND).sum()
         if len(columns_UD) == len(out.columns_CD):  # frozen texts are not read again, and have no gradient
             total = total + (out.columns_CD * columns_UD).sum()
@@ -208,7 +215,8 @@ def gradient_in_parts(
     """Return the gradient, by name, of `loss_of(learner(inputs, tokens_UL))` at the learner's own `parameters`."""
     at = leaves(features(learner, learner, inputs, tokens_UL, rows_at_once))
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    for surrogate in surrogates(learner, learner, inputs, tokens_UL, gradients(loss_of(at), at), rows_at_once):
+    everything_S = torch.arange(len(inputs), device=inputs.device)
+    for surrogate in surrogates(learner, learner, inputs, everything_S, tokens_UL, gradients(loss_of(at), at), rows_at_once):
         found = torch.autograd.grad(surrogate(), list(parameters.values()), allow_unused=True, materialize_grads=True)
         total = {name: total[name] + value for name, value in zip(total, found, strict=True)}
     return total

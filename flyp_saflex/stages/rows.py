@@ -94,7 +94,7 @@ class RowBuilder:
         rows = Rows(inputs, captions_N, labels_N, batch.indices.to(device), batch.num_train)
         if self.mix is not None and len(items) > batch.num_train:
             self._mix(rows, step, part)
-        if job.config.train.frozen_cache == "":
+        if job.config.train.frozen_cache == "" and job.learner.tower.num_frozen:
             few = job.config.train.rows_at_once or len(items)
             with torch.no_grad():
                 rows.inputs = torch.cat([job.learner.tower.lower(inputs) for inputs in rows.inputs.split(few)])
