@@ -18,10 +18,13 @@ EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex train RECIPE -
 
 
 def data(arguments: argparse.Namespace, config: Config) -> None:
-    """Check a dataset: counts per split, class and domain, image sizes, unreadable files, duplicates across splits."""
+    """Check a dataset: counts per split, class and domain, image sizes, unreadable files, duplicates across splits.
+
+    With --materialise, write small copies of its images once, which training and evaluation then read.
+    """
     from flyp_saflex.stages.data import describe
 
-    describe(config, limit=arguments.limit, dry_run=arguments.dry_run)
+    describe(config, limit=arguments.limit, dry_run=arguments.dry_run, materialise=arguments.materialise)
 
 
 def prompts(arguments: argparse.Namespace, config: Config) -> None:
@@ -140,7 +143,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(demo, [])
     command.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to (default: demo)")
     command.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat everything with N seeds (default: 1)")
-    add(data, [with_recipe])
+    command = add(data, [with_recipe])
+    command.add_argument(
+        "--materialise", action="store_true", help="write resized copies into data.materialised; the same command goes on"
+    )
     command = add(prompts, [with_recipe])
     command.add_argument("--force", action="store_true", help="replace a file that is there")
     command = add(generate, [with_recipe])

@@ -70,6 +70,13 @@ class DataConfig:
     """Unreadable images are skipped and counted; above this part of a split the run stops."""
     workers: Natural = 0
     """Processes that read images; 0: read in the main process."""
+    decoding: Literal["scaled", "exact"] = "scaled"
+    """`scaled`: large JPEGs are decoded at a half or a quarter of their size, but at least twice what the model sees (PSNR of
+    photographs: 50 dB and more), for training, evaluation and filters; `exact`: whole."""
+    materialised: str = ""
+    """Folder of resized copies that training and evaluation read instead of the files; `data RECIPE --materialise` makes them."""
+    materialised_px: Count = 256
+    """Shorter side of the copies, no less than the model's image size: 8/7 of it is usual (224: 256, 336: 384)."""
 
 
 @dataclass(frozen=True, kw_only=True)

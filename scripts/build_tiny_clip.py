@@ -45,6 +45,7 @@ SEED = 20_000_000  # of the scenes, the weights, the captions; worlds of the dem
 FIGURE_SEEDS = (30_000_000, 30_000_001)
 SIZE_PX = 64
 NUM_IMAGES = 6000
+ANIMAL_SIZE = 0.62  # larger than in the demo's world: every detail is seen
 NUM_CAMERAS = 20  # per place, numbered from 1000
 BATCH = 100
 EPOCHS = 8
@@ -76,7 +77,7 @@ def scenes() -> list[Scene]:
     """Return what the model sees: species and place independent of each other, everything else as cameras take it."""
     rng = np.random.default_rng(SEED)
     found = []
-    for shot in plan(NUM_IMAGES, SEED):
+    for shot in plan(NUM_IMAGES, SEED, animal_size=ANIMAL_SIZE):
         place = str(rng.choice(list(PLACES)))
         camera = 1000 + int(rng.integers(NUM_CAMERAS))
         species = None if rng.random() < 1 / len(CLASSES) else str(rng.choice(SPECIES))

@@ -42,6 +42,7 @@ from flyp_saflex.method.clip import load_clip
 SEED = 40_000_000  # of scenes, weights, noise; worlds of the demo and of the figures have others
 SIZE_PX = 64
 NUM_TRIPLETS = 16_000
+ANIMAL_SIZE = 0.62  # larger than in the demo's world: every detail is seen
 CAMERAS = range(100, 400)  # of every place; worlds have 0..39, the tiny CLIP saw 1000..1019
 WHERE = {
     "savanna": ("in the savanna", "on the dry savanna", "in a savanna with acacia trees"),
@@ -102,7 +103,7 @@ def scenes() -> list[tuple[Scene, Scene]]:
     """Return (before, after) of every triplet: the same scene at another place, taken by another camera."""
     rng = np.random.default_rng(SEED)
     found = []
-    for shot in plan(NUM_TRIPLETS, SEED):
+    for shot in plan(NUM_TRIPLETS, SEED, animal_size=ANIMAL_SIZE):
         place, target = (str(name) for name in rng.choice(list(PLACES), size=2, replace=False))
         camera, other = (int(number) for number in rng.choice(CAMERAS, size=2))
         species = None if rng.random() < 1 / len(CLASSES) else str(rng.choice(SPECIES))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from build_tiny_editor import SIZE_PX, to_tensor
+from build_tiny_editor import ANIMAL_SIZE, SIZE_PX, to_tensor
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def pictures(number: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int6
     """Return pictures with every species before every place alike, by cameras of their own, and their labels."""
     rng = np.random.default_rng(seed)
     found: list[Scene] = []
-    for shot in plan(number, seed):
+    for shot in plan(number, seed, animal_size=ANIMAL_SIZE):
         species = None if rng.random() < 1 / len(CLASSES) else str(rng.choice(SPECIES))
         camera = 500 + int(rng.integers(100))
         found.append(dataclasses.replace(shot.scene, species=species, place=str(rng.choice(PLACE_NAMES)), camera=camera))
@@ -127,7 +127,7 @@ def reconstructed(editor: Editor, images: NDArray[np.uint8]) -> NDArray[np.uint8
 def held_out() -> list[Scene]:
     """Return scenes of worlds that nothing was trained on, every class about alike."""
     rng = np.random.default_rng(SEED)
-    shots = [shot for seed in WORLD_SEEDS for shot in plan(2000, seed)]
+    shots = [shot for seed in WORLD_SEEDS for shot in plan(2000, seed, animal_size=ANIMAL_SIZE)]
     by_class = {label: [shot.scene for shot in shots if shot.label == label] for label in range(len(CLASSES))}
     each = -(-NUM_EDITS // len(CLASSES))
     return [scenes[row] for scenes in by_class.values() for row in rng.choice(len(scenes), size=each, replace=len(scenes) < each)]

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from flyp_saflex.data.images import read_image
+from flyp_saflex.data.augmentation import Augmentation
+from flyp_saflex.data.image_reader import ImageReader, Preprocess, reader_of
 from flyp_saflex.errors import DataError
 from flyp_saflex.records import Edit, Sample
-
-Operation = Callable[[Image.Image, int], Image.Image]
 
 
 def derived_seed(*parts: object) -> int:
@@ -147,6 +145,10 @@ class Batch:
     num_train: int
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
+    def pin_memory(self) -> Batch:
+        """Move the inputs to memory that a GPU can read by itself; the DataLoader calls this."""
+        return replace(self, inputs=self.inputs.pin_memory())
+
 
 class BatchReader(TorchDataset[Batch]):
     """Reads whole batches: item i is the i-th entry of `schedule`.
@@ -155,7 +157,7 @@ class BatchReader(TorchDataset[Batch]):
         schedule: rows of every batch, in order.
         samples: training samples.
         edits: cached edits, or None.
-        preprocess: image -> tensor [3, S, S].
+        preprocess: image -> tensor [3, S, S], or a reader of images.
         on_train: random operations on training rows.
         on_augmented: random operations on augmented rows.
         box_crop: crop samples to their box first.
@@ -168,15 +170,15 @@ class BatchReader(TorchDataset[Batch]):
         num_batches: int,
         samples: Sequence[Sample],
         edits: Sequence[Edit] | None,
-        preprocess: Callable[[Image.Image], Tensor],
+        preprocess: Preprocess | ImageReader,
         *,
-        on_train: Sequence[Operation] = (),
-        on_augmented: Sequence[Operation] = (),
+        on_train: Sequence[Augmentation] = (),
+        on_augmented: Sequence[Augmentation] = (),
         box_crop: bool = False,
         stored: Callable[[Path], Tensor] | None = None,
     ) -> None:
         self.schedule, self.num_batches = schedule, num_batches
-        self.samples, self.edits, self.preprocess = samples, edits, preprocess
+        self.samples, self.edits, self.reader = samples, edits, reader_of(preprocess)
         self.on_train, self.on_augmented, self.box_crop, self.stored = on_train, on_augmented, box_crop, stored
 
     def __len__(self) -> int:
@@ -211,8 +213,9 @@ class BatchReader(TorchDataset[Batch]):
     def _read(self, row: Row, item: Sample | Edit) -> Tensor:
         if self.stored is not None:
             return self.stored(item.path)
-        image = read_image(item.path, box=item.box if self.box_crop and isinstance(item, Sample) else None)
         operations = self.on_augmented if row.kind == "augmented" else self.on_train
+        box = item.box if self.box_crop and isinstance(item, Sample) else None
+        picture = self.reader.picture(item.path, box=box)
         for number, operation in enumerate(operations):
-            image = operation(image, derived_seed(row.seed, number))
-        return self.preprocess(image)
+            picture = operation.on(picture, derived_seed(row.seed, number))
+        return self.reader.tensor(picture)

@@ -1,29 +1,24 @@
-"""Reading an image from disk, and the random operations on it (floor 2).
+"""Reading an image from disk (floor 2).
 
-Whatever the file holds (CMYK, 16 bit, palette, transparency, a rotation flag) comes out as upright 8-bit RGB. A random
-operation is a function of (image, seed): it asks no global generator and leaves none changed.
+Whatever the file holds (CMYK, 16 bit, palette, transparency, a rotation flag) comes out as upright 8-bit RGB. A JPEG that is
+made small anyway can be decoded at a half or a quarter of its size (DCT scaling), which is cheaper.
 """
 
 from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal, cast, get_args
+from typing import BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision import transforms
+from PIL.JpegImagePlugin import JpegImageFile
 
-from flyp_saflex.errors import DataError, nearest
+from flyp_saflex.data.pictures import Picture
+from flyp_saflex.errors import DataError
 
-Operation = Literal["randaugment", "autoaugment", "augmix", "trivialaugment", "random-crop", "flip"]
-OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 Box = tuple[float, float, float, float]
-Augmentation = Callable[[Image.Image, int], Image.Image]
 
 ORIENTATION_TAG = 0x0112
 TURNS = {
@@ -50,15 +45,35 @@ def read_image(path: Path, *, box: Box | None = None) -> Image.Image:
     Raises:
         DataError: the file is missing, empty, cut off, too large or no image; or the box lies outside of it.
     """
+    return read_picture(path, box=box).image()
+
+
+def read_picture(path: Path, *, box: Box | None = None, at_least_px: int | None = None) -> Picture:
+    """Do what `read_image` does, but decode no more than is needed.
+
+    Args:
+        path: the file.
+        box: as for `read_image`.
+        at_least_px: shorter side, after the crop, that has to be there; a JPEG may be decoded smaller, but not below it.
+            None: decode everything.
+
+    Raises:
+        DataError: as for `read_image`.
+    """
     try:
         with open(path, "rb") as file:
-            return decode_image(file, path, box=box)
+            return decode_picture(file, path, box=box, at_least_px=at_least_px)
     except OSError as error:
         raise DataError(f"image {path} cannot be read: {error.strerror or error}; check the path and its permissions") from None
 
 
 def decode_image(file: BinaryIO, path: Path, *, box: Box | None = None) -> Image.Image:
     """Do what `read_image` does with an open file; `path` names it in errors."""
+    return decode_picture(file, path, box=box).image()
+
+
+def decode_picture(file: BinaryIO, path: Path, *, box: Box | None = None, at_least_px: int | None = None) -> Picture:
+    """Do what `read_picture` does with an open file; `path` names it in errors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sizes are checked below; odd metadata is no concern of training
@@ -68,12 +83,16 @@ def decode_image(file: BinaryIO, path: Path, *, box: Box | None = None) -> Image
                 raise DataError(
                     f"image {path} is too large: {width} x {height} pixels, at most {MAX_PIXELS}; shrink or remove it"
                 )
+            left, top, right, bottom = (0, 0, width, height) if box is None else _edges(image, box, path)
+            shorter = min(right - left, bottom - top)
+            window = _decode_smaller(image, shorter // at_least_px if at_least_px else 1)
             image.load()
             turn = TURNS.get(_orientation(image))
+            picture = Picture(image, (width, height), window)
             if box is not None:
-                image = _crop(image, box, path)
-            image = _rgb(image)
-            return image if turn is None else image.transpose(turn)
+                picture = picture.crop(left, top, right - left, bottom - top)
+            picture = Picture(_rgb(picture.pixels), picture.size, picture.window)
+            return picture if turn is None else picture.turned(turn)
     except Image.DecompressionBombError:
         raise DataError(f"image {path} is too large, at most {MAX_PIXELS} pixels; shrink or remove it") from None
     # Broken files make Pillow's decoders raise any of these.
@@ -84,53 +103,6 @@ def decode_image(file: BinaryIO, path: Path, *, box: Box | None = None) -> Image
         raise DataError(f"image {path} cannot be decoded ({reason}); replace or remove it") from None
 
 
-def augmentation(name: str, image_size_px: int) -> Augmentation:
-    """Return a random operation as a function of (image, seed).
-
-    The operations other than `flip` bring large images down first, as the model's own preprocessing would (shorter side
-    to `image_size_px`, bicubic), so that they cost and mean the same for every source size. `random-crop` is a crop of
-    90..100 % of the area with an aspect ratio of 3/4..4/3, resized to a square of `image_size_px`.
-
-    Raises:
-        DataError: there is no operation of this name.
-    """
-    if name not in OPERATIONS:
-        raise DataError(f"unknown operation '{name}'{nearest(name, OPERATIONS)} (known: {', '.join(OPERATIONS)})")
-    bicubic = transforms.InterpolationMode.BICUBIC
-    make: dict[str, Callable[[], Callable[[Image.Image], Image.Image]]] = {
-        "randaugment": transforms.RandAugment,
-        "autoaugment": transforms.AutoAugment,
-        "augmix": transforms.AugMix,
-        "trivialaugment": transforms.TrivialAugmentWide,
-        "random-crop": lambda: transforms.RandomResizedCrop(
-            image_size_px, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3), interpolation=bicubic
-        ),
-        "flip": transforms.RandomHorizontalFlip,
-    }
-    operation = make[name]()
-    shrink = transforms.Resize(image_size_px, interpolation=bicubic)
-
-    def apply(image: Image.Image, seed: int) -> Image.Image:
-        if name not in ("random-crop", "flip") and min(image.size) > image_size_px:
-            image = cast(Image.Image, shrink(image))
-        with _torch_seed(seed):
-            return operation(image)
-
-    return apply
-
-
-@contextmanager
-def _torch_seed(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, which torchvision draws from, and put it back; no GPU generator is touched."""
-    generator = torch.random.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed % 2**63)
-    try:
-        yield
-    finally:
-        generator.set_state(state)
-
-
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
@@ -138,7 +110,21 @@ def _orientation(image: Image.Image) -> int:
         return 1  # broken EXIF is no reason to lose the image
 
 
-def _crop(image: Image.Image, box: Box, path: Path) -> Image.Image:
+def _decode_smaller(image: Image.Image, most: int) -> tuple[float, float, float, float]:
+    """Have a JPEG decoded at a part of its size, `most` times smaller or less; return where the image will then lie."""
+    width, height = image.size
+    # Of a block of 8 x 8 a quarter keeps 2 x 2 values and an eighth one: that costs 1 and 2 dB, which a quarter makes up for by
+    # keeping more pixels than it has to.
+    factor = 4 if most >= 5 else 2 if most >= 2 else 1
+    if factor > 1 and isinstance(image, JpegImageFile):
+        drafted = image.draft(image.mode, (width // factor, height // factor))
+        if drafted is not None:
+            return drafted[1]
+    return 0, 0, width, height
+
+
+def _edges(image: Image.Image, box: Box, path: Path) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of a box, cut to the image."""
     left, top, width, height = box
     edges = (
         max(0, round(left)),
@@ -151,7 +137,7 @@ def _crop(image: Image.Image, box: Box, path: Path) -> Image.Image:
             f"image {path}: the box {box} (left, top, width, height) lies outside of its {image.width} x {image.height} pixels; "
             "correct the box or set data.box_crop=false"
         )
-    return image.crop(edges)
+    return edges
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -15,7 +15,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flyp_saflex.errors import ModelError, nearest
+from flyp_saflex.method.blocks import is_plain_block, run_block, run_block_for_first
 
 RANDOM = "random"
 """`model.pretrained` for untrained weights: they must be asked for by name."""
@@ -173,14 +175,22 @@ class ImageTower:
         """Whether pooled features and projection can be told apart (head scope needs it)."""
         return self._parts is not None
 
+    @property
+    def lower_gives_one_token(self) -> bool:
+        """Whether `lower` gives the pooled token alone: all blocks are frozen, and the last one is run for that token."""
+        return self._parts is not None and self._parts.pools_first and self.num_frozen == len(self._parts.blocks)
+
     def lower(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] -> activations behind the frozen blocks; the images themselves when none are frozen."""
+        """Images [B, 3, S, S] -> activations behind the frozen blocks; the images themselves when none are frozen.
+
+        With `lower_gives_one_token`, of one token per image.
+        """
         if not self.num_frozen:
             return images
         parts = self._cut()
         hidden = parts.stem(images)
-        for block in parts.blocks[: self.num_frozen]:
-            hidden = block(hidden)
+        for run in parts.runs[: self.num_frozen]:
+            hidden = run(hidden)
         return hidden
 
     def upper(self, hidden: Tensor) -> Tensor:
@@ -190,10 +200,8 @@ class ImageTower:
             return self.visual(hidden)
         if not self.num_frozen:
             hidden = parts.stem(hidden)
-        for block in parts.blocks[self.num_frozen :]:
-            hidden = (
-                checkpoint(block, hidden, use_reentrant=False) if self.checkpointing and hidden.requires_grad else block(hidden)
-            )
+        for run in parts.runs[self.num_frozen :]:
+            hidden = checkpoint(run, hidden, use_reentrant=False) if self.checkpointing and hidden.requires_grad else run(hidden)
         return parts.pool(hidden)
 
     def project(self, pooled: Tensor) -> Tensor:
@@ -239,6 +247,13 @@ class _Parts:
     pool: Callable[[Tensor], Tensor]
     project: Callable[[Tensor], Tensor]
     head: Any
+    runs: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    """What runs the blocks, if it is not the blocks themselves."""
+    pools_first: bool = False
+    """Whether nothing but the pooled token leaves the last block."""
+
+    def __post_init__(self) -> None:
+        self.runs = self.runs or list(self.blocks)
 
 
 def _parts(visual: Any) -> _Parts | None:
@@ -258,6 +273,11 @@ def _open_clip_vit(visual: Any) -> _Parts | None:
     transformer = visual.transformer
     if not getattr(transformer, "batch_first", True) or visual.attn_pool is not None:
         return None
+    runs: list[Callable[[Tensor], Tensor]] = [
+        partial(run_block, block) if is_plain_block(block) else block for block in transformer.resblocks
+    ]
+    if pools_first := visual.pool_type == "tok" and is_plain_block(transformer.resblocks[-1]):
+        runs[-1] = partial(run_block_for_first, transformer.resblocks[-1])
     return _Parts(
         visual._embeds,
         [visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre],
@@ -265,6 +285,8 @@ def _open_clip_vit(visual: Any) -> _Parts | None:
         lambda hidden: visual._pool(hidden)[0],
         lambda pooled: pooled @ visual.proj,
         visual.proj,
+        runs,
+        pools_first,
     )
 
 

@@ -6,6 +6,7 @@ Shapes: N images, C captions (columns), L tokens, F pooled width, D embedding, K
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from flyp_saflex.method.clip import ImageTower
 from flyp_saflex.method.losses import at_least_float32
+from flyp_saflex.method.text import encode_text
 
 Trainable = Literal["all", "head"]
 
@@ -44,32 +46,6 @@ class Outputs(NamedTuple):
         return self._replace(pooled_NF=self.pooled_NF[first:], images_ND=self.images_ND[first:])
 
 
-def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
-    """Encode texts, reading no further than the longest of them.
-
-    Attention is causal in CLIP's text tower, so padding behind the end token changes nothing; towers with another
-    attention or pooling take the whole context.
-
-    Returns:
-        Embeddings [N, D], not normalised.
-    """
-    tower = getattr(model, "text", model)
-    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-    plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
-    mask = getattr(tower, "attn_mask", None)
-    if pool != "argmax" or not plain or mask is None or not hasattr(tower, "token_embedding"):
-        return model.encode_text(tokens_NL)
-    ends_N = tokens_NL.argmax(dim=-1)
-    length = int(ends_N.max()) + 1
-    hidden_NLW = tower.token_embedding(tokens_NL[:, :length]) + tower.positional_embedding[:length]
-    hidden_NLW = tower.ln_final(tower.transformer(hidden_NLW, attn_mask=mask[:length, :length]))
-    pooled_NW = hidden_NLW[torch.arange(len(ends_N), device=ends_N.device), ends_N]
-    projection = tower.text_projection
-    if projection is None:
-        return pooled_NW
-    return projection(pooled_NW) if isinstance(projection, nn.Module) else pooled_NW @ projection
-
-
 class Learner(nn.Module):
     """A CLIP model with its image tower cut behind the frozen blocks, and a linear head where the method has one.
 
@@ -84,6 +60,8 @@ class Learner(nn.Module):
         self.clip = model
         self.tower = ImageTower(model.visual, num_frozen)
         self.head = head
+        self.text_is_frozen = False
+        self._frozen_texts: dict[tuple[bytes, bool], Tensor] = {}
 
     def forward(self, inputs: Tensor, tokens_CL: Tensor | None = None, from_pooled: bool = False) -> Outputs:
         """Embed images and columns.
@@ -101,9 +79,20 @@ class Learner(nn.Module):
         assert tokens_CL is not None, "captions are the columns of a model without a linear head"
         columns_CD = images_ND[:0]
         if len(tokens_CL):
-            columns_CD = F.normalize(at_least_float32(encode_text(self.clip, tokens_CL)), dim=-1)
+            encode = self._encode_frozen if self.text_is_frozen else partial(encode_text, self.clip)
+            columns_CD = F.normalize(at_least_float32(encode(tokens_CL)), dim=-1)
         scale = at_least_float32(self.clip.logit_scale).exp()
         return Outputs(pooled_NF, images_ND, columns_CD, scale, images_ND.new_zeros(()))
+
+    @torch.no_grad()
+    def _encode_frozen(self, tokens_CL: Tensor) -> Tensor:
+        """Do what `encode_text` does, each text once for as long as the text tower stays frozen."""
+        half = torch.is_autocast_enabled(tokens_CL.device.type)  # another precision, other digits
+        keys = [(row.tobytes(), half) for row in tokens_CL.cpu().numpy()]
+        for place, key in enumerate(keys):
+            if key not in self._frozen_texts:  # alone: what it is among would change its last digits, and a resumed run
+                self._frozen_texts[key] = encode_text(self.clip, tokens_CL[place : place + 1])[0]
+        return torch.stack([self._frozen_texts[key] for key in keys])
 
     def freeze(
         self,
@@ -119,6 +108,8 @@ class Learner(nn.Module):
             self.head.requires_grad_(True)
             text = True
             self.clip.logit_scale.requires_grad_(False)
+        self.text_is_frozen = text
+        self._frozen_texts.clear()  # in case its weights were exchanged
         visual = {id(parameter) for parameter in self.clip.visual.parameters()}
         locked = {id(parameter) for parameter in self.tower.frozen_parameters()}
         for name, parameter in self.clip.named_parameters():

@@ -57,12 +57,12 @@ def clip_predictor(model: nn.Module, head: Head, *, precision: str = "no", tower
         tower: the model's image tower, cut; the predictor then takes activations behind the frozen blocks for images.
     """
     device = next(model.parameters()).device
+    image_tower = tower or ImageTower(model.visual)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def predict_batch(images_BCHW: Tensor) -> Tensor:
         with autocast(device, precision):
-            inputs = images_BCHW.to(device, non_blocking=True)
-            features_BD = model.encode_image(inputs) if tower is None else tower(inputs)  # type: ignore[operator]
+            features_BD = image_tower(images_BCHW.to(device, non_blocking=True))
         features_BD = normalize(features_BD.float(), dim=-1)
         return logits_over(features_BD, head)
 

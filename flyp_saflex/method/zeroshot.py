@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from flyp_saflex.errors import DataError
 from flyp_saflex.method.clip import Clip
-from flyp_saflex.method.learner import encode_text
+from flyp_saflex.method.text import encode_text
 
 
 def class_captions(class_names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:

@@ -6,8 +6,8 @@ evaluation. They are stored as float32, so results are those of computing them a
     <folder>/<fingerprint>/rows.bin     one row of fixed size per image, appended
     <folder>/<fingerprint>/index.jsonl  {"key": ..., "row": ...}, appended after its row was flushed
 
-The fingerprint covers frozen weights and preprocessing; a key covers the image's content (sha256), so an edited image gets
-a new row. A killed writer leaves rows that no index line names; they are overwritten.
+The fingerprint covers frozen weights and preprocessing; a key covers the image's content (sha256) and whether a resized copy
+of it is read, so an edited image gets a new row. A killed writer leaves rows that no index line names; they are overwritten.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ if sys.platform != "win32":
     import fcntl
 
 
-def fingerprint(clip: Clip, tower: ImageTower, *, box_crop: bool) -> str:
+def fingerprint(clip: Clip, tower: ImageTower, *, box_crop: bool, scaled: bool = False) -> str:
     """Return a hash of all that the stored activations depend on but the image: architecture, weights, preprocessing."""
     model = clip.config["model_cfg"]
     # Not a property of the model that was loaded, and left out where one is saved.
     architecture = {key: value for key, value in model.get("vision_cfg", {}).items() if key != "timm_model_pretrained"}
     known = [architecture, bool(model.get("quick_gelu")), clip.config["preprocess_cfg"], tower.num_frozen, box_crop]
+    known += ["scaled decoding"] if scaled else []
+    known += ["one token"] if tower.lower_gives_one_token else []
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     frozen = {id(parameter) for parameter in tower.frozen_parameters()}
     for name, value in clip.model.visual.state_dict(keep_vars=True).items():
@@ -62,7 +64,7 @@ def open_store(
     """Return the store of activations behind `tower`'s frozen blocks, or None if `train.frozen_cache` is empty."""
     if not config.train.frozen_cache:
         return None
-    name = fingerprint(clip, tower, box_crop=config.data.box_crop)
+    name = fingerprint(clip, tower, box_crop=config.data.box_crop, scaled=loader.reader.scaled)
     return ActivationStore(Path(config.train.frozen_cache) / name, lambda images: tower.lower(images.to(device)), loader)
 
 
@@ -127,10 +129,7 @@ class ActivationStore:
 
     def _key(self, path: Path) -> str:
         if path not in self._keys:
-            try:
-                self._keys[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-            except OSError:
-                self._keys[path] = ""  # missing: never stored
+            self._keys[path] = self.loader.reader.key(path)  # empty, if missing: never stored
         return self._keys[path]
 
     def _read_index(self, *, mend: bool = False) -> None:

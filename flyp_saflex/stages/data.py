@@ -8,22 +8,25 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median_low
 from typing import Any
 
 from tqdm import tqdm
 
-from flyp_saflex.config import Config
+from flyp_saflex.config import Config, DataConfig
 from flyp_saflex.data.images import decode_image
 from flyp_saflex.data.registry import load_dataset
-from flyp_saflex.errors import DataError
+from flyp_saflex.data.resized_writer import materialise as write_copies
+from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.records import Dataset, Sample, Split
 
 SHOWN = 12
 """Rows of a table that are printed; the returned numbers have all of them."""
 
 
-def describe(config: Config, *, limit: int | None = None, dry_run: bool = False) -> dict[str, Any]:
+def describe(config: Config, *, limit: int | None = None, dry_run: bool = False, materialise: bool = False) -> dict[str, Any]:
     """Print and return what the recipe's dataset holds.
 
     Counts per split, class and domain; then, from reading every image: sizes, unreadable files, and images with the same
@@ -33,10 +36,17 @@ def describe(config: Config, *, limit: int | None = None, dry_run: bool = False)
         config: the recipe.
         limit: at most this many images of each split.
         dry_run: check and count, but read no image.
+        materialise: instead of that check, write resized copies of the images into `data.materialised`.
 
     Raises:
-        DataError: the dataset is not there (the message says what to place where) or is wrong.
+        DataError: the dataset is not there (the message says what to place where) or is wrong; or the copies cannot be
+            written.
+        ConfigError: `materialise` without a folder.
     """
+    if materialise and not config.data.materialised:
+        raise ConfigError(
+            "--materialise: data.materialised is empty, expected a folder for the copies: set data.materialised=DIR"
+        )
     dataset = load_dataset(config.data, seed=config.seed, limit=limit)
     numbers: dict[str, Any] = {
         "name": dataset.name,
@@ -49,10 +59,37 @@ def describe(config: Config, *, limit: int | None = None, dry_run: bool = False)
     if os.environ.get("RANK", "0") != "0":
         return numbers
     _print_counts(dataset, numbers["splits"])
-    if not dry_run:
+    if materialise:
+        numbers["materialised"] = _materialise(dataset, config.data, dry_run=dry_run)
+    elif not dry_run:
         numbers |= _read_all(dataset, threads=max(1, config.data.workers))
         _print_files(numbers, config.data.max_unreadable)
     return numbers
+
+
+def _materialise(dataset: Dataset, data: DataConfig, *, dry_run: bool) -> dict[str, Any]:
+    """Write the resized copies and print what was done; an image in two splits has one copy."""
+    samples = [sample for split in dataset.splits.values() for sample in split.samples]
+    made = write_copies(
+        samples,
+        Path(data.materialised),
+        dataset=dataset.name,
+        shorter_side_px=data.materialised_px,
+        box_crop=data.box_crop,
+        dry_run=dry_run,
+    )
+    print(f"\nresized copies in {data.materialised} (shorter side {data.materialised_px} px): {made.kept} there already")
+    if dry_run:
+        print(f"  to make: {made.todo}")
+    else:
+        print(
+            f"  new: {made.resized} resized, {made.copied} small ones as they are, "
+            f"{made.source_bytes / 2**20:.1f} MiB to {made.stored_bytes / 2**20:.1f} MiB"
+        )
+        print(f"  unreadable: {len(made.unreadable)}")
+        for _, reason in made.unreadable[:SHOWN]:
+            print(f"    {reason}")
+    return asdict(made)
 
 
 def _counts(split: Split, dataset: Dataset) -> dict[str, Any]:

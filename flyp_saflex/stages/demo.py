@@ -54,7 +54,7 @@ CLEAN = "FLYP"
 ID, OOD = "id_test", "test"
 
 
-def demo(out: Path, *, seeds: int = 1, num_images: int = 1600, steps: int = 0) -> str:
+def demo(out: Path, *, seeds: int = 1, num_images: int = 2400, steps: int = 0) -> str:
     """Run the demo in a folder, or go on with it, and return what it printed last: the table and where the report is.
 
     Args:

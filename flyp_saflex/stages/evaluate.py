@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.config import Config
+from flyp_saflex.data.image_reader import open_reader
 from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError, RunError
@@ -89,13 +90,19 @@ def evaluate(
                 print(f"{run}: would evaluate {', '.join(f'{s.name} ({len(s)})' for s in todo)} at alpha {_list(alphas)}")
             return results.as_dict()
         model = load_model(folder.path, config, dataset, alphas=alphas, device=state.device)
+        samples = [sample for split in todo for sample in split.samples]
+        reader = open_reader(config.data, model.clip.preprocess, model.clip.config["preprocess_cfg"], samples)
+        if state.is_main_process:
+            for note in reader.notes:
+                print(f"note: {note}")
         images = ImageLoader(
-            model.clip.preprocess,
+            reader,
             batch_size=config.evaluate.batch_size,
             workers=config.data.workers,
             max_unreadable=config.data.max_unreadable,
             box_crop=config.data.box_crop,
             progress=state.is_main_process,
+            pin=state.device.type == "cuda",
         )
         store = open_store(config, model.clip, model.tower, images, torch.device(state.device)) if model.tower else None
         loader = store or images

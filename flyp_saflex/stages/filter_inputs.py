@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from flyp_saflex.cache import AugmentCache
-from flyp_saflex.config import Config
+from flyp_saflex.config import Config, DataConfig
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.edit_prompts import load_edit_prompts
 from flyp_saflex.errors import ConfigError, DataError, RunError
@@ -116,7 +116,7 @@ def _check_run(config: Config, dataset: Dataset, split: Split, notes: list[str])
     run = folder.read_config()
     check_model(folder, run)
     own = dataset
-    if replace(run.data, workers=0, max_unreadable=0) != replace(config.data, workers=0, max_unreadable=0):
+    if _which_images(run.data) != _which_images(config.data):
         own = load_dataset(run.data, seed=run.seed, check_files=False)
     if own.class_names != dataset.class_names:
         odd = sorted(set(own.class_names) ^ set(dataset.class_names))
@@ -174,3 +174,8 @@ def model_of(config: Config) -> tuple[str, str]:
     """Return name and pretrained tag of the CLIP model that compares edits with texts and sources."""
     options = config.filter
     return (options.model, options.pretrained) if options.model else (config.model.name, config.model.pretrained)
+
+
+def _which_images(data: DataConfig) -> DataConfig:
+    """Return the section without what says only how images are read."""
+    return replace(data, workers=0, max_unreadable=0, decoding="exact", materialised="", materialised_px=1)

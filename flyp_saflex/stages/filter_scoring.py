@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from flyp_saflex.config import Config
+from flyp_saflex.data.image_reader import ImageReader
 from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.errors import DataError, ModelError, RunError
-from flyp_saflex.method.clip import Clip, load_clip
+from flyp_saflex.method.clip import Clip, ImageTower, load_clip
 from flyp_saflex.method.filters import confident_thresholds, semantic_log_odds
 from flyp_saflex.method.predict import Predictor, Variant, predict
 from flyp_saflex.method.wise import WiseModel
@@ -137,22 +138,23 @@ def _score(
 def _loader(config: Config, clip: Clip, state: PartialState, *, max_unreadable: float = 1.0) -> ImageLoader:
     """Return a reader; unreadable edits are scored `keep = false`, so by default any number of them is allowed."""
     return ImageLoader(
-        clip.preprocess,
+        ImageReader(clip.preprocess, clip.config["preprocess_cfg"], scaled=config.data.decoding == "scaled"),
         batch_size=config.filter.batch_size,
         workers=config.data.workers,
         max_unreadable=max_unreadable,
         box_crop=config.data.box_crop,
         progress=state.is_main_process,
+        pin=state.device.type == "cuda",
     )
 
 
 def _embedder(clip: Clip) -> Variant:
     """Return what gives the predictor of normalised image embeddings."""
-    device = next(clip.model.parameters()).device
+    device, tower = next(clip.model.parameters()).device, ImageTower(clip.model.visual)
 
     @torch.no_grad()
     def embed(images_BCHW: Tensor) -> Tensor:
-        return normalize(clip.model.encode_image(images_BCHW.to(device, non_blocking=True)).float(), dim=-1)
+        return normalize(tower(images_BCHW.to(device, non_blocking=True)).float(), dim=-1)
 
     def enter() -> Predictor:
         return embed

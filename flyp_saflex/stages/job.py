@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from flyp_saflex.cache import AugmentCache
 from flyp_saflex.config import LINEAR_METHODS, Config
-from flyp_saflex.data.batches import Operation, Plan, derived_seed
-from flyp_saflex.data.images import augmentation
+from flyp_saflex.data.augmentation import Augmentation, augmentation
+from flyp_saflex.data.batches import Plan, derived_seed
+from flyp_saflex.data.image_reader import ImageReader, open_reader
 from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
@@ -69,14 +70,15 @@ class Job:
     config: Config
     dataset: Dataset
     clip: Clip
+    reader: ImageReader
     learner: Learner
     captions: Captions
     tokens_ML: Tensor
     edits: tuple[Edit, ...] | None
     plan: Plan
     saflex: Saflex | None
-    on_train: list[Operation]
-    on_augmented: list[Operation]
+    on_train: list[Augmentation]
+    on_augmented: list[Augmentation]
     notes: list[str]
     initial_head: tuple[Tensor, Tensor] | None = None
 
@@ -84,6 +86,11 @@ class Job:
     def is_linear(self) -> bool:
         """Whether the classes are columns of a linear head instead of captions."""
         return self.config.train.method in LINEAR_METHODS
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether batches go to a GPU, which takes them from page-locked memory while it works."""
+        return next(self.learner.parameters()).is_cuda
 
     @property
     def total_steps(self) -> int:
@@ -104,12 +111,13 @@ class Job:
         """Return a reader of images as evaluation sees them."""
         data = self.config.data
         return ImageLoader(
-            self.clip.preprocess,
+            self.reader,
             batch_size=self.config.evaluate.batch_size,
             workers=data.workers,
             max_unreadable=data.max_unreadable,
             box_crop=data.box_crop,
             progress=progress,
+            pin=self.on_cuda,
         )
 
     def store(self, device: torch.device) -> ActivationStore | None:
@@ -155,6 +163,9 @@ def prepare(config: Config, *, limit: int | None = None) -> Job:
     edits = _edits(config, dataset, notes, partial=is_cut) if "cache" in augment.upstream else None
     torch.manual_seed(derived_seed(config.seed, "model") % 2**63)  # only linear heads and random models draw from it
     clip = load_clip(config.model.name, config.model.pretrained)
+    samples = [sample for split in dataset.splits.values() for sample in split.samples]
+    reader = open_reader(config.data, clip.preprocess, clip.config["preprocess_cfg"], samples)
+    notes += reader.notes
     learner = build_learner(config, clip, dataset.num_classes)
     _check_two_passes(config, learner, notes)
     initial_head = None
@@ -188,6 +199,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Job:
         config=config,
         dataset=dataset,
         clip=clip,
+        reader=reader,
         learner=learner,
         captions=captions,
         tokens_ML=clip.tokenizer(captions.texts),

@@ -18,7 +18,7 @@ from flyp_saflex.config import Config
 from flyp_saflex.errors import UserError
 from flyp_saflex.rundir import RunDir
 
-PATHS = ("data.root", "data.prompts", "data.table", "cache.root", "train.frozen_cache")
+PATHS = ("data.root", "data.prompts", "data.table", "data.materialised", "cache.root", "train.frozen_cache")
 """Options that say where files are: they may differ between machines without making another experiment."""
 
 

@@ -35,16 +35,23 @@ def read_steps(
         (end - first) * parts,
         job.dataset.train.samples,
         job.edits,
-        job.clip.preprocess,
+        job.reader,
         on_train=job.on_train,
         on_augmented=job.on_augmented,
         box_crop=job.config.data.box_crop,
         stored=store.read if store is not None else None,
     )
     workers = job.config.data.workers if store is None else 0
-    # Operations are closures, which only a forked worker can take over.
+    # A forked worker has samples and index at once; any other is sent them.
     method = "fork" if workers and "fork" in get_all_start_methods() else None
-    loader = DataLoader(reader, batch_size=None, num_workers=workers, generator=torch.Generator(), multiprocessing_context=method)
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        num_workers=workers,
+        generator=torch.Generator(),
+        multiprocessing_context=method,
+        pin_memory=job.on_cuda,
+    )
     collected: list[Batch] = []
     for batch in loader:
         collected.append(batch)

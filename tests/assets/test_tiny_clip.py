@@ -60,8 +60,8 @@ def test_zero_shot_beats_chance_on_a_fresh_world_in_and_out_of_distribution(clip
         samples = [sample for split in dataset.splits.values() if split.shift == shift for sample in split.samples]
         _, (logits_NK,) = predict([lambda: clip_predictor(clip.model, head)], loader.batches(samples))
         found = accuracy([sample.label for sample in samples], logits_NK.argmax(dim=1).numpy())
-        # README.md has about 80 %; with 120 pictures the standard error is 4 points.
-        assert found > 0.6 > 5 / len(CLASSES), f"{shift}: {found:.2f}"
+        # README.md has 61 % and more; with 120 to 180 pictures the standard error is 4 points.
+        assert found > 0.5 > 5 / len(CLASSES), f"{shift}: {found:.2f}"
 
 
 def test_readme_says_how_it_was_made_and_how_good_it_is() -> None:

@@ -59,7 +59,7 @@ def test_wilds_opens_it_and_evaluates_on_it(world: Path) -> None:
     dataset = wilds.get_dataset("iwildcam", root_dir=str(world.parent), download=False)
     assert dataset.n_classes == len(CLASSES)
     sizes = {name: len(dataset.get_subset(name)) for name in SPLITS}
-    assert sizes == {"train": 200, "id_val": 40, "id_test": 40, "val": 40, "test": 80}
+    assert sizes == {"train": 134, "id_val": 33, "id_test": 50, "val": 50, "test": 133}
     image, label, metadata = dataset.get_subset("test")[0]
     with image:  # wilds leaves the file open
         assert image.size == (32, 32)

@@ -5,8 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
+from flyp_saflex.data.augmentation import augmentation
 from flyp_saflex.data.batches import BatchReader, Plan, Stream, derived_seed
-from flyp_saflex.data.images import augmentation, read_image
+from flyp_saflex.data.images import read_image
 from flyp_saflex.errors import DataError
 from flyp_saflex.records import Edit, Sample
 

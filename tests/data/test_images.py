@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageOps
 
 from flyp_saflex.data import images
-from flyp_saflex.data.images import OPERATIONS, augmentation, read_image
+from flyp_saflex.data.augmentation import OPERATIONS, augmentation
+from flyp_saflex.data.images import read_image
 from flyp_saflex.errors import DataError
 
 
@@ -131,7 +132,7 @@ def test_operations_depend_on_image_and_seed_only(name: str):
 @pytest.mark.slow  # imports torch in a second process
 def test_another_process_draws_the_same():
     code = (
-        "import sys, numpy as np, hashlib; from PIL import Image; from flyp_saflex.data.images import *\n"
+        "import sys, numpy as np, hashlib; from PIL import Image; from flyp_saflex.data.augmentation import *\n"
         "image = Image.fromarray(np.arange(60 * 40 * 3, dtype=np.uint8).reshape(40, 60, 3))\n"
         "print(hashlib.sha256(b''.join(augmentation(n, 32)(image, 5).tobytes() for n in OPERATIONS)).hexdigest())"
     )

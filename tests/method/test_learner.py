@@ -5,8 +5,10 @@ import pytest
 import timm
 import torch
 
+from flyp_saflex.method import learner as module
 from flyp_saflex.method.clip import load_clip
-from flyp_saflex.method.learner import Learner, encode_text
+from flyp_saflex.method.learner import Learner
+from flyp_saflex.method.text import encode_text
 
 TEXTS = ["a photo of a cat.", "a dog", "a rather longer caption of two horses", ""]
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
@@ -16,43 +18,6 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "lay
 @pytest.fixture
 def clip(tiny_clip_dir):
     return load_clip(f"local-dir:{tiny_clip_dir}")
-
-
-def read_lengths(model, monkeypatch):
-    """Record how many tokens the text transformer is given."""
-    tower, lengths = getattr(model, "text", model), []
-    forward = tower.transformer.forward
-    monkeypatch.setattr(tower.transformer, "forward", lambda x, *a, **k: (lengths.append(x.shape[1]), forward(x, *a, **k))[1])
-    return lengths
-
-
-def test_truncated_text_equals_the_full_context(clip, monkeypatch):
-    """1e-12 in float64: the padding has exactly no influence, only sums over it have another order."""
-    model, tokens = clip.model.double(), clip.tokenizer(TEXTS)
-    lengths = read_lengths(model, monkeypatch)
-    torch.testing.assert_close(encode_text(model, tokens), model.encode_text(tokens), rtol=0, atol=1e-12)
-    assert lengths == [9, 16]
-
-
-def test_truncated_text_of_a_separate_text_tower(shared_dir, monkeypatch):
-    if not (shared_dir / "models" / "mini_clip").is_dir():
-        pytest.skip("mini_clip is not beside this checkout")
-    clip = load_clip(f"local-dir:{shared_dir / 'models' / 'mini_clip'}")
-    lengths = read_lengths(clip.model, monkeypatch)
-    tokens = clip.tokenizer(TEXTS)
-    with torch.no_grad():
-        torch.testing.assert_close(encode_text(clip.model, tokens), clip.model.encode_text(tokens), rtol=0, atol=1e-5)
-    assert lengths[0] == 9 < lengths[1]
-
-
-def test_another_attention_takes_the_whole_context(monkeypatch):
-    """Without a causal mask padding matters: nothing is cut."""
-    torch.manual_seed(0)
-    model = open_clip.CLIP(embed_dim=32, vision_cfg=RESNET, text_cfg=TEXT | {"no_causal_mask": True}).eval()
-    tokens = open_clip.tokenize(TEXTS, context_length=16)
-    lengths = read_lengths(model, monkeypatch)
-    assert torch.equal(encode_text(model, tokens), model.encode_text(tokens))
-    assert lengths == [16, 16]
 
 
 def test_outputs_are_those_of_open_clip(clip):
@@ -83,6 +48,28 @@ def test_freezing(clip):
     assert not any(name.startswith("clip.visual.") for name in trained(learner))
     assert "clip.token_embedding.weight" not in trained(learner)
     assert "clip.text_projection" in trained(learner)
+
+
+def test_frozen_texts_are_encoded_once(clip, monkeypatch):
+    images, tokens = torch.randn(3, 3, 32, 32), clip.tokenizer(TEXTS)
+    learner = Learner(clip.model)
+    expected = learner(images, tokens)
+    calls = []
+    monkeypatch.setattr(module, "encode_text", lambda *args: calls.append(1) or encode_text(*args))
+    learner.freeze(text=True)
+    for chosen in ([0, 1, 2, 3], [3, 1], [1, 1]):
+        out = learner(images, tokens[chosen])
+        torch.testing.assert_close(out.columns_CD, expected.columns_CD.detach()[chosen], rtol=0, atol=1e-6)
+        assert not out.columns_CD.requires_grad
+        assert out.logits().requires_grad
+    assert len(calls) == 4
+    learner.freeze()
+    assert learner(images, tokens).columns_CD.requires_grad
+    assert len(calls) == 5
+    with torch.no_grad():
+        clip.model.text_projection.mul_(-1)
+    learner.freeze(text=True)
+    torch.testing.assert_close(learner(images, tokens).columns_CD, -expected.columns_CD.detach(), rtol=0, atol=1e-6)
 
 
 def test_freezing_with_a_linear_head(clip):

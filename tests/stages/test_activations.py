@@ -146,12 +146,12 @@ def test_two_writers_at_once_do_not_corrupt_it(samples, tmp_path):
 
 
 def test_fingerprint_follows_frozen_weights_only(make_config):
-    def name(change=None, blocks=1, crop=False):
+    def name(change=None, blocks=1, crop=False, scaled=False):
         job = prepare(make_config(f"train.freeze_image_blocks={blocks}"))
         if change:
             with torch.no_grad():
                 job.clip.model.get_parameter(change).add_(1)
-        return fingerprint(job.clip, job.learner.tower, box_crop=crop)
+        return fingerprint(job.clip, job.learner.tower, box_crop=crop, scaled=scaled)
 
     same = name()
     assert same == name() == name("visual.transformer.resblocks.1.mlp.c_fc.weight") == name("text_projection")
@@ -160,8 +160,9 @@ def test_fingerprint_follows_frozen_weights_only(make_config):
         name("visual.conv1.weight"),
         name(blocks=2),
         name(crop=True),
+        name(scaled=True),
     ]
-    assert len({same, *others}) == 5
+    assert len({same, *others}) == 6
 
 
 def test_random_operations_are_refused(make_config):

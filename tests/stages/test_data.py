@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from flyp_saflex import recipe
 from flyp_saflex.cli import main
 from flyp_saflex.config import Config, DataConfig
-from flyp_saflex.errors import DataError
+from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.stages.data import describe
 
 
@@ -95,3 +96,58 @@ def test_recipes_select_on_a_split_that_their_dataset_has(name: str):
     }[name]
     assert config.data.name == name
     assert {config.train.select_split, config.saflex.validation_split} <= splits
+
+
+def test_materialise_writes_copies_that_training_and_evaluation_read(
+    make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    from flyp_saflex.data import image_reader
+    from flyp_saflex.stages.evaluate import evaluate
+    from flyp_saflex.stages.train import train
+
+    copies = tmp_path / "copies"
+    config = make_config(f"data.materialised={copies}", "data.materialised_px=36", "train.steps=2")
+    monkeypatch.setattr("flyp_saflex.stages.data._read_one", lambda sample: pytest.fail("every image was read twice"))
+    assert describe(config, dry_run=True, materialise=True)["materialised"]["todo"] == 48
+    assert "to make: 48" in capsys.readouterr().out
+    assert not copies.exists()
+    assert describe(config, limit=6, materialise=True)["materialised"]["resized"] == 24
+    made = describe(config, materialise=True)["materialised"]
+    assert (made["kept"], made["resized"], made["copied"], made["unreadable"]) == (24, 24, 0, [])
+    printed = capsys.readouterr().out
+    assert f"resized copies in {copies} (shorter side 36 px): 24 there already" in printed
+    assert "new: 24 resized, 0 small ones as they are" in printed
+    reads: list[Path] = []
+    read = image_reader.read_picture
+    monkeypatch.setattr(image_reader, "read_picture", lambda path, **options: (reads.append(path), read(path, **options))[1])
+    train(config, tmp_path / "run")
+    assert evaluate(tmp_path / "run", splits=["night"])["results"][0]["n"] == 24
+    assert reads == [], "no file was opened"
+    assert capsys.readouterr().out.count(f"48 of 48 images are read from {copies}") == 1, "said once, by training"
+    (Path(config.data.root) / "night" / "circle" / "0.png").touch()
+    evaluate(tmp_path / "run", splits=["night"])
+    assert [path.name for path in reads] == ["0.png"]
+    assert "23 of 24 images are read from" in capsys.readouterr().out
+
+
+def test_materialise_without_a_folder_is_one_line(config: Config, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ConfigError, match=r"--materialise: data\.materialised is empty, .* set data\.materialised=DIR"):
+        describe(config, materialise=True)
+    root = config.data.root
+    assert main(["data", "folder", "--set", f"data.root={root}", "--set", "data.train_domains=day", "--materialise"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_materialise_goes_on_at_the_command_line(tiny_images_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tiny_images_dir / "night" / "circle" / "0.png").write_bytes(b"")
+    command = ["data", "folder", "--materialise", "--set", "data.materialised_px=36"]
+    command += ["--set", f"data.materialised={tmp_path / 'copies'}"]
+    for option in (f"root={tiny_images_dir}", "train_domains=day", "test_domains=night"):
+        command += ["--set", f"data.{option}"]
+    for there, new in ((0, 47), (47, 0)):
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert f"{there} there already" in printed
+        assert f"new: {new} resized" in printed
+        assert "unreadable: 1\n" in printed
+        assert "0.png cannot be decoded (the file is empty)" in printed

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from flyp_saflex.method.clip import Clip, load_clip, save_clip
-from flyp_saflex.method.learner import encode_text, parameter_groups
+from flyp_saflex.method.clip import Clip, ImageTower, load_clip, save_clip
+from flyp_saflex.method.learner import parameter_groups
+from flyp_saflex.method.text import encode_text
 from flyp_saflex.rundir import RunDir
 from flyp_saflex.stages import selection
 from flyp_saflex.stages.evaluate import evaluate
@@ -52,7 +53,8 @@ def plain_flyp(config, *, published):
     model.train()
     for step, (batch,) in enumerate(read_steps(job, None, 0, options.steps)):
         labels = torch.tensor([job.dataset.train.samples[i].label for i in batch.indices])
-        images, scale = model.encode_image(batch.inputs, normalize=True), model.logit_scale.exp()
+        scale = model.logit_scale.exp()
+        images = F.normalize(model.encode_image(batch.inputs) if published else ImageTower(model.visual)(batch.inputs), dim=-1)
         if published:
             captions = [known[label] for label in labels]
             loss = contrast(images, model.encode_text(job.clip.tokenizer(captions), normalize=True), scale)
@@ -75,10 +77,10 @@ def plain_flyp(config, *, published):
 
 @pytest.mark.parametrize("published", [False, True], ids=["same sums", "as published"])
 def test_off_equals_plain_flyp(make_config, tmp_path, published):
-    """To the last bit where the loop encodes each distinct caption once and computes the logits once, as the trainer does.
+    """To the last bit where the loop runs the towers and computes the logits once, as the trainer does.
 
-    As published (open_clip's `encode_text` on every caption and the whole context; `ClipLoss`, which computes the logits
-    twice) the same sums are taken in other orders and gradients differ by about 1e-7 of their size. A large epsilon keeps
+    As published (open_clip's towers, every caption and its whole context; `ClipLoss`, which computes the logits twice) the
+    same sums are taken in other orders and gradients differ by about 1e-7 of their size. A large epsilon keeps
     AdamW from turning that into parts of a step (1e-3) where a gradient is next to nothing.
     """
     config = make_config("train.proxies=batch", "augment.on_train=[]", "train.select_split=", "train.eps=1e-3")
