@@ -106,19 +106,26 @@ def finetune(config_of: Callable[[], Job], title: str, batches: int) -> None:
     size = f"{options.batch_size} train + {job.num_augmented} augmented rows, lr {options.lr:g}"
     print(f"\n{title}: {size}, {batches} batches per point, {len(validation.samples)} validation rows")
     print("\n| step | gains | error | cosine | sign | argmax | TV |\n|--:|---|--:|--:|--:|--:|--:|")
-    found: dict[tuple[int, str], list[tuple[float, ...]]] = {}
-    last = max(STEPS) + batches
-    for step, parts in enumerate(read_steps(job, None, 0, last)):
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for step, parts in enumerate(read_steps(job, None, 0, max(STEPS) + batches)):
         rows = builder.build(parts[0], step, 0)
         learner.set_mode(training=True, freeze_batchnorm=True)
-        at = max((point for point in STEPS if point <= step), default=0)
+        at = max(point for point in STEPS if point <= step)
         if step - at < batches:
             point = Point(job, rows, validation.at(step, saflex.settings))
             learner.eval()
             exact_AK, previous_rms = point.gains("all", "exact", 0.0, None)
             for name, scope, estimator, target in ways():
                 other_AK, _ = point.gains(scope, estimator, target, previous_rms)
-                found.setdefault((at, name), []).append(compare(other_AK, exact_AK, point.labels_A))
+                found.setdefault(name, []).append(compare(other_AK, exact_AK, point.labels_A))
+        if step - at == batches - 1:
+            for name, numbers in found.items():
+                mean = [statistics.fmean(column) for column in zip(*numbers, strict=True)]
+                print(
+                    f"| {at} | {name} | {mean[0]:.4f} | {mean[1]:.5f} | {mean[2]:.3f} | {mean[3]:.3f} | {mean[4]:.4f} |",
+                    flush=True,
+                )
+            found = {}
         if step >= max(STEPS):
             continue
         if saflex.due(step):
@@ -130,12 +137,6 @@ def finetune(config_of: Callable[[], Job], title: str, batches: int) -> None:
             surrogate().backward()
         optimizer.step()
         optimizer.zero_grad()
-    for (step, name), rows_of in found.items():
-        means = [statistics.fmean(column) for column in zip(*rows_of, strict=True)]
-        print(
-            f"| {step} | {name} | {means[0]:.4f} | {means[1]:.5f} | {means[2]:.3f} | {means[3]:.3f} | {means[4]:.4f} |",
-            flush=True,
-        )
 
 
 def tiny_job(folder: Path) -> Job:
