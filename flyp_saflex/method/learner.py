@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flyp_saflex.method.clip import ImageTower
+from flyp_saflex.method.gains import forward_mode
 from flyp_saflex.method.losses import at_least_float32
 from flyp_saflex.method.text import encode_text
 
@@ -91,7 +92,8 @@ class Learner(nn.Module):
         keys = [(row.tobytes(), half) for row in tokens_CL.cpu().numpy()]
         for place, key in enumerate(keys):
             if key not in self._frozen_texts:  # alone: what it is among would change its last digits, and a resumed run
-                self._frozen_texts[key] = encode_text(self.clip, tokens_CL[place : place + 1])[0]
+                with forward_mode():  # always the same kernels: the derivative of an image tower may be the first to ask
+                    self._frozen_texts[key] = encode_text(self.clip, tokens_CL[place : place + 1])[0]
         return torch.stack([self._frozen_texts[key] for key in keys])
 
     def freeze(

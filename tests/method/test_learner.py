@@ -7,6 +7,7 @@ import torch
 
 from flyp_saflex.method import learner as module
 from flyp_saflex.method.clip import load_clip
+from flyp_saflex.method.gains import forward_mode
 from flyp_saflex.method.learner import Learner
 from flyp_saflex.method.text import encode_text
 
@@ -140,3 +141,17 @@ def test_batch_statistics_make_it_another_function():
     for frozen in (True, False):
         learner.set_mode(training=True, freeze_batchnorm=frozen)
         assert learner.acts_as_evaluated() == frozen
+
+
+def test_frozen_texts_have_the_same_bits_whoever_asks_first(clip):
+    """A resumed run may meet a text in another place than the run that went on: in a derivative, or without gradient."""
+    found = []
+    for first in ("training", "derivative", "evaluation"):
+        learner = Learner(clip.model)
+        learner.freeze(text=True)
+        learner.train(first == "training")
+        images, tokens = torch.ones(2, 3, 32, 32), clip.tokenizer(TEXTS)
+        with forward_mode() if first == "derivative" else torch.set_grad_enabled(first == "training"):
+            found.append(learner(images, tokens).columns_CD)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
