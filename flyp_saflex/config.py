@@ -159,7 +159,8 @@ class EditorConfig:
     size_px: Natural = 512
     """Shorter side of what the editor sees and writes, rounded to its grid; 0: the source's own size."""
     batch_size: Count = 8
-    """Edits made at once, of different images and texts; changes no edit beyond rounding."""
+    """Edits made at once, of different images and texts; changes no edit beyond rounding, and is halved until it fits into the
+    GPU's memory."""
     per_text: Count = 1
     """Edits of every image with every text, each with its own noise."""
     texts_per_image: Natural = 0

@@ -11,13 +11,14 @@ batches of 1 differ by at most 2 of 255 (tests/stages/test_editor.py; 0 or 1 wit
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from flyp_saflex.config import EditorConfig
 from flyp_saflex.errors import ConfigError, ModelError, RunError, nearest
@@ -63,8 +64,12 @@ class Editor:
         settings: what decides how an edit looks.
         identity: `model` (hub id or name of the folder) and `revision` (the hub's commit, or a digest of the folder).
         grid_px: sides of edits are multiples of this.
-        batch_size: most edits made at once; 1 for `auto`, where a list of images may mean several sources of one edit.
+        batch_size: most edits made at once; 1 for `auto`, where a list of images may mean several sources of one edit. It is
+            halved where so many do not fit into the GPU's memory, and stays so.
+        tell: called with a line about that.
     """
+
+    tell: Callable[[str], object] = staticmethod(tqdm.write)
 
     def __init__(self, pipeline: Any, settings: Settings, identity: dict[str, str], *, batch_size: int = 8) -> None:
         self.settings, self.identity, self._pipeline = settings, identity, pipeline
@@ -93,7 +98,7 @@ class Editor:
             it, `inpaint` has no box, the source is too long and thin, or the text too long for the text encoder.
 
         Raises:
-            RunError: a batch does not fit into the GPU's memory.
+            RunError: not even one edit fits into the GPU's memory.
             ModelError: an `auto` pipeline cannot be called with an image and a text.
         """
         outcomes: dict[int, Image.Image | str] = {}
@@ -106,10 +111,32 @@ class Editor:
                 size = self.output_size(*(request.image.size if request.image else (1, 1)))
                 rows_of_size.setdefault(size, []).append(row)
         for size, rows in rows_of_size.items():
-            for start in range(0, len(rows), self.batch_size):
+            start = 0
+            while start < len(rows):
                 part = rows[start : start + self.batch_size]
-                outcomes |= zip(part, self._run([requests[row] for row in part], size), strict=True)
+                try:
+                    images = self._run([requests[row] for row in part], size)
+                except torch.OutOfMemoryError:
+                    images = None
+                if images is None:  # behind the handler: the error holds on to the memory of what it interrupted
+                    self._halve(len(part), size)
+                else:
+                    outcomes |= zip(part, images, strict=True)
+                    start += len(part)
         return [outcomes[row] for row in range(len(requests))]
+
+    def _halve(self, count: int, size: tuple[int, int]) -> None:
+        """Make fewer edits at once from now on: `count` of them did not fit."""
+        if count == 1:
+            raise RunError(
+                f"an edit of {size[0]} x {size[1]} px does not fit into the GPU's memory: lower editor.size_px, or set "
+                "editor.precision=fp16; edits that were written are kept"
+            )
+        self.batch_size = (count + 1) // 2
+        torch.cuda.empty_cache()
+        self.tell(
+            f"{count} edits of {size[0]} x {size[1]} px do not fit into the GPU's memory: going on with {self.batch_size} at once"
+        )
 
     def _refusal(self, request: Request) -> str | None:
         if (too_long := self._texts.too_long(request.text)) is not None:
@@ -160,11 +187,6 @@ class Editor:
         try:
             with quiet():
                 output = self._pipeline(**batch, **self._options)
-        except torch.cuda.OutOfMemoryError:
-            raise RunError(
-                f"{count} edits of {size[0]} x {size[1]} px do not fit into the GPU's memory: lower editor.batch_size "
-                f"({count}) or editor.size_px, or set editor.precision=fp16; edits that were written are kept"
-            ) from None
         except (TypeError, ValueError) as error:
             if self.settings.kind != "auto":
                 raise

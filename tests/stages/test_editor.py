@@ -367,14 +367,46 @@ def test_a_text_that_would_be_cut_short_is_refused(load: Callable[..., Editor]) 
             load(kind, negative_prompt=long)
 
 
-def test_too_little_gpu_memory_is_the_users_to_mend(load: Callable[..., Editor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fitting", [1, 2, 3])
+def test_a_batch_is_halved_until_it_fits_and_its_edits_stay_what_they_are(
+    fitting: int, load: Callable[..., Editor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load("img2img").edit(requests())
+    editor, told, tried = load("img2img"), [], []
+    monkeypatch.setattr(editor, "batch_size", 5)  # and back again: other tests have the same editor
+    monkeypatch.setattr(editor, "tell", told.append)
+    forward = editor._pipeline.unet.forward
+
+    def little_memory(sample: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        tried.append(len(sample) // 2)  # with and without the text
+        if tried[-1] > fitting:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(sample, *arguments, **options)
+
+    monkeypatch.setattr(editor._pipeline.unet, "forward", little_memory)
+    assert largest(editor.edit(requests()), expected) <= TOLERANCE
+    sizes = {1: [5, 3, 2, 1], 2: [5, 3, 2, 1], 3: [5, 3, 2]}[fitting]  # the last of five is alone with batches of two
+    assert [size for size, _ in itertools.groupby(tried)] == sizes
+    assert editor.batch_size == {1: 1, 2: 2, 3: 3}[fitting]
+    assert [line.partition(" ")[0] for line in told] == {1: ["5", "3", "2"], 2: ["5", "3"], 3: ["5"]}[fitting]
+    assert told[0] == "5 edits of 32 x 32 px do not fit into the GPU's memory: going on with 3 at once"
+    tried.clear()
+    editor.edit(requests())
+    assert max(tried) == editor.batch_size, "what did not fit is not tried again"
+
+
+def test_too_little_gpu_memory_for_one_edit_is_the_users_to_mend(
+    load: Callable[..., Editor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     editor = load("img2img")
+    monkeypatch.setattr(editor, "batch_size", 5)
+    monkeypatch.setattr(editor, "tell", lambda _: None)
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(editor._pipeline.unet, "forward", full)
-    with pytest.raises(RunError, match=r"5 edits of 32 x 32 px do not fit .* lower editor.batch_size"):
+    with pytest.raises(RunError, match=r"an edit of 32 x 32 px does not fit .* lower editor.size_px"):
         editor.edit(requests())
 
 
