@@ -68,6 +68,24 @@ def open_store(
     return ActivationStore(Path(config.train.frozen_cache) / name, lambda images: tower.lower(images.to(device)), loader)
 
 
+class LoweredImages:
+    """What an `ImageLoader` reads, behind a frozen lower image tower: computed once for all that is evaluated on it.
+
+    Args:
+        loader: reads and preprocesses images.
+        lower: images [B, 3, S, S] -> activations [B, ...].
+    """
+
+    def __init__(self, loader: ImageLoader, lower: Callable[[Tensor], Tensor]) -> None:
+        self.loader, self.lower = loader, lower
+
+    @torch.no_grad()
+    def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield (positions, activations) of the readable samples."""
+        for positions, images in self.loader.batches(samples):
+            yield positions, self.lower(images)
+
+
 class ActivationStore:
     """Stored activations of one frozen lower image tower.
 

@@ -19,6 +19,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.config import Config
@@ -27,15 +28,16 @@ from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError, RunError
 from flyp_saflex.method.clip import RANDOM
-from flyp_saflex.method.predict import Variant, predict
+from flyp_saflex.method.predict import Variant, autocast, predict
 from flyp_saflex.method.scoring import Scored, details, prediction_columns, score_split
+from flyp_saflex.method.wise import WiseModel
 from flyp_saflex.records import Dataset, Split
 from flyp_saflex.results import Results
 from flyp_saflex.rundir import RunDir
-from flyp_saflex.stages.activations import ActivationStore, open_store
+from flyp_saflex.stages.activations import ActivationStore, LoweredImages, open_store
 from flyp_saflex.stages.run_model import check_model, load_model
 
-Loader = ImageLoader | ActivationStore
+Loader = ImageLoader | ActivationStore | LoweredImages
 
 
 def evaluate(
@@ -104,8 +106,7 @@ def evaluate(
             progress=state.is_main_process,
             pin=state.device.type == "cuda",
         )
-        store = open_store(config, model.clip, model.tower, images, torch.device(state.device)) if model.tower else None
-        loader = store or images
+        loader = _loader(config, model, images, torch.device(state.device))
         variants = {alpha: model.variant(alpha) for alpha in alphas}
         extras = {key: value for key, value in (("limit", limit), ("overrides", telling(overrides))) if value}
         for split in todo:
@@ -168,6 +169,21 @@ def evaluate_split(
         scored[key] = score_split(split, index_N, logits_NK, bootstrap=bootstrap, seed=seed)
         scored[key].row.update(extras or {})
     return scored
+
+
+def _loader(config: Config, model: WiseModel, images: ImageLoader, device: torch.device) -> Loader:
+    """Return what reads the model's inputs: images, or activations behind blocks that are the same for every alpha."""
+    if (tower := model.tower) is None:
+        return images
+    store = open_store(config, model.clip, tower, images, device)
+    if store is not None:
+        return store
+
+    def lower(images_BCHW: Tensor) -> Tensor:
+        with autocast(device, model.precision):
+            return tower.lower(images_BCHW.to(device, non_blocking=True))
+
+    return LoweredImages(images, lower)
 
 
 def check_start(config: Config, alphas: Sequence[float]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flyp_saflex.config import LINEAR_METHODS, Config
 from flyp_saflex.errors import RunError
-from flyp_saflex.method.clip import ImageTower, load_clip
+from flyp_saflex.method.clip import ImageTower, load_clip, num_blocks
 from flyp_saflex.method.wise import WiseModel
 from flyp_saflex.records import Dataset
 from flyp_saflex.rundir import RunDir
@@ -31,7 +31,8 @@ def load_model(
     if any(alpha != 1 for alpha in alphas):
         start = load_clip(config.model.name, config.model.pretrained).model.state_dict()
     head = read_head(run / "head.safetensors", dataset.num_classes) if config.train.method in LINEAR_METHODS else None
-    tower = ImageTower(clip.model.visual, frozen_blocks(config, clip)) if config.train.frozen_cache else None
+    tower = ImageTower(clip.model.visual, frozen_blocks(config, clip))
+    is_cut = config.train.frozen_cache or (start is not None and _is_shared(tower, start))
     return WiseModel(
         clip,
         dataset.class_names,
@@ -39,7 +40,23 @@ def load_model(
         pretrained=start,
         head=head,
         precision=config.train.precision,
-        tower=tower,
+        tower=tower if is_cut else None,
+    )
+
+
+def _is_shared(tower: ImageTower, start: Mapping[str, Tensor]) -> bool:
+    """Return whether the image tower was frozen up to its pooling, so that it is one and the same for every alpha.
+
+    Cut further down it would be the same up to there, but a thousand activations in the middle of a tower can be many times
+    as large as the images.
+    """
+    if not tower.num_frozen or tower.num_frozen < num_blocks(tower.visual):
+        return False
+    frozen = {id(parameter) for parameter in tower.frozen_parameters()}
+    return all(
+        torch.equal(value.detach().cpu(), start[f"visual.{name}"].cpu())
+        for name, value in tower.visual.state_dict(keep_vars=True).items()
+        if (id(value) in frozen or not isinstance(value, torch.nn.Parameter)) and f"visual.{name}" in start
     )
 
 

@@ -16,7 +16,7 @@ from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import ConfigError, DataError, ModelError, RunError
 from flyp_saflex.method import metrics
-from flyp_saflex.method.clip import load_clip, save_clip
+from flyp_saflex.method.clip import ImageTower, load_clip, save_clip
 from flyp_saflex.method.wise import WiseModel, interpolate
 from flyp_saflex.method.zeroshot import zero_shot_head
 from flyp_saflex.rundir import RunDir
@@ -311,6 +311,29 @@ def test_models_of_several_runs_share_one_pass_over_the_images(run, tiny_clip_di
         (row,) = evaluate(path, splits=["night"])["results"]
         assert part.row["accuracy"] == row["accuracy"]
         assert part.row["ece"] == pytest.approx(row["ece"], abs=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "changed after all"])
+def test_a_sweep_runs_a_frozen_image_tower_once(tiny_clip_dir, tiny_images_dir, tmp_path, monkeypatch, frozen):
+    run = make_run(tmp_path / "run", tiny_clip_dir, tiny_images_dir, "train.freeze_image=true")
+    clip, start = load_clip(f"local-dir:{run / 'model'}"), load_clip(f"local-dir:{tiny_clip_dir}")
+    clip.model.visual.load_state_dict(start.model.visual.state_dict())
+    if not frozen:
+        with torch.no_grad():
+            clip.model.visual.transformer.resblocks[0].mlp.c_fc.bias.add_(0.1)
+    save_clip(clip, run / "model")
+    passes = []
+    lower = ImageTower.lower
+    monkeypatch.setattr(ImageTower, "lower", lambda self, images: (passes.append(len(images)), lower(self, images))[1])
+    results = evaluate(run, splits=["night"], wise_alphas=(0.0, 0.3, 0.6))["results"]
+    assert sum(passes) == (24 if frozen else 0), "whole towers are run where the two ends differ"
+    assert [row["wise_alpha"] for row in results] == [0.0, 0.3, 0.6, 1.0]
+    for row in results:
+        samples, logits = by_hand(run, "night", row["wise_alpha"])
+        expected = metrics.score(logits, [sample.label for sample in samples], [sample.domain for sample in samples])
+        assert row["accuracy"] == expected["accuracy"]
+        assert row["ece"] == pytest.approx(expected["ece"], abs=1e-5), "which the logits' sizes decide"
+    assert len({row["ece"] for row in results}) == 4
 
 
 def test_batch_size_and_workers_change_nothing(run):
