@@ -75,6 +75,7 @@ class Saflex:
         self.settings = settings if settings is not None else _preset(preset, **overrides)
         self._gradient: dict[str, Tensor] | None = None
         self._previous_rms: Tensor | float | None = None
+        self._length: Tensor | None = None  # of the gradient, when it was first asked for
         self.watch = Watch(every=self.settings.check_every, may_give_up=self.settings.estimator == "auto")
         self.bank = ValidationBank()
         self._rates = KeptRates()
@@ -118,6 +119,7 @@ class Saflex:
             self._gradient = {name: decay * old[name] + (1 - decay) * value for name, value in detached.items()}
         else:
             self._gradient = {name: value.clone() for name, value in detached.items()}
+        self._length = None
         return norm(detached)
 
     def estimator_for(self, parameters: Parameters) -> Estimator:
@@ -158,8 +160,16 @@ class Saflex:
         """
         estimator = estimator or self.estimator_for(parameters)
         previous = None if self._previous_rms is None else float(self._previous_rms)  # of the last call: no wait by now
+        if estimator != "exact" and self._length is None:
+            self._length = norm(self.direction)
         values, tangent = directional_derivative(
-            logits_fn, parameters, self.direction, estimator=estimator, logits=logits, previous_rms=previous
+            logits_fn,
+            parameters,
+            self.direction,
+            estimator=estimator,
+            logits=logits,
+            previous_rms=previous,
+            length=self._length,
         )
         if estimator != "exact":
             self._previous_rms = tangent.square().mean().sqrt()
@@ -278,6 +288,7 @@ class Saflex:
 
     def reset(self) -> None:
         """Forget everything: the next step starts with a refresh (another set of parameters is trained from now on)."""
+        self._length = None
         self._gradient, self._previous_rms, self._rates, self._last = None, None, KeptRates(), None
         self.watch.reset()
         self.bank.reset()
@@ -293,7 +304,7 @@ class Saflex:
         """Take over what `state_dict` returned."""
         stored = state["gradient"]
         self._gradient = None if stored is None else {name: value.clone() for name, value in stored.items()}
-        self._previous_rms = state["previous_rms"]
+        self._previous_rms, self._length = state["previous_rms"], None
         self._rates.counts = dict(state["kept_rates"])
         self.watch.load_state_dict(state["watch"])
         self.bank.load_state_dict(state["bank"])
