@@ -1,6 +1,6 @@
 """Measure what SAFLEX costs where it decides first and trains on the kept rows only: ratio to the step that trusts every row.
 
-    python scripts/benchmarks/select_then_train.py [--model ViT-B-32] [--batch 32] [--repetitions 5]
+    python scripts/benchmarks/select_then_train.py [--model ViT-B-32] [--batch 32] [--repetitions 5] [--kept 0.25,0.5,0.75]
 
 Both sides take the same 32 training and 32 augmented rows with random weights: the plain step (no SAFLEX, every augmented
 row trained) and SAFLEX's (head scope, default preset) once in one pass and once selecting first, with a given part of the
@@ -28,7 +28,6 @@ from flyp_saflex.method.step import Rows, StepLoss, Validation
 from flyp_saflex.method.two_pass import Selecting
 
 NUM_CLASSES = 20
-KEPT = (0.25, 0.5, 0.75)
 
 
 class Judged(Saflex):
@@ -54,6 +53,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--kept", default="0.25,0.5,0.75")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def main() -> None:
     for _ in range(options.repetitions):
         base = timed(lambda: train(plain))
         ratios.setdefault("one pass", []).append(timed(lambda: train(one_pass)) / base)
-        for judged.part in KEPT:
+        for judged.part in map(float, options.kept.split(",")):
             ratios.setdefault(f"select, {judged.part:.0%} kept", []).append(timed(lambda: train(selecting)) / base)
         ratios.setdefault("refresh", []).append(timed(lambda: selecting.refresh(validation)) / base)
     print(f"{options.model}, random weights, {batch} + {batch} rows, {NUM_CLASSES} captions, float32, one thread")
