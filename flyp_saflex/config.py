@@ -324,7 +324,7 @@ class SaflexConfig:
     """Validation images per refresh, drawn in turn; 0, or more than the split has: all of it, kept in memory."""
     validation_renewed: Natural | None = None
     """Head scope: how many of the validation images are run through the image tower per refresh, in turn, while the others
-    keep their features of earlier refreshes; 0: all. With 32 of 256 a refresh costs an eighth."""
+    keep their features of earlier refreshes; 0: all. With 16 of 256 a row's features are at most 16 refreshes old."""
     refresh_every: Count | None = None
     """Steps between validation gradients."""
     scope: Literal["all", "head"] | None = None

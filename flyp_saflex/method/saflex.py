@@ -116,7 +116,8 @@ class Saflex:
             )
         detached = {name: value.detach() for name, value in newest.items()}
         if old is not None and decay > 0:
-            self._gradient = {name: decay * old[name] + (1 - decay) * value for name, value in detached.items()}
+            for name, value in detached.items():  # in place: new memory for millions of parameters costs more than the sum
+                old[name].lerp_(value, 1 - decay)
         else:
             self._gradient = {name: value.clone() for name, value in detached.items()}
         self._length = None
@@ -130,7 +131,7 @@ class Saflex:
 
     @property
     def direction(self) -> dict[str, Tensor]:
-        """The averaged validation gradient; read it only.
+        """The averaged validation gradient; read it only, and before the next refresh, which writes into it.
 
         Raises:
             ConfigError: before the first `refresh`.
@@ -294,8 +295,8 @@ class Saflex:
         self.bank.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on bit for bit; tensors are shared, and never changed in place here."""
-        stored = None if self._gradient is None else dict(self._gradient)
+        """Return what a resumed run needs to go on bit for bit; later calls leave it as it is."""
+        stored = None if self._gradient is None else {name: value.clone() for name, value in self._gradient.items()}
         previous = None if self._previous_rms is None else float(self._previous_rms)
         rates, watch, bank = dict(self._rates.counts), self.watch.state_dict(), self.bank.state_dict()
         return {"gradient": stored, "previous_rms": previous, "kept_rates": rates, "watch": watch, "bank": bank}

@@ -193,7 +193,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Job:
         for key in ("enabled", "validation_split", "select"):
             options.pop(key)
         saflex = Saflex(preset(name, **options))
-        if saflex.settings.validation_renewed and saflex.settings.scope != "head":
+        if config.saflex.validation_renewed and saflex.settings.scope != "head":
             notes.append("saflex.validation_renewed has no effect with saflex.scope=all: every image's own gradient is taken")
     return Job(
         config=config,

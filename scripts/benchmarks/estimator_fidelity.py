@@ -18,7 +18,7 @@ import argparse
 import platform
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 
@@ -93,9 +93,8 @@ def compare(found_AK: Tensor, exact_AK: Tensor, labels_A: Tensor) -> tuple[float
     return (*astuple(fidelity(found_AK, exact_AK, labels_A))[1:], variation)
 
 
-def finetune(config_of: Callable[[], Job], title: str, batches: int) -> None:
+def finetune(job: Job, title: str, batches: int) -> None:
     """Finetune, stop at `STEPS`, compare, print."""
-    job = config_of()
     learner, saflex = job.learner, job.saflex
     assert saflex is not None
     learner.freeze()
@@ -107,7 +106,7 @@ def finetune(config_of: Callable[[], Job], title: str, batches: int) -> None:
     print(f"\n{title}: {size}, {batches} batches per point, {len(validation.samples)} validation rows")
     print("\n| step | gains | error | cosine | sign | argmax | TV |\n|--:|---|--:|--:|--:|--:|--:|")
     found: dict[str, list[tuple[float, ...]]] = {}
-    for step, parts in enumerate(read_steps(job, None, 0, max(STEPS) + batches)):
+    for step, parts in enumerate(read_steps(job, None, 0, job.config.train.steps)):
         rows = builder.build(parts[0], step, 0)
         learner.set_mode(training=True, freeze_batchnorm=True)
         at = max(point for point in STEPS if point <= step)
@@ -139,22 +138,28 @@ def finetune(config_of: Callable[[], Job], title: str, batches: int) -> None:
         optimizer.zero_grad()
 
 
-def tiny_job(folder: Path) -> Job:
-    """Return the tiny CLIP on a drawn world."""
-    root = write_world(folder, num_images=800, seed=0, size_px=64)
+def tiny_job(folder: Path, steps: int, num_images: int = 800) -> Job:
+    """Return the tiny CLIP on a drawn world, for so many steps."""
+    root = write_world(folder, num_images=num_images, seed=0, size_px=64)
     options = [f"data.root={root}", f"data.prompts={root / 'prompts'}", f"model.name=local-dir:{TINY_CLIP}"]
-    return prepare(recipe.load("demo", [*options, *_common(32), "saflex.validation_split=id_val"]))
+    return prepare(recipe.load("demo", [*options, *_common(32, steps), "saflex.validation_split=id_val"]))
 
 
-def pacs_job(model: Path, pacs: Path, batch_size: int) -> Job:
-    """Return a pretrained CLIP on PACS photographs."""
+def pacs_job(model: Path, pacs: Path, batch_size: int, steps: int) -> Job:
+    """Return a pretrained CLIP on PACS photographs, for so many steps."""
     options = [f"data.root={pacs}", f"model.name=local-dir:{model}", "train.freeze_image_blocks=0"]
-    return prepare(recipe.load("pacs", [*options, *_common(batch_size), "augment.per_train=1", "saflex.validation_rows=64"]))
+    options += ["augment.per_train=1", "saflex.validation_rows=64"]
+    return prepare(recipe.load("pacs", [*options, *_common(batch_size, steps)]))
 
 
-def _common(batch_size: int) -> list[str]:
-    steps = max(STEPS) + 8
-    return ["augment.upstream=randaugment", "saflex.enabled=true", f"train.steps={steps}", f"train.batch_size={batch_size}"]
+def _common(batch_size: int, steps: int) -> list[str]:
+    return [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.validation_renewed=0",
+        f"train.steps={steps}",
+        f"train.batch_size={batch_size}",
+    ]
 
 
 def main() -> None:
@@ -166,12 +171,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="of the finetune on PACS")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    steps = max(STEPS) + options.batches
     print(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}, float32")
     with tempfile.TemporaryDirectory() as folder:
-        finetune(lambda: tiny_job(Path(folder)), "tiny CLIP on the drawn world", options.batches)
+        finetune(tiny_job(Path(folder), steps), "tiny CLIP on the drawn world", options.batches)
     if options.mini_clip.is_dir() and options.pacs.is_dir():
-        job = pacs_job(options.mini_clip, options.pacs, options.batch_size)
-        finetune(lambda: job, "pretrained CLIP on PACS photographs", options.batches)
+        job = pacs_job(options.mini_clip, options.pacs, options.batch_size, steps)
+        finetune(job, "pretrained CLIP on PACS photographs", options.batches)
     else:
         print(f"\nskipped: the pretrained CLIP on PACS ({options.mini_clip} and {options.pacs} are not both there)")
 

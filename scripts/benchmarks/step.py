@@ -2,6 +2,7 @@
 
     python scripts/benchmarks/step.py                                   # three models, train rows only
     python scripts/benchmarks/step.py --model ViT-B-32 --saflex         # B training and B augmented rows
+    python scripts/benchmarks/step.py --model ViT-B-32 --kept 0.25,0.5  # and deciding first, training on the kept rows only
     python scripts/benchmarks/step.py --model ViT-B-16 --batch 256 --device cuda --precision bf16 --saflex --profile
 
 The plain step is what FLYP's published code does: every row's caption encoded with its whole context of 77 tokens,
@@ -9,26 +10,31 @@ open_clip's `ClipLoss`, AdamW as torch makes it by default (one operation after 
 clipping of gradients. Ours is the trainer's: `StepLoss`, clipping, fused AdamW. Both start from one model with random
 weights, which cost what pretrained ones do; captions are iWildCam's (182 classes, two templates), images are noise.
 
-With `--saflex` all three sides take 2 B rows. SAFLEX has the default settings: in head scope, a validation gradient from
-B rows and all 182 class captions every few steps, whose time is counted in parts.
+With `--saflex` all sides take 2 B rows. SAFLEX has the default settings: the exact derivative in head scope, a validation
+gradient every few steps, whose time is counted in parts: from a bank of image features, some of them renewed, and from all
+182 class captions. With `--kept` a rule that keeps the first rows stands in for the verdict, after all of SAFLEX's own work.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import open_clip
 import torch
+from banked import usual_validation
 from interleaved import hardware, ratio, rounds, stopwatch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from flyp_saflex.method.clip import RANDOM, load_clip
 from flyp_saflex.method.learner import Learner, parameter_groups
 from flyp_saflex.method.predict import autocast
 from flyp_saflex.method.saflex import Saflex
-from flyp_saflex.method.step import Rows, StepLoss, Validation
+from flyp_saflex.method.step import Rows, StepLoss
+from flyp_saflex.method.two_pass import Selecting
 from flyp_saflex.prompts_io import load_prompts
 
 SMALL = {
@@ -40,6 +46,17 @@ CASES = {"small": (64, None), "ViT-B-32": (32, 0.60), "ViT-B-16": (8, 0.82)}
 SAFLEX_TARGETS = {"ViT-B-32": 0.70, "ViT-B-16": 0.92}
 OVERHEAD_TARGET = 0.10
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-6, 0.1, (0.9, 0.98), 1e-6
+
+
+class Judged(Saflex):
+    """SAFLEX whose verdict, once it has done all of its work, is replaced by one that keeps a given part."""
+
+    part = 1.0
+
+    def solve(self, gains_AK: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Decide, then keep the first rows."""
+        weights_A, labels_AK = super().solve(gains_AK, *arguments, **options)
+        return (torch.arange(len(weights_A), device=weights_A.device) < self.part * len(weights_A)).to(weights_A), labels_AK
 
 
 class Bench:
@@ -65,16 +82,14 @@ class Bench:
             num_train=batch,
         )
         classes_K = torch.arange(num_classes, device=self.device) * num_templates
-        labels_V = torch.randint(num_classes, (batch,), device=self.device)
-        self.validation = Validation(self._images(batch), labels_V, classes_K[labels_V])
         self.learner = Learner(self.model)
         self.learner.freeze()
         self.learner.set_mode(training=True, freeze_batchnorm=True)
-        self.saflex = Saflex() if saflex else None
-        self.plain = StepLoss(self.learner, self.learner, caption_tokens_ML=self.tokens_ML, class_captions_K=classes_K)
-        self.with_saflex = StepLoss(
-            self.learner, self.learner, caption_tokens_ML=self.tokens_ML, class_captions_K=classes_K, saflex=self.saflex
-        )
+        self.saflex, self.judged = Saflex(), Judged()
+        self.validation = usual_validation(self.saflex, self.learner, self.rows.inputs[0], classes_K)
+        step_loss = partial(StepLoss, self.learner, self.learner, caption_tokens_ML=self.tokens_ML, class_captions_K=classes_K)
+        self.plain, self.with_saflex = step_loss(), step_loss(saflex=self.saflex)
+        self.deciding_first = step_loss(saflex=self.judged, selecting=Selecting("always"))
         groups = parameter_groups(self.learner, lr=LR, head_lr=LR, weight_decay=WEIGHT_DECAY)
         self.fused = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
         groups = parameter_groups(self.learner, lr=LR, head_lr=LR, weight_decay=WEIGHT_DECAY)
@@ -102,6 +117,11 @@ class Bench:
         """The trainer's step with SAFLEX, but for the validation gradient."""
         self._ours(self.with_saflex)
 
+    def selecting_step(self, part: float) -> None:
+        """The trainer's step with SAFLEX that decides first and keeps a part, but for the validation gradient."""
+        self.judged.part = part
+        self._ours(self.deciding_first)
+
     def refresh(self) -> None:
         """A validation gradient."""
         with autocast(self.device, self.precision):
@@ -125,30 +145,59 @@ def measure(name: str, options: argparse.Namespace) -> None:
     distinct = len(bench.plain.same_M[bench.rows.captions_N].unique())
     print(f"\n{name}: {num_rows} rows with {distinct} distinct captions, precision {options.precision}", flush=True)
     sides: dict[str, Callable[[], object]] = {"reference": bench.reference_step, "ours": bench.our_step}
+    kept = [float(part) for part in options.kept.split(",") if part]
     if options.saflex:
         bench.refresh()
+        bench.judged.update(bench.saflex.direction)
         sides |= {"saflex": bench.saflex_step, "refresh": bench.refresh}
+        sides |= {f"{part:.0%} kept": partial(bench.selecting_step, part) for part in kept}
+    if options.without_reference:
+        del sides["reference"]
     seconds = rounds(sides, options.repetitions, clock=stopwatch(options.device))
     target = CASES.get(name, (0, None))[1]
     goal = f" (target {target:.2f})" if target and batch == CASES[name][0] and not options.saflex else ""
-    print(f"plain step, ours / reference: {ratio(seconds['ours'], seconds['reference'])}{goal}")
+    if not options.without_reference:
+        print(f"plain step, ours / reference: {ratio(seconds['ours'], seconds['reference'])}{goal}")
     if options.saflex:
-        every = bench.with_saflex.saflex.settings.refresh_every  # type: ignore[union-attr]
-        shared = [step + part / every for step, part in zip(seconds["saflex"], seconds["refresh"], strict=True)]
-        print(f"SAFLEX / ours, the same rows: {ratio(shared, seconds['ours'])} (target {1 + OVERHEAD_TARGET:.2f})")
-        print(f"    of this a validation gradient every {every} steps: {ratio(seconds['refresh'], seconds['ours'])} / {every}")
-        goal = f" (target {SAFLEX_TARGETS[name]:.2f})" if name in SAFLEX_TARGETS else ""
-        print(f"SAFLEX / reference plain: {ratio(shared, seconds['reference'])}{goal}")
+        settings, images = bench.saflex.settings, len(bench.validation.inputs)
+        every, ours = settings.refresh_every, seconds["ours"]
+
+        def whole(side: str) -> list[float]:
+            return [step + part / every for step, part in zip(seconds[side], seconds["refresh"], strict=True)]
+
+        print(f"SAFLEX / ours, the same rows: {ratio(whole('saflex'), ours)} (target {1 + OVERHEAD_TARGET:.2f})")
+        print(f"    of this the derivative: {ratio(seconds['saflex'], ours)} - 1, and every {every} steps a validation gradient")
+        print(f"    ({images} images, {settings.validation_rows} rows): {ratio(seconds['refresh'], ours)} / {every}")
+        for part in kept:
+            side, goal = f"{part:.0%} kept", " (target 1.00)" if part <= 0.5 else ""
+            print(f"SAFLEX, decided first, {side} / ours, every row trusted: {ratio(whole(side), ours)}{goal}")
+        if not options.without_reference:
+            goal = f" (target {SAFLEX_TARGETS[name]:.2f})" if name in SAFLEX_TARGETS else ""
+            print(f"SAFLEX / reference plain: {ratio(whole('saflex'), seconds['reference'])}{goal}")
     if bench.device.type == "cuda":
         print("peak memory: " + ", ".join(f"{side} {_peak_gb(run):.2f} GB" for side, run in sides.items()))
     if options.profile:
-        _profile(bench.saflex_step if options.saflex else bench.our_step, bench.device)
+        _operations(sides)
+        for side in set(sides) - {"reference"}:
+            print(f"\nwhere the time of `{side}` goes:")
+            _profile(sides[side], bench.device)
 
 
 def _peak_gb(run: Callable[[], object]) -> float:
     torch.cuda.reset_peak_memory_stats()
     run()
     return torch.cuda.max_memory_allocated() / 1e9
+
+
+def _operations(sides: dict[str, Callable[[], object]]) -> None:
+    """Print the arithmetic of every side, which no implementation of the same formulas can go below."""
+    counts = {}
+    for side, run in sides.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts[side] = counter.get_total_flops()
+    told = ", ".join(f"{side} {count / 1e9:.1f} ({count / counts['ours']:.3f} of ours)" for side, count in counts.items())
+    print(f"floating-point operations of matrix products and attention, 1e9: {told}")
 
 
 def _profile(run: Callable[[], object], device: torch.device) -> None:
@@ -161,7 +210,7 @@ def _profile(run: Callable[[], object], device: torch.device) -> None:
         run()
         stopwatch(device)()  # waits for the device
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
+    print(found.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=60))
 
 
 def main() -> None:
@@ -170,11 +219,14 @@ def main() -> None:
     parser.add_argument("--model", default="", help="small, or an open_clip model; default: small, ViT-B-32 and ViT-B-16")
     parser.add_argument("--batch", type=int, default=0, help="training rows; default: 64, 32 and 8 for these three, else 32")
     parser.add_argument("--saflex", action="store_true", help="as many augmented rows beside them, and a side with SAFLEX")
+    parser.add_argument("--kept", default="", help="parts of the augmented rows that are kept, deciding first; implies --saflex")
+    parser.add_argument("--without-reference", action="store_true", help="leave out the reference, for large batches")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="print which operations a step of ours spends its time in")
     options = parser.parse_args()
+    options.saflex = options.saflex or bool(options.kept)
     print(hardware(options.device))
     for name in [options.model] if options.model else CASES:
         measure(name, options)

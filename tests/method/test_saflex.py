@@ -338,8 +338,10 @@ def test_refresh_returns_the_norm_and_keeps_a_running_average():
     assert saflex.due(1), "without a gradient a refresh is always due"
     assert saflex.update({"a": torch.tensor([3.0, 4.0])}) == 5.0
     assert [saflex.due(step) for step in range(7)] == [True, False, False, True, False, False, True]
-    saflex.update({"a": torch.tensor([-1.0, 0.0])})
+    before, given = saflex.state_dict()["gradient"]["a"], torch.tensor([-1.0, 0.0])
+    saflex.update({"a": given})
     assert saflex.state_dict()["gradient"]["a"].tolist() == [2.0, 3.0]
+    assert (before.tolist(), given.tolist()) == ([3.0, 4.0], [-1.0, 0.0]), "the average is in memory of its own"
     newest = Saflex(average=0.0)
     newest.update({"a": torch.tensor([3.0, 4.0])})
     newest.update({"a": torch.tensor([-1.0, 0.0])})
@@ -416,7 +418,7 @@ def test_presets_have_the_papers_values():
 
 def test_robust_looks_at_no_more_rows_than_training_does():
     robust = PRESETS["robust"]
-    assert (robust.estimator, robust.scope, robust.validation_rows, robust.validation_renewed) == ("auto", "head", 256, 0)
+    assert (robust.estimator, robust.scope, robust.validation_rows, robust.validation_renewed) == ("auto", "head", 256, 16)
 
 
 def test_settings_have_the_names_of_the_recipes_options():

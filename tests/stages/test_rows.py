@@ -68,6 +68,7 @@ def test_renewing_as_many_as_there_are_needs_no_bank(make_config):
 
 
 def test_renewing_without_effect_is_noted(make_config):
+    assert "validation_renewed" not in " ".join(build(make_config, "saflex.scope=all")[0].notes)  # the preset's value
     job, rows = build(make_config, "saflex.validation_renewed=2", "saflex.scope=all")
     assert "no effect with saflex.scope=all" in " ".join(job.notes)
     assert refresh(job, rows, 0).slots_V is None

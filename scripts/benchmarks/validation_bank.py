@@ -1,0 +1,153 @@
+"""Measure how few validation images a refresh may renew: SAFLEX's gains against those of the whole validation split.
+
+    python scripts/benchmarks/validation_bank.py
+    python scripts/benchmarks/validation_bank.py --mini-clip FOLDER --pacs FOLDER
+
+The two finetunes of `estimator_fidelity.py` with the default settings (head scope, a refresh every fourth step), whose gains
+come from the whole split at every refresh. Beside them other ways of taking the validation gradient are followed: fewer
+images in all, and a bank of features (`saflex.validation_renewed`) of which a refresh renews some. Before each step of the
+last of every four, when gradients are oldest, the augmented rows' gains along each averaged gradient are compared with
+those along the gradient of the whole split, taken at this very step.
+
+images: run through the image tower per refresh. direction: cosine of the gradients. rows: mean cosine of the rows' gains.
+sign: of the gain of the row's own label. Means over steps, in the first and in the second half of the finetune.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from estimator_fidelity import SHARED, pacs_job, tiny_job
+from torch import Tensor
+from torch.func import functional_call
+
+from flyp_saflex.method import gains
+from flyp_saflex.method.columns import Rows
+from flyp_saflex.method.estimators import fidelity
+from flyp_saflex.method.learner import parameter_groups
+from flyp_saflex.method.saflex import Saflex
+from flyp_saflex.method.saflex_settings import SaflexSettings
+from flyp_saflex.method.step import StepLoss
+from flyp_saflex.stages.job import Job
+from flyp_saflex.stages.rows import RowBuilder, ValidationRows, read_steps
+
+CPU = torch.device("cpu")
+ROWS = (256, 64, 32, 16)
+"""Validation rows without a bank."""
+RENEWED = (64, 32, 16, 8)
+"""Rows of a bank of 256 that a refresh renews."""
+
+
+@dataclass
+class Way:
+    """A way of taking the validation gradient, with its own running average."""
+
+    name: str
+    images: int
+    saflex: Saflex
+    step_loss: StepLoss
+    validation: ValidationRows
+
+    @classmethod
+    def of(cls, job: Job, rows: int, renewed: int, average: float) -> Way:
+        """Return it for a job of a finetune."""
+        settings = SaflexSettings(validation_rows=rows, validation_renewed=renewed, average=average)
+        own = copy.copy(job)
+        own.saflex = saflex = Saflex(settings)
+        step_loss = StepLoss(
+            job.learner, job.learner, caption_tokens_ML=job.tokens_ML, class_captions_K=job.class_captions(), saflex=saflex
+        )
+        name = f"{rows or 'all'} rows" + (f", {renewed} renewed" if renewed else "") + f", average {average:g}"
+        validation = ValidationRows(own, None, CPU)
+        return cls(name, renewed or min(rows or len(validation.samples), len(validation.samples)), saflex, step_loss, validation)
+
+    def refresh(self, step: int) -> None:
+        """Take its gradient before a step."""
+        self.step_loss.refresh(self.validation.at(step, self.saflex.settings))
+
+
+def gains_along(job: Job, direction: gains.Parameters, rows: Rows, tokens_KL: Tensor) -> Tensor:
+    """Return the augmented rows' gains_AK over the class captions."""
+
+    def logits_fn(parameters: dict[str, Tensor]) -> Tensor:
+        inputs = rows.inputs[rows.num_train :]
+        return functional_call(job.learner, parameters, (inputs, tokens_KL), tie_weights=False).logits()
+
+    values, tangent = gains.directional_derivative(logits_fn, job.learner.parameters_in("head"), direction)
+    return gains.gains(values, tangent)
+
+
+def cosine(one: gains.Parameters, other: gains.Parameters) -> float:
+    """Return the cosine between two gradients."""
+    product = sum(float((one[name].double() * other[name].double()).sum()) for name in one)
+    return product / float(gains.norm(one) * gains.norm(other))
+
+
+def finetune(job: Job, title: str, steps: int) -> None:
+    """Finetune with the whole split's gradient, follow the other ways, print what they give."""
+    job.learner.freeze()
+    options = job.config.train
+    optimizer = torch.optim.AdamW(parameter_groups(job.learner, lr=options.lr, head_lr=options.head_lr, weight_decay=0.1))
+    builder, every = RowBuilder(job, CPU), SaflexSettings().refresh_every
+    leading, fresh = Way.of(job, 0, 0, 0.5), Way.of(job, 0, 0, 0.0)
+    ways = [Way.of(job, rows, 0, 0.5) for rows in ROWS] + [Way.of(job, 32, 0, 0.9)]
+    ways += [Way.of(job, 256, renewed, 0.5) for renewed in RENEWED]
+    rows_in_split = len(leading.validation.samples)
+    print(f"\n{title}: batch {options.batch_size}, lr {options.lr:g}, {steps} steps, {rows_in_split} validation rows")
+    tokens_KL = job.tokens_ML[job.class_captions()]
+    found: dict[str, list[tuple[int, float, float, float]]] = {way.name: [] for way in ways}
+    for step, parts in enumerate(read_steps(job, None, 0, steps)):
+        rows = builder.build(parts[0], step, 0)
+        job.learner.set_mode(training=True, freeze_batchnorm=True)
+        if step % every == 0:
+            for way in (leading, *ways):
+                way.refresh(step)
+        if step % every == every - 1:
+            fresh.refresh(step)
+            job.learner.eval()
+            whole_AK = gains_along(job, fresh.saflex.direction, rows, tokens_KL)
+            for way in ways:
+                own_AK = gains_along(job, way.saflex.direction, rows, tokens_KL)
+                agreement = fidelity(own_AK, whole_AK, rows.labels_N[rows.num_train :])
+                along = cosine(way.saflex.direction, fresh.saflex.direction)
+                found[way.name].append((step, along, agreement.row_cosine, agreement.sign_agreement))
+            job.learner.set_mode(training=True, freeze_batchnorm=True)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * min((step + 1) / max(options.warmup_steps, 1), 1)
+        for surrogate in leading.step_loss(rows).surrogates:
+            surrogate().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print("\n| validation gradient | images | direction | rows | sign | direction | rows | sign |\n|---" + "|--:" * 7 + "|")
+    for way in ways:
+        halves = [[row[1:] for row in found[way.name] if (row[0] >= steps // 2) == late] for late in (False, True)]
+        cells = [f"{statistics.fmean(column):.3f}" for half in halves for column in zip(*half, strict=True)]
+        print(f"| {way.name} | {way.images} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    """Run both finetunes and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--mini-clip", type=Path, default=SHARED / "models" / "mini_clip")
+    parser.add_argument("--pacs", type=Path, default=SHARED / "data" / "pacs160")
+    parser.add_argument("--batch-size", type=int, default=16, help="of the finetune on PACS")
+    parser.add_argument("--steps", type=int, default=64)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        finetune(tiny_job(Path(folder), options.steps, num_images=2400), "tiny CLIP on the drawn world", options.steps)
+    if options.mini_clip.is_dir() and options.pacs.is_dir():
+        job = pacs_job(options.mini_clip, options.pacs, options.batch_size, options.steps)
+        finetune(job, "pretrained CLIP on PACS photographs", options.steps)
+    else:
+        print(f"\nskipped: the pretrained CLIP on PACS ({options.mini_clip} and {options.pacs} are not both there)")
+
+
+if __name__ == "__main__":
+    main()
