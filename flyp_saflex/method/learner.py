@@ -72,16 +72,18 @@ class Learner(nn.Module):
             tokens_CL: captions, one per column (none of them: no columns); unused with a linear head.
             from_pooled: start behind the pooling: the head scope of SAFLEX.
         """
+        texts_CD = None
+        if self.head is None:
+            assert tokens_CL is not None, "captions are the columns of a model without a linear head"
+            if len(tokens_CL):  # before the images: a GPU is asked for the shape of the texts' tree, and has little to do yet
+                encode = self._encode_frozen if self.text_is_frozen else partial(encode_text, self.clip)
+                texts_CD = F.normalize(at_least_float32(encode(tokens_CL)), dim=-1)
         pooled_NF = inputs if from_pooled else self.tower.upper(inputs)
         images_ND = F.normalize(at_least_float32(self.tower.project(pooled_NF)), dim=-1)
         if self.head is not None:
             weight, bias = at_least_float32(self.head.weight), at_least_float32(self.head.bias)
             return Outputs(pooled_NF, images_ND, weight, images_ND.new_ones(()), bias)
-        assert tokens_CL is not None, "captions are the columns of a model without a linear head"
-        columns_CD = images_ND[:0]
-        if len(tokens_CL):
-            encode = self._encode_frozen if self.text_is_frozen else partial(encode_text, self.clip)
-            columns_CD = F.normalize(at_least_float32(encode(tokens_CL)), dim=-1)
+        columns_CD = images_ND[:0] if texts_CD is None else texts_CD
         scale = at_least_float32(self.clip.logit_scale).exp()
         return Outputs(pooled_NF, images_ND, columns_CD, scale, images_ND.new_zeros(()))
 
