@@ -20,15 +20,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flyp_saflex.method.losses import at_least_float32
+from flyp_saflex.method.products import Products
 
 Parameters = Mapping[str, Tensor]
 Estimator = Literal["exact", "central", "one-sided"]
@@ -66,6 +68,7 @@ def directional_derivative(
     target_rms: float = 3e-3,
     previous_rms: float | None = None,
     length: Tensor | None = None,
+    products: Products | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the logits and their derivative along `direction`, detached, outside of autocast.
 
@@ -86,6 +89,7 @@ def directional_derivative(
         previous_rms: finite differences: root mean square of a recent derivative, which fixes the step size
             h = target_rms / previous_rms; None: found by trial, one or two passes more.
         length: finite differences: `norm(direction)`, if the caller has it.
+        products: `exact`: of a pass of the same function at the same parameters.
 
     Returns:
         logits and tangent, float32 or float64. A zero direction gives a zero tangent.
@@ -99,8 +103,10 @@ def directional_derivative(
         logits = None
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         if estimator == "exact":
-            with forward_mode():
-                values, tangent = torch.func.jvp(logits_fn, (point,), (towards,))[:2]
+            with forward_mode(), forward_ad.dual_level(), products.replaying() if products else nullcontext():
+                duals = {name: forward_ad.make_dual(value, towards[name]) for name, value in point.items()}
+                values, tangent_or_none = forward_ad.unpack_dual(logits_fn(duals))
+            tangent = torch.zeros_like(values) if tangent_or_none is None else tangent_or_none
         else:
             with _training_kernels():
                 values, tangent = _finite_difference(

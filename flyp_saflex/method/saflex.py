@@ -32,6 +32,7 @@ from flyp_saflex.method.closed_form import WEIGHT_RULES, KeptRates, renormalise,
 from flyp_saflex.method.estimators import Watch, choose
 from flyp_saflex.method.gains import Estimator, Parameters, directional_derivative, gains, gradient, norm
 from flyp_saflex.method.losses import at_least_float32
+from flyp_saflex.method.products import Products
 from flyp_saflex.method.saflex_settings import SaflexSettings, preset
 from flyp_saflex.method.validation_bank import ValidationBank
 
@@ -147,6 +148,7 @@ class Saflex:
         logits: Tensor | None = None,
         *,
         estimator: Estimator | None = None,
+        products: Products | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return logits and their derivative along the averaged validation gradient (see `directional_derivative`).
 
@@ -155,6 +157,7 @@ class Saflex:
             parameters: by name.
             logits: at the parameters.
             estimator: another one than `estimator_for(parameters)`.
+            products: `exact`: of a pass of the same function at the same parameters.
 
         Raises:
             ConfigError: before the first `refresh`.
@@ -171,6 +174,7 @@ class Saflex:
             logits=logits,
             previous_rms=previous,
             length=self._length,
+            products=products,
         )
         if estimator != "exact":
             self._previous_rms = tangent.square().mean().sqrt()

@@ -13,7 +13,7 @@ Shapes: N rows of all processes, A of them augmented, S chosen for the pass with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -25,6 +25,7 @@ from torch.func import functional_call
 from flyp_saflex.method import baselines, gains, losses, step_gains, two_pass
 from flyp_saflex.method.columns import Columns, Proxies, Rows, caption_columns, class_columns, first_with_equal_tokens
 from flyp_saflex.method.learner import Learner, Outputs
+from flyp_saflex.method.products import Products
 from flyp_saflex.method.saflex import Saflex
 
 Filter = Literal["none", "scores", "argmax", "lowest-loss", "random"]
@@ -149,14 +150,13 @@ class StepLoss:
             return self._in_parts(rows, columns, generator)
         if self.selecting.on and bool(columns.augmented_N.any()) and two_pass.trains_images(self.learner):
             return self._select_then_train(rows, columns, generator)
-        learner, saflex, num_train, known = self.learner, self.saflex, rows.num_train, None
-        if saflex is not None and len(rows.inputs) > num_train and step_gains.may_carry_tangent(self.forward, learner, saflex):
-            out, known = step_gains.forward_with_tangent(learner, saflex, rows.inputs, num_train, columns)
-        else:
+        products = step_gains.products_for(self.forward, self.learner, self.saflex, rows)
+        with products.recording() if products else nullcontext():
             out = self.forward(rows.inputs, columns.tokens_UL)
         logits_NC = out.logits(self.processes.gather_features(out.images_ND), columns.inverse_C)
         logits_AC = logits_NC.detach()[columns.augmented_N]
-        result, assignment_NC, weights_N = self._decide(rows, out.rows_from(num_train), logits_AC, columns, generator, known)
+        seen = out.rows_from(rows.num_train)
+        result, assignment_NC, weights_N = self._decide(rows, seen, logits_AC, columns, generator, products)
         result.loss = loss = self._loss(logits_NC, assignment_NC, weights_N)
         result.surrogates = [lambda: loss]
         return result
@@ -208,7 +208,7 @@ class StepLoss:
         logits_AC: Tensor | None,
         columns: Columns,
         generator: torch.Generator | None,
-        known: step_gains.Derivative | None = None,
+        products: Products | None = None,
     ) -> tuple[StepResult, Tensor, Tensor]:
         """Return what is decided about the augmented rows, all rows' mass over the columns [N, C], and their weights [N].
 
@@ -218,7 +218,7 @@ class StepLoss:
             logits_AC: logits of all processes' augmented rows without gradient; None where no filter looks at them.
             columns: of the step.
             generator: of the `random` filter.
-            known: logits and exact derivative of this process's augmented rows, if the pass gave them.
+            products: of the pass that made `seen`, if they are of use.
         """
         augmented_N = columns.augmented_N
         if self.contrastive and self.proxies == "batch" and rows.partners_N is None:
@@ -232,7 +232,7 @@ class StepLoss:
             if self.saflex is None:
                 result.weights_A = keep_A.to(weights_N.dtype)
             else:
-                learned_AC = self._learn(rows, seen, columns, keep_A, result, known)
+                learned_AC = self._learn(rows, seen, columns, keep_A, result, products)
                 assignment_NC[augmented_N] = learned_AC.to(assignment_NC.dtype)
             weights_N[augmented_N] = result.weights_A.to(weights_N.dtype)
             if self.saflex is not None or self.upstream_filter != "none":
@@ -299,7 +299,7 @@ class StepLoss:
         columns: Columns,
         keep_A: Tensor,
         result: StepResult,
-        known: step_gains.Derivative | None,
+        products: Products | None,
     ) -> Tensor:
         """Fill in weights and gains of the augmented rows; return their learned mass over the columns [A, C]."""
         assert self.saflex is not None
@@ -316,7 +316,7 @@ class StepLoss:
                 columns,
                 self.processes.gather,
                 own_AC=own_AC,
-                known=known,
+                products=products,
                 rows_at_once=0 if head else self.rows_at_once,
             )
         upstream_AK = columns.upstream_NK[columns.augmented_N]

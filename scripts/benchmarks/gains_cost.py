@@ -36,10 +36,10 @@ MODELS = {
     "vit-b32": ("ViT-B-32", "random", 32),
     "vit-b16": ("ViT-B-16", "random", 8),
 }
-WAYS = {  # scope, estimator, whether the exact derivative may come with the training pass
+WAYS = {  # scope, estimator, whether the training pass leaves its products
     "head, exact (the default)": ("head", "exact", True),
     "all, one-sided": ("all", "one-sided", True),
-    "all, exact, with the training pass": ("all", "exact", True),
+    "all, exact, with the training pass's products": ("all", "exact", True),
     "all, exact, in a pass of its own": ("all", "exact", False),
 }
 REFRESH_EVERY = 4
@@ -61,15 +61,15 @@ class Case:
         self.rows = Rows(images(), labels, labels, torch.arange(2 * batch_size), batch_size)
         self.validation = {}
         self.steps = {"plain": self._step(tokens, None, True)}
-        for way, (scope, estimator, carried) in WAYS.items():
+        for way, (scope, estimator, kept) in WAYS.items():
             saflex = Saflex(scope=scope, estimator=estimator, weight_rule="all", refresh_every=REFRESH_EVERY, check_every=0)
-            self.steps[way] = self._step(tokens, saflex, carried)
+            self.steps[way] = self._step(tokens, saflex, kept)
             usual = usual_validation(saflex, self.learner, self.rows.inputs[0], torch.arange(num_classes))
             rows_of_all = Validation(images()[:batch_size], labels[:batch_size], labels[:batch_size])
             self.validation[way] = usual if scope == "head" else rows_of_all
 
-    def _step(self, tokens: Tensor, saflex: Saflex | None, carried: bool) -> StepLoss:
-        forward = self.learner if carried else partial(type(self.learner).__call__, self.learner)
+    def _step(self, tokens: Tensor, saflex: Saflex | None, kept: bool) -> StepLoss:
+        forward = self.learner if kept else partial(type(self.learner).__call__, self.learner)
         classes = torch.arange(len(tokens))
         return StepLoss(self.learner, forward, caption_tokens_ML=tokens, class_captions_K=classes, saflex=saflex)
 
