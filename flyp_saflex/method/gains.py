@@ -20,13 +20,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flyp_saflex.method.losses import at_least_float32
@@ -89,7 +88,7 @@ def directional_derivative(
         previous_rms: finite differences: root mean square of a recent derivative, which fixes the step size
             h = target_rms / previous_rms; None: found by trial, one or two passes more.
         length: finite differences: `norm(direction)`, if the caller has it.
-        products: `exact`: of a pass of the same function at the same parameters.
+        products: `exact`: of a pass of the same function at the same parameters, outside of autocast.
 
     Returns:
         logits and tangent, float32 or float64. A zero direction gives a zero tangent.
@@ -103,10 +102,11 @@ def directional_derivative(
         logits = None
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         if estimator == "exact":
-            with forward_mode(), forward_ad.dual_level(), products.replaying() if products else nullcontext():
-                duals = {name: forward_ad.make_dual(value, towards[name]) for name, value in point.items()}
-                values, tangent_or_none = forward_ad.unpack_dual(logits_fn(duals))
-            tangent = torch.zeros_like(values) if tangent_or_none is None else tangent_or_none
+            with forward_mode():
+                if products is None:
+                    values, tangent = torch.func.jvp(logits_fn, (point,), (towards,))[:2]
+                else:
+                    values, tangent = products.jvp(logits_fn, point, towards)
         else:
             with _training_kernels():
                 values, tangent = _finite_difference(

@@ -2,8 +2,8 @@
 
 Forward-mode differentiation of `W x + b` takes three products: the value `W x`, and `dW x` and `W dx`. When the training pass
 has just computed the values, a third of the derivative's work is there already. So the pass runs in `recording()`, where
-linear layers and convolutions of the given parameters leave their results, and the derivative in `replaying()`, where the
-same layers take them from there. All else (norms, activations, attention, a few percent of the work) is computed again.
+linear layers and convolutions of the given parameters leave their results, and in `jvp()` the same layers take them from
+there. All else (norms, activations, attention, a few percent of the work) is computed again.
 
 What cannot be told to be the same is computed: other shapes or precisions, layers that the pass did not run, results that
 were changed in place. Only the caller knows that the parameters, and the function, have not changed in between.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -46,11 +47,17 @@ class Products:
         with _Through(self._record):
             yield
 
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Use kept results, each once, as values of the dual numbers within."""
-        with _Through(self._replay):
-            yield
+    def jvp(
+        self, function: Callable[[dict[str, Tensor]], Tensor], point: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return value and derivative of a function of parameters; every kept result is used once.
+
+        Not under autocast: PyTorch's dual tensors then mix precisions (on CPUs behind LayerNorm).
+        """
+        with forward_ad.dual_level(), _Through(self._replay):
+            duals = {name: forward_ad.make_dual(value, direction[name]) for name, value in point.items()}
+            value, tangent = forward_ad.unpack_dual(function(duals))
+        return value, torch.zeros_like(value) if tangent is None else tangent
 
     def _record(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
         result = function(*arguments)

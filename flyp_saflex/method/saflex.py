@@ -157,7 +157,7 @@ class Saflex:
             parameters: by name.
             logits: at the parameters.
             estimator: another one than `estimator_for(parameters)`.
-            products: `exact`: of a pass of the same function at the same parameters.
+            products: `exact`: of a pass of the same function at the same parameters, outside of autocast.
 
         Raises:
             ConfigError: before the first `refresh`.

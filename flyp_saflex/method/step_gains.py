@@ -80,8 +80,8 @@ def step_gains(
 def products_for(forward: Callable[..., Outputs], learner: Learner, saflex: Saflex | None, rows: Rows) -> Products | None:
     """Return what the coming training pass is to leave for the exact derivative; None if it is of no use there.
 
-    It is where the pass is the learner's own (not a compiler's, which rounds differently), equals the one in evaluation mode
-    and is not made in order to be forgotten and computed again.
+    It is where the pass is the learner's own (not a compiler's, which rounds differently), equals the one in evaluation mode,
+    is in full precision and is not made in order to be forgotten and computed again.
 
     Args:
         forward: the learner, possibly wrapped.
@@ -92,6 +92,8 @@ def products_for(forward: Callable[..., Outputs], learner: Learner, saflex: Safl
     if saflex is None or len(rows.inputs) == rows.num_train or not _is_its_own(forward, learner):
         return None
     parameters = learner.parameters_in(saflex.settings.scope)
+    if torch.is_autocast_enabled(rows.inputs.device.type):
+        return None
     if learner.tower.checkpointing or saflex.estimator_for(parameters) != "exact" or not learner.acts_as_evaluated():
         return None
     return Products(parameters.values(), len(rows.inputs))

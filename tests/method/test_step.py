@@ -225,7 +225,23 @@ def test_the_training_passs_products_save_work_and_change_nothing(clip, monkeypa
     assert operations[0] < operations[1] or trivial
 
 
-@pytest.mark.parametrize("reason", ["dropout", "recomputed activations", "a difference", "a compiler", "no augmented rows"])
+@pytest.mark.parametrize("scope", ["head", "all"])
+def test_the_exact_derivative_in_half_precision_is_near_that_in_full(clip, monkeypatch, scope):
+    clip.model.float()
+    found = []
+    for half in (False, True):
+        learner, step, rows, validation = make(clip, scope=scope, dtype=torch.float32)
+        step.refresh(validation)
+        if half:
+            learner.forward = torch.autocast("cpu", dtype=torch.bfloat16)(learner.forward)  # as accelerate does
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            found.append(gains_of(step, rows, monkeypatch)[1])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.05 * float(found[0].abs().max()))
+
+
+@pytest.mark.parametrize(
+    "reason", ["dropout", "recomputed activations", "autocast", "a difference", "a compiler", "no augmented rows"]
+)
 def test_products_are_kept_only_where_they_are_those_of_the_same_function(clip, reason):
     options = {"scope": "all", "estimator": "central" if reason == "a difference" else "exact"}
     learner, step, rows, validation = make(clip, **options)
@@ -239,7 +255,8 @@ def test_products_are_kept_only_where_they_are_those_of_the_same_function(clip, 
         apart(step)
     if reason == "no augmented rows":
         rows.num_train = len(rows.inputs)
-    assert products_for(step.forward, learner, step.saflex, rows) is None
+    with torch.autocast("cpu", enabled=reason == "autocast"):
+        assert products_for(step.forward, learner, step.saflex, rows) is None
 
 
 @pytest.mark.parametrize("estimator", ["exact", "one-sided"])
