@@ -178,7 +178,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         print("peak memory: " + ", ".join(f"{side} {_peak_gb(run):.2f} GB" for side, run in sides.items()))
     if options.profile:
         _operations(sides)
-        for side in set(sides) - {"reference"}:
+        for side in [name for name in sides if name != "reference"]:
             print(f"\nwhere the time of `{side}` goes:")
             _profile(sides[side], bench.device)
 
