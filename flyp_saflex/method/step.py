@@ -150,8 +150,7 @@ class StepLoss:
             return self._in_parts(rows, columns, generator)
         if self.selecting.on and bool(columns.augmented_N.any()) and two_pass.trains_images(self.learner):
             return self._select_then_train(rows, columns, generator)
-        products = step_gains.products_for(self.forward, self.learner, self.saflex, rows)
-        with products.recording() if products else nullcontext():
+        with self._recording(rows) as products:
             out = self.forward(rows.inputs, columns.tokens_UL)
         logits_NC = out.logits(self.processes.gather_features(out.images_ND), columns.inverse_C)
         logits_AC = logits_NC.detach()[columns.augmented_N]
@@ -162,16 +161,22 @@ class StepLoss:
         return result
 
     def _select_then_train(self, rows: Rows, columns: Columns, generator: torch.Generator | None) -> StepResult:
-        """Decide from a pass without gradient over the augmented rows; train on the training rows and the kept ones."""
-        inputs, judged = rows.inputs[rows.num_train :], self.upstream_filter in ("argmax", "lowest-loss")
-        seen, logits_AC = None, None
+        """Decide from a pass without gradient over the augmented images; train on the training rows and the kept ones.
+
+        Texts that the decision reads are read with gradient at once, and not again.
+        """
+        judged = self.upstream_filter in ("argmax", "lowest-loss")
+        seen, logits_AC, products = None, None, None
         if judged or (self.saflex is not None and self.saflex.settings.scope == "head"):
-            tokens_UL = columns.tokens_UL if judged else columns.tokens_UL[:0]
-            seen = two_pass.features(self.forward, self.learner, inputs, tokens_UL)
-            logits_AC = self.processes.gather(seen.logits(columns_C=columns.inverse_C)) if judged else None
-        result, assignment_NC, weights_N = self._decide(rows, seen, logits_AC, columns, generator)
+            images = two_pass.features(self.forward, self.learner, rows.inputs[rows.num_train :], columns.tokens_UL[:0])
+            with self._recording(rows) as products:
+                seen = self.forward(images.pooled_NF, columns.tokens_UL, from_pooled=True)
+            logits_AC = self.processes.gather(seen.logits(columns_C=columns.inverse_C).detach()) if judged else None
+        result, assignment_NC, weights_N = self._decide(rows, seen, logits_AC, columns, generator, products)
         chosen_S, among_all_S = two_pass.chosen_rows(weights_N, len(rows.inputs), self.processes.rank)
-        out = self.forward(rows.inputs[chosen_S], columns.tokens_UL)
+        out = self.forward(rows.inputs[chosen_S], columns.tokens_UL if seen is None else columns.tokens_UL[:0])
+        if seen is not None:
+            out = out._replace(columns_CD=seen.columns_CD)
         logits_SC = out.logits(self.processes.gather_features(out.images_ND), columns.inverse_C)
         result.loss = loss = self._loss(logits_SC, assignment_NC[among_all_S], weights_N[among_all_S])
         result.surrogates, result.selected = [lambda: loss], True
@@ -353,6 +358,13 @@ class StepLoss:
         assert self.saflex is not None
         options = {"from_pooled": self.saflex.settings.scope == "head"}
         return loss_of(functional_call(self.learner, parameters, (inputs, tokens_KL), options, tie_weights=False))
+
+    @contextmanager
+    def _recording(self, rows: Rows) -> Iterator[Products | None]:
+        """Leave what the pass within computes to the exact derivative, where that is of use."""
+        products = step_gains.products_for(self.forward, self.learner, self.saflex, rows)
+        with products.recording() if products else nullcontext():
+            yield products
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:

@@ -2,9 +2,9 @@
 
     python scripts/benchmarks/gradcache_memory.py [--model ViT-B-32] [--batches 32,64,128] [--rows 8] [--repetitions 3]
 
-Every setting runs in a fresh process, whose largest resident size (`ru_maxrss`) is read at the end; what it was before the
-first step (weights, gradients and optimiser state, inputs) is told apart, so that the rest is what the step itself needs.
-Times are compared within one process, steps of both kinds in turn.
+Every setting runs in a fresh process (Linux), whose largest resident size is reset when weights, gradients, optimiser state
+and inputs are there, and read after two steps: what came on top is what the step itself needs. Times are compared within one
+process, steps of both kinds in turn.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -26,7 +26,6 @@ from flyp_saflex.method.learner import Learner
 from flyp_saflex.method.step import Rows, StepLoss
 
 NUM_CLASSES = 20
-MIB = 2**20
 
 
 class Bench:
@@ -61,19 +60,21 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=False)
 
 
-def peak_mib() -> float:
-    """Return this process's largest resident size so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / MIB
+def resident_mib(line: str) -> float:
+    """Return a resident size of this process: `VmRSS`, the present one, or `VmHWM`, the largest since it was reset."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition(f"{line}:")[2].split(maxsplit=1)[0]) / 1024
 
 
 def measure(model: str, batch: int, rows_at_once: int) -> None:
-    """Print the peak before and after two steps; runs in a process of its own."""
+    """Print the size before two steps, and the peak during them; runs in a process of its own."""
     bench = Bench(model, batch)
     bench.step(0, size=1)  # kernels, gradients and optimiser state are there
-    before = peak_mib()
+    before = resident_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5): resets VmHWM
     for _ in range(2):
         bench.step(rows_at_once)
-    print(before, peak_mib())
+    print(before, resident_mib("VmHWM"))
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from interleaved import hardware, ratio, rounds, stopwatch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from flyp_saflex.allocator import keep_freed_memory
 from flyp_saflex.method.clip import RANDOM, load_clip
 from flyp_saflex.method.learner import Learner, parameter_groups
 from flyp_saflex.method.predict import autocast
@@ -224,9 +225,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--keep-freed", action="store_true", help="keep freed memory, on all sides, as `flyp-saflex` does")
     parser.add_argument("--profile", action="store_true", help="print which operations a step of ours spends its time in")
     options = parser.parse_args()
     options.saflex = options.saflex or bool(options.kept)
+    if options.keep_freed:
+        keep_freed_memory()
     print(hardware(options.device))
     for name in [options.model] if options.model else CASES:
         measure(name, options)

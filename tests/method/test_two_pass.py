@@ -10,6 +10,7 @@ from torch import nn
 from flyp_saflex.method import two_pass
 from flyp_saflex.method.clip import load_clip
 from flyp_saflex.method.learner import Learner
+from flyp_saflex.method.products import Products
 from flyp_saflex.method.saflex import Saflex
 from flyp_saflex.method.step import Processes, Rows, StepLoss, Validation
 from flyp_saflex.method.two_pass import BREAK_EVEN, ON_BELOW, Selecting, chosen_rows, obstacle
@@ -27,15 +28,15 @@ RESNET = {
 
 
 class Counted:
-    """A learner that notes how many rows and texts each of its passes with gradient had."""
+    """A learner that notes how many rows (none with pooled features) and texts each of its passes with gradient had."""
 
     def __init__(self, learner):
         self.learner, self.passes = learner, []
 
-    def __call__(self, inputs, tokens):
+    def __call__(self, inputs, tokens, from_pooled=False):
         if torch.is_grad_enabled():
-            self.passes.append((len(inputs), len(tokens)))
-        return self.learner(inputs, tokens)
+            self.passes.append((0 if from_pooled else len(inputs), len(tokens)))
+        return self.learner(inputs, tokens, from_pooled=from_pooled)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,9 @@ def test_two_passes_equal_one(build, name):
     selected = train_on(learner, step, rows)
     assert_same_step(selected, whole)
     assert selected[0].selected
-    assert [count for count, _ in step.forward.passes] == [TRAIN + kept]
+    passes = step.forward.passes
+    assert sum(count for count, _ in passes) == TRAIN + kept
+    assert sum(bool(texts) for _, texts in passes) == 1, "texts are read once"
 
     for few in (1, 3):
         learner, step, rows = make(build, **METHODS[name], rows_at_once=few)
@@ -267,13 +270,30 @@ def test_compiled_towers_take_their_parts(build, scope):
     assert_same_step(found[1], found[0], tolerance=1e-5)
 
 
+def test_the_derivative_takes_the_texts_that_were_read(build, monkeypatch):
+    learner, step, rows = make(build, selecting=Selecting("always"))
+    step.forward = learner  # not a wrapper of which nothing is known
+    left, jvp = [], Products.jvp
+
+    def spy(self, *arguments):
+        left.append(sum(map(len, self._kept.values())))
+        found = jvp(self, *arguments)
+        assert not any(self._kept.values()), "and all of it was used"
+        return found
+
+    monkeypatch.setattr(Products, "jvp", spy)
+    assert train_on(learner, step, rows)[0].selected
+    assert len(left) == 1
+    assert left[0] > 0
+
+
 def test_dropped_columns_stay(build, monkeypatch):
     """The caption of a dropped row, which no other row has, is a column of the loss all the same."""
     learner, step, rows = make(build, selecting=Selecting("always"))
     solve, weights = step.saflex.solve, torch.tensor([1.0, 1, 1, 1, 1, 0])
     monkeypatch.setattr(step.saflex, "solve", lambda *a, **k: (weights, solve(*a, **k)[1]))
     result, _ = train_on(learner, step, rows)
-    assert step.forward.passes == [(TRAIN + 5, 5)], "five rows are kept, and all five captions are read"
+    assert step.forward.passes == [(0, 5), (TRAIN + 5, 0)], "five rows are kept, and all five captions are read"
     without = Rows(rows.inputs[:-1], rows.captions_N[:-1], rows.labels_N[:-1], rows.ids_N[:-1], TRAIN)
     monkeypatch.setattr(step.saflex, "solve", lambda *a, **k: (weights[:-1], solve(*a, **k)[1]))
     assert (step(without).loss - result.loss).abs() > 1e-4
