@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flyp_saflex import __version__, allocator, recipe
+from flyp_saflex import __version__, recipe, runtime
 from flyp_saflex.config import Config
 from flyp_saflex.errors import UserError
 
@@ -22,14 +22,14 @@ def data(arguments: argparse.Namespace, config: Config) -> None:
 
     With --materialise, write small copies of its images once, which training and evaluation then read.
     """
-    from flyp_saflex.stages.data import describe
+    from flyp_saflex.data.describe import describe
 
     describe(config, limit=arguments.limit, dry_run=arguments.dry_run, materialise=arguments.materialise)
 
 
 def prompts(arguments: argparse.Namespace, config: Config) -> None:
     """Caption training images, summarise their domains, and write edit texts to prompts/DATASET.NAME.toml."""
-    from flyp_saflex.stages.prompts import prompts as run
+    from flyp_saflex.prompting.prompts import prompts as run
 
     run(config, force=arguments.force, limit=arguments.limit, dry_run=arguments.dry_run)
 
@@ -37,21 +37,21 @@ def prompts(arguments: argparse.Namespace, config: Config) -> None:
 def generate(arguments: argparse.Namespace, config: Config) -> None:
     """Edit the training images with a diffusion model into the augment cache; the same command goes on after a stop."""
     shard = parse_shard(arguments.shard)
-    from flyp_saflex.stages.generate import generate as run
+    from flyp_saflex.editing.generate import generate as run
 
     run(config, shard=shard, limit=arguments.limit, dry_run=arguments.dry_run)
 
 
 def filter(arguments: argparse.Namespace, config: Config) -> None:
     """Score the edits of the cache with ALIA's semantic and confidence filters; nothing is deleted."""
-    from flyp_saflex.stages.filter import filter_edits
+    from flyp_saflex.filtering.filter import filter_edits
 
     filter_edits(config, limit=arguments.limit, dry_run=arguments.dry_run)
 
 
 def train(arguments: argparse.Namespace, config: Config) -> None:
     """Finetune, and keep checkpoints, metrics and the model in a run folder."""
-    from flyp_saflex.stages.train import train as run
+    from flyp_saflex.training.train import train as run
 
     path = arguments.run_dir or Path("runs") / f"{config.recipe}-seed{config.seed}"
     run(config, path, resume=arguments.resume, limit=arguments.limit, dry_run=arguments.dry_run)
@@ -60,7 +60,7 @@ def train(arguments: argparse.Namespace, config: Config) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run on every split of its dataset, and with WiSE-FT between the pretrained and the finetuned weights."""
     alphas = None if arguments.wise_alphas is None else parse_alphas(arguments.wise_alphas)
-    from flyp_saflex.stages.evaluate import evaluate as run
+    from flyp_saflex.evaluation.evaluate import evaluate as run
 
     run(
         arguments.run,
@@ -74,14 +74,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Compare runs: mean, spread and n over seeds, paired differences; as text, or as a page with plots and a gallery."""
-    from flyp_saflex.stages.report import report as run
+    from flyp_saflex.reporting.report import report as run
 
     run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline)
 
 
 def demo(arguments: argparse.Namespace) -> None:
     """Show the whole idea in minutes on images that are drawn here: no download, no GPU."""
-    from flyp_saflex.stages.demo import demo as run
+    from flyp_saflex.demo.demo import demo as run
 
     run(arguments.out, seeds=arguments.seeds)
 
@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = build_parser().parse_args(argv)
-    allocator.keep_freed_memory()
+    runtime.keep_freed_memory()
     try:
         if hasattr(arguments, "recipe"):
             config = recipe.load(arguments.recipe, arguments.set)

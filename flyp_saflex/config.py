@@ -1,7 +1,6 @@
 """Every option, once: its name, type, range, default and meaning (floor 0; imports no torch).
 
-`recipe.py` turns a TOML file with these sections into a `Config`; `config_check.py` says which combinations cannot
-work. A string under a field documents it (`--print-config`).
+`recipe.py` turns a TOML file with these sections into a `Config` and says which combinations cannot work. A string under a field documents it (`--print-config`).
 """
 
 from __future__ import annotations

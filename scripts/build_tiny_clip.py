@@ -27,19 +27,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from flyp_saflex.allocator import keep_freed_memory
 from flyp_saflex.assets import TINY_CLIP
-from flyp_saflex.assets.places import PLACES
-from flyp_saflex.assets.scene import Scene, render
-from flyp_saflex.assets.world import CLASSES, EMPTY, SPECIES, plan, write_world
+from flyp_saflex.clip.model import load_clip
+from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.config import DataConfig
-from flyp_saflex.data.loading import ImageLoader
 from flyp_saflex.data.registry import load_dataset
-from flyp_saflex.method.clip import load_clip
-from flyp_saflex.method.losses import clip_loss, proxy_columns
-from flyp_saflex.method.metrics import accuracy, macro_f1
-from flyp_saflex.method.predict import Head, clip_predictor, predict
-from flyp_saflex.method.zeroshot import zero_shot_head
+from flyp_saflex.demo.places import PLACES
+from flyp_saflex.demo.scene import Scene, render
+from flyp_saflex.demo.world import CLASSES, EMPTY, SPECIES, plan, write_world
+from flyp_saflex.evaluation.metrics import accuracy, macro_f1
+from flyp_saflex.evaluation.predict import Head, clip_predictor, predict
+from flyp_saflex.images.loader import ImageLoader
+from flyp_saflex.runtime import keep_freed_memory
+from flyp_saflex.saflex.losses import clip_loss, proxy_columns
 
 SEED = 20_000_000  # of the scenes, the weights, the captions; worlds of the demo and of the figures have others
 FIGURE_SEEDS = (30_000_000, 30_000_001)

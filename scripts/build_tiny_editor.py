@@ -32,12 +32,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from flyp_saflex.allocator import keep_freed_memory
 from flyp_saflex.assets import TINY_CLIP, TINY_EDITOR
-from flyp_saflex.assets.places import PLACES
-from flyp_saflex.assets.scene import BAR, Scene, at, render
-from flyp_saflex.assets.world import CLASSES, EMPTY, SPECIES, plan
-from flyp_saflex.method.clip import load_clip
+from flyp_saflex.clip.model import load_clip
+from flyp_saflex.demo.places import PLACES
+from flyp_saflex.demo.scene import BAR, Scene, at, render
+from flyp_saflex.demo.world import CLASSES, EMPTY, SPECIES, plan
+from flyp_saflex.runtime import keep_freed_memory
 
 SEED = 40_000_000  # of scenes, weights, noise; worlds of the demo and of the figures have others
 SIZE_PX = 64

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from flyp_saflex import load_dataset, load_recipe
+from flyp_saflex.editing.import_alia import import_alia
 from flyp_saflex.errors import ConfigError, UserError
-from flyp_saflex.stages.import_alia import import_alia
 
 
 def main() -> int:

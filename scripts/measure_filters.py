@@ -19,11 +19,11 @@ import torch
 from measure_tiny_editor import PLACE_NAMES, Judge, judged
 from numpy.typing import NDArray
 
-from flyp_saflex.assets.world import FOLDER, read_scenes
-from flyp_saflex.cache import AugmentCache
-from flyp_saflex.data.images import read_image
-from flyp_saflex.method.filters import precision_recall
-from flyp_saflex.rundir import RunDir
+from flyp_saflex.demo.world import FOLDER, read_scenes
+from flyp_saflex.filtering.alia import precision_recall
+from flyp_saflex.images.decode import read_image
+from flyp_saflex.storage.augment_cache import AugmentCache
+from flyp_saflex.storage.run_folder import RunDir
 
 
 def measure(home: Path, judge: Judge) -> None:

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from flyp_saflex.allocator import keep_freed_memory
 from flyp_saflex.assets import TINY_EDITOR
-from flyp_saflex.assets.places import PLACES
-from flyp_saflex.assets.scene import Scene, render
-from flyp_saflex.assets.world import CLASSES, EMPTY, SPECIES, plan
 from flyp_saflex.config import EditorConfig
-from flyp_saflex.stages.editor import Editor, Request, load_editor
+from flyp_saflex.demo.places import PLACES
+from flyp_saflex.demo.scene import Scene, render
+from flyp_saflex.demo.world import CLASSES, EMPTY, SPECIES, plan
+from flyp_saflex.editing.diffusers_editor import Editor, Request, load_editor
+from flyp_saflex.runtime import keep_freed_memory
 
 SEED = 50_000_000  # of the classifier's pictures
 WORLD_SEEDS = (30_000_000, 30_000_001)

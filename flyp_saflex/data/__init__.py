@@ -1,1 +1,1 @@
-"""Readers and batches: they know files and no model (floor 2)."""
+"""Datasets: a reader per layout, checks, splits, class names and caption templates."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from flyp_saflex.config import DataConfig
+from flyp_saflex.data.class_prompts import load_prompts
 from flyp_saflex.data.folder import existing_root
 from flyp_saflex.errors import DataError
-from flyp_saflex.prompts_io import load_prompts
 from flyp_saflex.records import Dataset, Sample, Split
 
 HELD_OUT = 5

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flyp_saflex.config import DataConfig
+from flyp_saflex.data.class_prompts import Prompts, load_prompts
 from flyp_saflex.data.splitting import SELECT_NAMES, TEST_NAMES, hold_out, in_reporting_order, role_and_shift
 from flyp_saflex.errors import DataError, nearest
-from flyp_saflex.prompts_io import Prompts, load_prompts
 from flyp_saflex.records import Dataset, Sample, Split
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))

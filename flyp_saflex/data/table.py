@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 
 from flyp_saflex.config import DataConfig
+from flyp_saflex.data.class_prompts import Prompts
 from flyp_saflex.data.folder import class_list, existing_root
 from flyp_saflex.data.splitting import hold_out, in_reporting_order, split_by_name
 from flyp_saflex.errors import DataError, nearest
-from flyp_saflex.prompts_io import Prompts
 from flyp_saflex.records import Dataset, Sample, Split
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from flyp_saflex.config import DataConfig
+from flyp_saflex.data.class_prompts import load_prompts
 from flyp_saflex.errors import DataError
-from flyp_saflex.prompts_io import load_prompts
 from flyp_saflex.records import Dataset, Role, Sample, Shift, Split
 
 FOLDER = "iwildcam_v2.0"

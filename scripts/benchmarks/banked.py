@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flyp_saflex.method.learner import Learner
-from flyp_saflex.method.saflex import Saflex
-from flyp_saflex.method.step import Validation
+from flyp_saflex.saflex.saflex import Saflex
+from flyp_saflex.step.step import Validation
+from flyp_saflex.tasks.clip_task import Learner
 
 
 def usual_validation(saflex: Saflex, learner: Learner, image_CHW: Tensor, class_captions_K: Tensor) -> Validation:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from interleaved import hardware, ratio
 
-from flyp_saflex.assets.world import write_world
+from flyp_saflex.demo.world import write_world
 
 HEAVY = ("torch", "pandas", "numpy", "PIL", "open_clip", "accelerate", "diffusers", "transformers", "wilds", "sklearn")
 TARGET = 1.5

@@ -28,15 +28,15 @@ from torch.func import functional_call
 
 from flyp_saflex import recipe
 from flyp_saflex.assets import TINY_CLIP
-from flyp_saflex.assets.world import write_world
-from flyp_saflex.method import gains, losses
-from flyp_saflex.method.closed_form import soft_labels, spread
-from flyp_saflex.method.columns import Rows
-from flyp_saflex.method.estimators import fidelity
-from flyp_saflex.method.learner import parameter_groups
-from flyp_saflex.method.step import StepLoss, Validation
-from flyp_saflex.stages.job import Job, prepare
-from flyp_saflex.stages.rows import RowBuilder, ValidationRows, read_steps
+from flyp_saflex.demo.world import write_world
+from flyp_saflex.saflex import jvp, losses
+from flyp_saflex.saflex.closed_form import soft_labels, spread
+from flyp_saflex.saflex.estimators import fidelity
+from flyp_saflex.step.step import StepLoss, Validation
+from flyp_saflex.tasks.clip_task import parameter_groups
+from flyp_saflex.tasks.proxy_classes import Rows
+from flyp_saflex.training.rows import RowBuilder, ValidationRows, read_steps
+from flyp_saflex.training.setup import Job, prepare
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 STEPS = (0, 20, 60)
@@ -66,10 +66,10 @@ class Point:
     def gains(self, scope: str, estimator: str, target: float, previous_rms: float | None) -> tuple[Tensor, float]:
         """Return gains_AK and the derivative's root mean square."""
         parameters = self.learner.parameters_in(scope)  # type: ignore[arg-type]
-        direction = gains.gradient(
+        direction = jvp.gradient(
             lambda p: losses.margin(self._logits(p, self.validation.inputs), self.validation.labels_V), parameters
         )
-        values, tangent = gains.directional_derivative(
+        values, tangent = jvp.directional_derivative(
             lambda p: self._logits(p, self.rows.inputs[self.rows.num_train :]),
             parameters,
             direction,
@@ -78,7 +78,7 @@ class Point:
             target_rms=target,
             previous_rms=previous_rms,
         )
-        return gains.gains(values, tangent), gains.rms(tangent)
+        return jvp.gains(values, tangent), jvp.rms(tangent)
 
     def _logits(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
         return functional_call(self.learner, parameters, (inputs, self.tokens_KL), tie_weights=False).logits()

@@ -24,11 +24,11 @@ from banked import usual_validation
 from torch import Tensor
 
 from flyp_saflex.assets import TINY_CLIP
-from flyp_saflex.method.clip import load_clip
-from flyp_saflex.method.columns import Rows
-from flyp_saflex.method.learner import Learner
-from flyp_saflex.method.saflex import Saflex
-from flyp_saflex.method.step import StepLoss, Validation
+from flyp_saflex.clip.model import load_clip
+from flyp_saflex.saflex.saflex import Saflex
+from flyp_saflex.step.step import StepLoss, Validation
+from flyp_saflex.tasks.clip_task import Learner
+from flyp_saflex.tasks.proxy_classes import Rows
 
 MODELS = {
     "tiny": (f"local-dir:{TINY_CLIP}", "", 32),

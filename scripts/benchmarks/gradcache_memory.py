@@ -21,9 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from flyp_saflex.method.clip import load_clip
-from flyp_saflex.method.learner import Learner
-from flyp_saflex.method.step import Rows, StepLoss
+from flyp_saflex.clip.model import load_clip
+from flyp_saflex.step.step import Rows, StepLoss
+from flyp_saflex.tasks.clip_task import Learner
 
 NUM_CLASSES = 20
 

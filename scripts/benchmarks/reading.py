@@ -25,13 +25,13 @@ from PIL import Image, features
 from torch import Tensor
 from torchvision import transforms
 
-from flyp_saflex.data.augmentation import augmentation
-from flyp_saflex.data.image_reader import ImageReader
-from flyp_saflex.data.images import read_image, read_picture
-from flyp_saflex.data.pictures import Picture
-from flyp_saflex.data.preprocessing import Preprocessing
-from flyp_saflex.data.resized import ResizedImages
-from flyp_saflex.data.resized_writer import materialise
+from flyp_saflex.images.augmentation import augmentation
+from flyp_saflex.images.decode import read_image, read_picture
+from flyp_saflex.images.picture import Picture
+from flyp_saflex.images.preprocessing import Preprocessing
+from flyp_saflex.images.reader import ImageReader
+from flyp_saflex.images.resized_copies import ResizedImages
+from flyp_saflex.images.resized_writer import materialise
 from flyp_saflex.records import Sample
 
 SIDE, COPY_PX, QUALITY = 224, 256, 90

@@ -29,14 +29,14 @@ from interleaved import hardware, ratio, rounds, stopwatch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flyp_saflex.allocator import keep_freed_memory
-from flyp_saflex.method.clip import RANDOM, load_clip
-from flyp_saflex.method.learner import Learner, parameter_groups
-from flyp_saflex.method.predict import autocast
-from flyp_saflex.method.saflex import Saflex
-from flyp_saflex.method.step import Rows, StepLoss
-from flyp_saflex.method.two_pass import Selecting
-from flyp_saflex.prompts_io import load_prompts
+from flyp_saflex.clip.model import RANDOM, load_clip
+from flyp_saflex.data.class_prompts import load_prompts
+from flyp_saflex.evaluation.predict import autocast
+from flyp_saflex.runtime import keep_freed_memory
+from flyp_saflex.saflex.saflex import Saflex
+from flyp_saflex.step.gradcache import Selecting
+from flyp_saflex.step.step import Rows, StepLoss
+from flyp_saflex.tasks.clip_task import Learner, parameter_groups
 
 SMALL = {
     "embed_dim": 192,

@@ -27,15 +27,15 @@ from estimator_fidelity import SHARED, pacs_job, tiny_job
 from torch import Tensor
 from torch.func import functional_call
 
-from flyp_saflex.method import gains
-from flyp_saflex.method.columns import Rows
-from flyp_saflex.method.estimators import fidelity
-from flyp_saflex.method.learner import parameter_groups
-from flyp_saflex.method.saflex import Saflex
-from flyp_saflex.method.saflex_settings import SaflexSettings
-from flyp_saflex.method.step import StepLoss
-from flyp_saflex.stages.job import Job
-from flyp_saflex.stages.rows import RowBuilder, ValidationRows, read_steps
+from flyp_saflex.saflex import jvp
+from flyp_saflex.saflex.estimators import fidelity
+from flyp_saflex.saflex.saflex import Saflex
+from flyp_saflex.saflex.settings import SaflexSettings
+from flyp_saflex.step.step import StepLoss
+from flyp_saflex.tasks.clip_task import parameter_groups
+from flyp_saflex.tasks.proxy_classes import Rows
+from flyp_saflex.training.rows import RowBuilder, ValidationRows, read_steps
+from flyp_saflex.training.setup import Job
 
 CPU = torch.device("cpu")
 ROWS = (256, 64, 32, 16)
@@ -72,21 +72,21 @@ class Way:
         self.step_loss.refresh(self.validation.at(step, self.saflex.settings))
 
 
-def gains_along(job: Job, direction: gains.Parameters, rows: Rows, tokens_KL: Tensor) -> Tensor:
+def gains_along(job: Job, direction: jvp.Parameters, rows: Rows, tokens_KL: Tensor) -> Tensor:
     """Return the augmented rows' gains_AK over the class captions."""
 
     def logits_fn(parameters: dict[str, Tensor]) -> Tensor:
         inputs = rows.inputs[rows.num_train :]
         return functional_call(job.learner, parameters, (inputs, tokens_KL), tie_weights=False).logits()
 
-    values, tangent = gains.directional_derivative(logits_fn, job.learner.parameters_in("head"), direction)
-    return gains.gains(values, tangent)
+    values, tangent = jvp.directional_derivative(logits_fn, job.learner.parameters_in("head"), direction)
+    return jvp.gains(values, tangent)
 
 
-def cosine(one: gains.Parameters, other: gains.Parameters) -> float:
+def cosine(one: jvp.Parameters, other: jvp.Parameters) -> float:
     """Return the cosine between two gradients."""
     product = sum(float((one[name].double() * other[name].double()).sum()) for name in one)
-    return product / float(gains.norm(one) * gains.norm(other))
+    return product / float(jvp.norm(one) * jvp.norm(other))
 
 
 def finetune(job: Job, title: str, steps: int) -> None:

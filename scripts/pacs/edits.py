@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from flyp_saflex import AugmentCache
-from flyp_saflex.data.batches import derived_seed
-from flyp_saflex.data.images import read_image
+from flyp_saflex.images.decode import read_image
 from flyp_saflex.records import Dataset, Sample
+from flyp_saflex.training.sampling import derived_seed
 
 PATCHES = 4  # per side, of a destroyed edit
 

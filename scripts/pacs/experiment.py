@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from edits import write_cache
 
-from flyp_saflex import AugmentCache, allocator, recipe, rundir
+from flyp_saflex import AugmentCache, recipe, runtime
 from flyp_saflex.data.registry import load_dataset
-from flyp_saflex.method.filters import confidence_filter, confident_thresholds
-from flyp_saflex.stages.evaluate import evaluate
-from flyp_saflex.stages.job import prepare
-from flyp_saflex.stages.train import train
+from flyp_saflex.evaluation.evaluate import evaluate
+from flyp_saflex.filtering.alia import confidence_filter, confident_thresholds
+from flyp_saflex.storage import run_folder
+from flyp_saflex.training.setup import prepare
+from flyp_saflex.training.train import train
 
 SAFLEX = ("saflex.enabled=true",)
 OOD_SELECT = ("data.select_domains=art_painting", "data.test_domains=cartoon")
@@ -178,14 +179,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="further overrides of the recipe, for all runs")
     options = parser.parse_args()
     options.out = options.out.resolve()
-    allocator.keep_freed_memory()
+    runtime.keep_freed_memory()
     torch.set_num_threads(1)
     worker, workers = (int(part) for part in options.worker.split("/"))
     for seed in options.seeds[worker::workers]:
         for rate in options.rates:
             for name in options.conditions:
                 run_one(options, name, seed, rate)
-    rundir.write_json(options.out / f"environment-{worker}.json", rundir.environment())
+    run_folder.write_json(options.out / f"environment-{worker}.json", run_folder.environment())
 
 
 if __name__ == "__main__":

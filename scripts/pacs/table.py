@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from flyp_saflex import AugmentCache, recipe
-from flyp_saflex.method.statistics import Interval, paired_difference, summarise
+from flyp_saflex.evaluation.statistics import Interval, paired_difference, summarise
 
 KINDS = ("clean", "swapped", "destroyed")
 RESULTS = (

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from flyp_saflex.config import DataConfig
-from flyp_saflex.data.images import read_image
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import DataError
+from flyp_saflex.images.decode import read_image
 
 
 @pytest.fixture

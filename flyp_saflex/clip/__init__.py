@@ -1,0 +1,1 @@
+"""open_clip's models: load and save, image tower in parts, text tower by prefixes, zero-shot head."""

@@ -1,0 +1,239 @@
+"""Camera traps in the drawn world: what they took when, written to disk as a WILDS iWildCam v2.0 folder (floor 2).
+
+Each camera stands at one place. Training cameras (which `id_val` and `id_test` share) see most species at the species'
+own place; the cameras of `val` and `test` stand at places that training never saw, where every species comes alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+
+from flyp_saflex.demo.animals import SPECIES
+from flyp_saflex.demo.scene import Scene, render
+from flyp_saflex.errors import DataError
+
+EMPTY = "landscape without animals"
+CLASSES = (EMPTY, *SPECIES)
+"""English class names by class index; each reads well in `a photo of a {}.`"""
+TEMPLATES = ("a photo of a {}.", "a camera trap photo of a {}.", "a photo of a {} in the wild.")
+TRAIN_PLACES = ("savanna", "forest", "desert", "lake", "rocks", "meadow")
+VAL_PLACES = ("snow", "infrared night")
+TEST_PLACES = ("dusk", "autumn")
+HOME = dict(
+    zip(SPECIES, ("forest", "savanna", "meadow", "forest", "desert", "meadow", "savanna", "rocks", "lake", "lake"), strict=True)
+)
+"""The place where training sees a species; whatever is at home together has to be told apart by its looks."""
+AT_HOME = 0.9
+"""Part of a species' training bursts that is taken at its own place."""
+EMPTY_PART = 0.2
+RARER = 0.76
+"""Each species is this much as frequent as the one before."""
+SPLITS = {"train": 1 / 3, "id_val": 1 / 12, "id_test": 1 / 8, "val": 1 / 8, "test": 1 / 3}
+"""As much to test on as to train on: in fewer test pictures a difference of a few points would be noise."""
+ANIMAL_SIZE = 0.45
+"""Mean height or width of an animal, whichever is larger, as a part of the picture: most pass at a distance."""
+CAMERAS_PER_PLACE = 4
+FOLDER = "iwildcam_v2.0"
+COLUMNS = (
+    "split", "location_remapped", "location", "sequence_remapped", "seq_id", "seq_num_frames", "frame_num", "filename",
+    "image_id", "datetime", "category_id", "y",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shot:
+    """One picture that a camera took: what it shows, its split, burst and place in the burst."""
+
+    scene: Scene
+    split: str
+    burst: int
+    frame: int
+    num_frames: int
+
+    @property
+    def label(self) -> int:
+        """Class index."""
+        return CLASSES.index(self.scene.species or EMPTY)
+
+
+def plan(num_images: int, seed: int, *, animal_size: float = ANIMAL_SIZE) -> list[Shot]:
+    """Return every picture of a world without drawing one; `animal_size` is the mean, as a part of the picture.
+
+    Every class has at least one burst in every split, so `num_images` is at least 400.
+
+    Raises:
+        DataError: `num_images` is too small for that.
+    """
+    if num_images < 400:
+        raise DataError(
+            f"a world of {num_images} images is too small for {len(CLASSES)} classes in five splits; draw 400 or more"
+        )
+    rng = np.random.default_rng(seed)
+    sizes = {name: round(part * num_images) for name, part in SPLITS.items()}
+    sizes["train"] += num_images - sum(sizes.values())
+    shots: list[Shot] = []
+    num_bursts = 0
+    for split, size in sizes.items():
+        left = size
+        most = 4 if size >= 4 * len(CLASSES) else 2  # so that the first burst of every class fits
+        for label, places in _visits(split, rng):
+            frames = min(left, int(rng.integers(1, most + 1)))
+            place, camera = places[int(rng.integers(len(places)))]
+            scenes = _burst(CLASSES[label] if label else None, place, camera, frames, animal_size, rng)
+            shots += [
+                Shot(scene=scene, split=split, burst=num_bursts, frame=frame, num_frames=frames)
+                for frame, scene in enumerate(scenes)
+            ]
+            num_bursts += 1
+            left -= frames
+            if not left:
+                break
+    return shots
+
+
+def _cameras() -> dict[str, tuple[int, ...]]:
+    places = (*TRAIN_PLACES, *VAL_PLACES, *TEST_PLACES)
+    return {place: tuple(range(n * CAMERAS_PER_PLACE, (n + 1) * CAMERAS_PER_PLACE)) for n, place in enumerate(places)}
+
+
+def _visits(split: str, rng: np.random.Generator) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+    """Yield class and possible (place, camera) of one burst after another, without end; first each class once."""
+    cameras = _cameras()
+    frequency = RARER ** np.arange(len(SPECIES))
+    frequency = np.concatenate([[EMPTY_PART], (1 - EMPTY_PART) * frequency / frequency.sum()])
+    places = {"val": VAL_PLACES, "test": TEST_PLACES}.get(split, TRAIN_PLACES)
+    first = [int(label) for label in rng.permutation(len(CLASSES))]
+    while True:
+        label = first.pop() if first else int(rng.choice(len(CLASSES), p=frequency))
+        home = HOME.get(CLASSES[label])
+        chosen = home if home is not None and home in places and rng.random() < AT_HOME else str(rng.choice(places))
+        yield label, [(chosen, camera) for camera in cameras[chosen]]
+
+
+def _burst(
+    species: str | None, place: str, camera: int, num_frames: int, animal_size: float, rng: np.random.Generator
+) -> list[Scene]:
+    """Return consecutive pictures: one animal that walks on, or the wind that set the camera off."""
+    facing = int(rng.choice((-1, 1)))
+    earliest, latest = {"infrared night": (20, 29), "dusk": (18, 20)}.get(place, (6, 18))
+    start = datetime(2014, 1, 1) + timedelta(
+        days=int(rng.integers(364)), seconds=int(rng.integers(3600 * earliest, 3600 * latest))
+    )
+    scene = Scene(
+        species=species,
+        place=place,
+        camera=camera,
+        x=0.5 - facing * (num_frames - 1) * 0.04 + float(rng.normal(0, 0.1)),
+        y=float(rng.uniform(0.7, 0.87)),
+        size=animal_size * float(np.clip(rng.normal(1, 0.226), 0.55, 1.53)),
+        facing=facing,
+        phase=float(rng.random()),
+        head=float(rng.choice((0.0, 0.0, rng.random(), 1.0))),
+        tone=float(rng.uniform(-1, 1)),
+        occlusion=float(rng.choice((0.0, 0.0, rng.uniform(0.2, 0.9)))),
+        blur_px=float(rng.choice((0.0, 0.0, rng.uniform(0.3, 1.0)))),
+        exposure=float(np.exp(rng.normal(0, 0.13))),
+        time=str(start),
+        individual=int(rng.integers(2**31)),
+    )
+    step = float(rng.uniform(0.0, 0.1))
+    return [
+        dataclasses.replace(
+            scene,
+            x=scene.x + facing * step * frame,
+            phase=(scene.phase + 2.5 * step * frame) % 1,
+            time=str(start + timedelta(seconds=frame)),
+            seed=int(rng.integers(2**31)),
+        )
+        for frame in range(num_frames)
+    ]
+
+
+def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px: int = 64) -> Path:
+    """Draw a world and write it as WILDS' iWildCam v2.0.
+
+    Writes `folder/iwildcam_v2.0/` (`metadata.csv`, `categories.csv`, `RELEASE_v2.0.txt`, `train/*.jpg`), and beside them
+    what only a drawn world has: `scenes.jsonl`, one scene per picture, and `prompts/` for `data.prompts`. Use it with
+    `data.name = "iwildcam"`, `data.root = FOLDER`, `data.prompts = FOLDER/iwildcam_v2.0/prompts`.
+
+    Args:
+        folder: where to; it is made if missing. Files of an earlier world with the same arguments are written again.
+        num_images: pictures in all five splits together, 400 or more.
+        seed: the same one gives the same files.
+        size_px: side of a picture.
+
+    Returns:
+        The folder `iwildcam_v2.0`. The release file, without which `wilds` does not open it, is written last.
+
+    Raises:
+        DataError: `num_images` is too small.
+    """
+    shots = plan(num_images, seed)
+    root = folder / FOLDER
+    (root / "train").mkdir(parents=True, exist_ok=True)
+    (root / "prompts").mkdir(exist_ok=True)
+    location_of = {camera: n for n, camera in enumerate(sorted({shot.scene.camera for shot in shots}))}
+    with (
+        open(root / "metadata.csv", "w", newline="", encoding="utf-8") as table,
+        open(root / "scenes.jsonl", "w", encoding="utf-8") as scenes,
+    ):
+        writer = csv.DictWriter(table, COLUMNS)
+        writer.writeheader()
+        for number, shot in enumerate(shots):
+            image_id = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{seed}/{number}"))
+            render(shot.scene, size_px).save(root / "train" / f"{image_id}.jpg", quality=90)
+            writer.writerow(_row(shot, image_id, seed, location_of[shot.scene.camera]))
+            scenes.write(json.dumps({"filename": f"{image_id}.jpg"} | dataclasses.asdict(shot.scene)) + "\n")
+    with open(root / "categories.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(("y", "category_id", "name"))
+        rows.writerows((y, y, "empty" if y == 0 else name) for y, name in enumerate(CLASSES))
+    names = ("empty\t" + EMPTY, *SPECIES)
+    (root / "prompts" / "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (root / "prompts" / "templates.txt").write_text("\n".join(TEMPLATES) + "\n", encoding="utf-8")
+    (root / "RELEASE_v2.0.txt").write_text(f"drawn: {num_images} images, seed {seed}, {size_px} px\n", encoding="utf-8")
+    return root
+
+
+def _row(shot: Shot, image_id: str, seed: int, location: int) -> Mapping[str, object]:
+    return {
+        "split": shot.split,
+        "location_remapped": location,
+        "location": shot.scene.camera,
+        "sequence_remapped": shot.burst,
+        "seq_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{seed}/burst {shot.burst}")),
+        "seq_num_frames": shot.num_frames,
+        "frame_num": shot.frame,
+        "filename": f"{image_id}.jpg",
+        "image_id": image_id,
+        "datetime": f"{shot.scene.time}.000000",
+        "category_id": shot.label,
+        "y": shot.label,
+    }
+
+
+def read_scenes(root: Path) -> dict[str, Scene]:
+    """Return the scene of every picture of a world by file name.
+
+    Args:
+        root: the folder that `write_world` returned.
+
+    Raises:
+        DataError: it holds no drawn world.
+    """
+    path = root / "scenes.jsonl"
+    if not path.is_file():
+        raise DataError(
+            f"{root} has no scenes.jsonl: it is not a world that was drawn here; give the folder that write_world returned"
+        )
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row.pop("filename"): Scene(**row) for row in rows}

@@ -1,0 +1,1 @@
+"""From edit texts to edited images in the augment cache, by diffusers pipelines."""

@@ -1,0 +1,372 @@
+"""The editor: diffusers' pipelines behind one small interface, and the only file that imports diffusers (floor 3).
+
+    Request(image, text, seed, box) x R -> Editor.edit -> image, or the reason why there is none, x R
+
+Requests of the same output size make one batch, whatever their images and texts. An edit depends on its request alone, not on
+what else is in the batch, on the batches before, or on the device's random numbers: every request has a generator of its own
+on the CPU, for every draw, and every text is encoded once, by itself. What is left is rounding: in float32 a batch of 5 and
+batches of 1 differ by at most 2 of 255 (tests/stages/test_editor.py; 0 or 1 with 16 schedulers on small random models).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from flyp_saflex.config import EditorConfig
+from flyp_saflex.editing.pipeline_files import Source, locate, quiet, reason
+from flyp_saflex.editing.prompt_encoder import Texts
+from flyp_saflex.editing.settings import DEFAULT_MODELS, MAX_ASPECT, Settings, output_size, resolve, scale_box, uses_instruction
+from flyp_saflex.errors import ConfigError, ModelError, RunError, nearest
+
+__all__ = ["DEFAULT_MODELS", "Editor", "Request", "Settings", "load_editor", "resolve", "uses_instruction"]
+
+SEEDLESS = "DPMSolverSDEScheduler"
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One edit to make.
+
+    Attributes:
+        image: the source, upright RGB; None only for `text2img`.
+        text: instruction or prompt with the class name filled in.
+        seed: of this edit's noise, 0..2**63-1.
+        box: left, top, width, height in pixels of `image`: what `inpaint` keeps.
+    """
+
+    image: Image.Image | None
+    text: str
+    seed: int
+    box: tuple[float, float, float, float] | None = None
+
+
+class Editor:
+    """A loaded pipeline.
+
+    Attributes:
+        settings: what decides how an edit looks.
+        identity: `model` (hub id or name of the folder) and `revision` (the hub's commit, or a digest of the folder).
+        grid_px: sides of edits are multiples of this.
+        batch_size: most edits made at once; 1 for `auto`, where a list of images may mean several sources of one edit. It is
+            halved where so many do not fit into the GPU's memory, and stays so.
+        tell: called with a line about that.
+    """
+
+    tell: Callable[[str], object] = staticmethod(tqdm.write)
+
+    def __init__(self, pipeline: Any, settings: Settings, identity: dict[str, str], *, batch_size: int = 8) -> None:
+        self.settings, self.identity, self._pipeline = settings, identity, pipeline
+        self.batch_size = 1 if settings.kind == "auto" else batch_size
+        self._accepted = inspect.signature(type(pipeline).__call__).parameters
+        self.grid_px = _grid_px(pipeline)
+        self._options = self._fixed_options()
+        self._texts = Texts(pipeline, settings.negative_prompt, self._accepted, one_by_one=settings.kind == "auto")
+        if (too_long := self._texts.too_long(settings.negative_prompt)) is not None:
+            raise ConfigError(f"editor.negative_prompt: {too_long}")
+
+    def output_size(self, width_px: int, height_px: int) -> tuple[int, int]:
+        """Return (width, height) of an edit of a source; `text2img` makes squares."""
+        if self.settings.kind == "text2img":
+            width_px = height_px = self.settings.size_px
+        return output_size(width_px, height_px, size_px=self.settings.size_px, grid_px=self.grid_px)
+
+    def edit(self, requests: Sequence[Request]) -> list[Image.Image | str]:
+        """Make the edits.
+
+        Args:
+            requests: any number, in any mix of sizes.
+
+        Returns:
+            Per request an RGB image of `output_size`, or a text that says why there is none: the safety checker flagged
+            it, `inpaint` has no box, the source is too long and thin, or the text too long for the text encoder.
+
+        Raises:
+            RunError: not even one edit fits into the GPU's memory.
+            ModelError: an `auto` pipeline cannot be called with an image and a text.
+        """
+        outcomes: dict[int, Image.Image | str] = {}
+        rows_of_size: dict[tuple[int, int], list[int]] = {}
+        for row, request in enumerate(requests):
+            assert 0 <= request.seed < 2**63, f"seed {request.seed} is not in 0..2**63-1"
+            if (refusal := self._refusal(request)) is not None:
+                outcomes[row] = refusal
+            else:
+                size = self.output_size(*(request.image.size if request.image else (1, 1)))
+                rows_of_size.setdefault(size, []).append(row)
+        for size, rows in rows_of_size.items():
+            start = 0
+            while start < len(rows):
+                part = rows[start : start + self.batch_size]
+                try:
+                    images = self._run([requests[row] for row in part], size)
+                except torch.OutOfMemoryError:
+                    images = None
+                if images is None:  # behind the handler: the error holds on to the memory of what it interrupted
+                    self._halve(len(part), size)
+                else:
+                    outcomes |= zip(part, images, strict=True)
+                    start += len(part)
+        return [outcomes[row] for row in range(len(requests))]
+
+    def _halve(self, count: int, size: tuple[int, int]) -> None:
+        """Make fewer edits at once from now on: `count` of them did not fit."""
+        if count == 1:
+            raise RunError(
+                f"an edit of {size[0]} x {size[1]} px does not fit into the GPU's memory: lower editor.size_px, or set "
+                "editor.precision=fp16; edits that were written are kept"
+            )
+        self.batch_size = (count + 1) // 2
+        torch.cuda.empty_cache()
+        self.tell(
+            f"{count} edits of {size[0]} x {size[1]} px do not fit into the GPU's memory: going on with {self.batch_size} at once"
+        )
+
+    def _refusal(self, request: Request) -> str | None:
+        if (too_long := self._texts.too_long(request.text)) is not None:
+            return too_long
+        if self.settings.kind == "text2img":
+            return None
+        if request.image is None:
+            return "there is no source image"
+        short, long = sorted(request.image.size)
+        if long > MAX_ASPECT * short:
+            return (
+                f"the source is {request.image.width} x {request.image.height} px, more than {MAX_ASPECT} times as long as wide"
+            )
+        if self.settings.kind == "inpaint":
+            if request.box is None:
+                return "there is no box to keep: inpaint repaints what is around one"
+            size = self.output_size(*request.image.size)
+            if (kept := scale_box(request.box, request.image.size, size)) is None:
+                return (
+                    f"its box {tuple(request.box)} lies outside of the {request.image.width} x {request.image.height} px source"
+                )
+            if kept == (0, 0, *size):
+                return "its box covers the whole source: there is nothing to repaint"
+        return None
+
+    def _run(self, requests: list[Request], size: tuple[int, int]) -> list[Image.Image | str]:
+        """Edit one batch of one output size."""
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        batch: dict[str, Any] = {"generator": generators} | self._texts.arguments([request.text for request in requests])
+        sources, masks = [], []
+        if self.settings.kind != "text2img":
+            sources = batch["image"] = [_resized(request.image, size) for request in requests]
+        if self.settings.kind == "inpaint":
+            masks = batch["mask_image"] = [_repaint_mask(request, size) for request in requests]
+        if self.settings.kind == "auto":  # single things instead of lists of one, which every pipeline takes
+            batch = {name: values[0] for name, values in batch.items()}
+        if "true_cfg_scale" in self._accepted and self._guidance_name() == "true_cfg_scale":
+            batch.setdefault("negative_prompt", " ")  # without one, these pipelines ignore the guidance
+        area = {"width": size[0], "height": size[1], "max_area": size[0] * size[1], "_auto_resize": False}
+        batch |= {name: value for name, value in area.items() if name in self._accepted}
+        images, flagged = self._call(batch, len(requests), size)
+        images = [_resized(image, size) for image in images]
+        if masks:  # the autoencoder blurs what it should keep
+            images = [Image.composite(*layers) for layers in zip(images, sources, masks, strict=True)]
+        return ["the safety checker flagged it" if bad else image for image, bad in zip(images, flagged, strict=True)]
+
+    def _call(self, batch: dict[str, Any], count: int, size: tuple[int, int]) -> tuple[list[Image.Image], list[bool]]:
+        try:
+            with quiet():
+                output = self._pipeline(**batch, **self._options)
+        except (TypeError, ValueError) as error:
+            if self.settings.kind != "auto":
+                raise
+            raise ModelError(
+                f"editor.model = {self.identity['model']}: {type(self._pipeline).__name__} cannot be called with an image and "
+                f"an instruction ({reason(error)}); use another editor.model or editor.kind"
+            ) from error
+        images = getattr(output, "images", None)
+        if not isinstance(images, list) or len(images) != count:
+            raise ModelError(
+                f"editor.model = {self.identity['model']}: {type(self._pipeline).__name__} does not give one image per text, so "
+                "it is no editor of images; use another editor.model"
+            )
+        return images, list(getattr(output, "nsfw_content_detected", None) or [False] * count)
+
+    def _fixed_options(self) -> dict[str, Any]:
+        """Return the arguments that are the same for every batch, by the pipeline's names."""
+        settings, name = self.settings, type(self._pipeline).__name__
+        for needed in ("prompt",) if settings.kind == "text2img" else ("prompt", "image"):
+            if needed not in self._accepted:
+                raise ModelError(
+                    f"editor.model = {settings.model}: {name} takes no {needed}, so it cannot be used with editor.kind = "
+                    f"{settings.kind}; use another editor.model or editor.kind"
+                )
+        options = {
+            "num_inference_steps": ("steps", settings.steps),
+            self._guidance_name(): ("guidance", settings.guidance),
+            "image_guidance_scale": ("image_guidance", settings.image_guidance),
+            "strength": ("strength", settings.strength),
+            "negative_prompt": ("negative_prompt", settings.negative_prompt or None),
+        }
+        for argument, (option, value) in options.items():
+            if value is not None and argument not in self._accepted:
+                raise ConfigError(
+                    f"editor.{option} = {value!r}, but {name} of editor.model = {settings.model} has no {argument}: "
+                    + ("remove the option" if settings.kind == "auto" else "use another editor.model or editor.kind")
+                )
+        if settings.negative_prompt and "true_cfg_scale" in self._accepted and self._guidance_name() != "true_cfg_scale":
+            raise ConfigError(
+                f"editor.negative_prompt has no effect on {name} of editor.model = {settings.model}, whose guidance is trained "
+                "into it: remove the option"
+            )
+        del options["negative_prompt"]  # goes with the texts
+        return {argument: value for argument, (_, value) in options.items() if value is not None} | {"output_type": "pil"}
+
+    def _guidance_name(self) -> str:
+        """Return the argument that `editor.guidance` means: where `true_cfg_scale` is on by default, the other one is unused."""
+        true_cfg = self._accepted.get("true_cfg_scale")
+        return "true_cfg_scale" if true_cfg is not None and (true_cfg.default or 0) > 1 else "guidance_scale"
+
+
+def load_editor(config: EditorConfig, *, device: torch.device | str = "cpu") -> Editor:
+    """Load the editor that the options name.
+
+    Args:
+        config: the recipe's section `editor`.
+        device: where the pipeline goes.
+
+    Raises:
+        ConfigError: options that do not fit the kind or the model, an unknown scheduler.
+        ModelError: weights that cannot be had, or that are another kind of editor's.
+    """
+    settings = resolve(config)
+    with quiet():
+        import diffusers
+
+        _check_scheduler(diffusers, settings.scheduler)
+        source = locate(settings, diffusers.DiffusionPipeline)
+        pipeline = _load(diffusers, settings, source)
+    _check_channels(pipeline, settings)
+    with quiet():
+        if settings.scheduler:
+            pipeline.scheduler = _scheduler(diffusers, pipeline.scheduler, settings)
+        pipeline.set_progress_bar_config(disable=True)
+        dtype = PRECISIONS[settings.precision]
+        pipeline.to(device) if pipeline.dtype == dtype else pipeline.to(device, dtype)
+        denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+        if config.compile and denoiser is not None:
+            denoiser.compile()
+    return Editor(pipeline, settings, source.identity, batch_size=config.batch_size)
+
+
+def _load(diffusers: Any, settings: Settings, source: Source) -> Any:
+    """Load the pipeline class of the kind from a folder."""
+    cls = {
+        "auto": diffusers.DiffusionPipeline,
+        "img2img": diffusers.AutoPipelineForImage2Image,
+        "text2img": diffusers.AutoPipelineForText2Image,
+        "inpaint": diffusers.AutoPipelineForInpainting,
+        "instruct-pix2pix": diffusers.StableDiffusionInstructPix2PixPipeline,
+    }[settings.kind]
+    if settings.kind == "instruct-pix2pix" and "InstructPix2Pix" in source.class_name:
+        cls = diffusers.DiffusionPipeline  # Stable Diffusion XL has a class of its own
+    options: dict[str, Any] = {"dtype": PRECISIONS[settings.precision]}
+    if source.has_safety_checker and not settings.safety_checker:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        with _without_bars(diffusers):
+            return cls.from_pretrained(source.folder, **options)
+    except Exception as error:  # diffusers, transformers and safetensors raise a dozen types here
+        raise ModelError(
+            f"editor.model = {settings.model}: its {source.class_name} cannot be loaded for editor.kind = {settings.kind} "
+            f"({reason(error)}); use another editor.kind, or fetch the model again"
+        ) from error
+
+
+def _check_channels(pipeline: Any, settings: Settings) -> None:
+    """Refuse a UNet that was trained for another kind; diffusers would only find out in the middle of an edit."""
+    unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
+    if unet is None or vae is None or settings.kind == "auto":
+        return
+    latent, found = vae.config.latent_channels, unet.config.in_channels
+    made_for = {latent: "img2img or text2img", 2 * latent: "instruct-pix2pix", 2 * latent + 1: "inpaint"}
+    fitting = {"instruct-pix2pix": (2 * latent,), "inpaint": (2 * latent + 1, latent)}.get(settings.kind, (latent,))
+    if found not in fitting:
+        raise ModelError(
+            f"editor.model = {settings.model}: its UNet has {found} input channels, but editor.kind = {settings.kind} needs "
+            f"{fitting[0]}; use editor.kind = {made_for.get(found, 'auto')}, or another editor.model"
+        )
+
+
+def _check_scheduler(diffusers: Any, name: str) -> None:
+    known = [entry for entry in dir(diffusers) if entry.endswith("Scheduler") and not entry.startswith("Flax")]
+    if name and name not in known:
+        raise ConfigError(
+            f"editor.scheduler = {name}: diffusers has no such class{nearest(name, known)} (for example DDIMScheduler, "
+            "EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler)"
+        )
+    if name == SEEDLESS:
+        raise ConfigError(
+            f"editor.scheduler = {name} draws noise that no seed per image decides, so edits could not be made "
+            "again; use EulerAncestralDiscreteScheduler or DPMSolverMultistepScheduler"
+        )
+
+
+def _scheduler(diffusers: Any, own: Any, settings: Settings) -> Any:
+    """Return the scheduler of the recipe with the noise levels that the model was trained with."""
+    fitting = {other.__name__ for other in own.compatibles} | {type(own).__name__}
+    if "DDIMScheduler" in fitting:
+        fitting |= {"LCMScheduler", "TCDScheduler"}  # for distilled models; diffusers lists them nowhere
+    if settings.scheduler not in fitting:
+        raise ConfigError(
+            f"editor.scheduler = {settings.scheduler} does not fit editor.model = {settings.model}, which comes with "
+            f"{type(own).__name__}; use one of {', '.join(sorted(fitting - {SEEDLESS}))}"
+        )
+    try:
+        return getattr(diffusers, settings.scheduler).from_config(own.config)
+    # schedulers refuse settings of others with any of these: an absent library, a value, a combination that they lack
+    except (ImportError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"editor.scheduler = {settings.scheduler} cannot be made from editor.model = {settings.model}'s settings "
+            f"({reason(error)}); use another one of {', '.join(sorted(fitting - {SEEDLESS}))}"
+        ) from error
+
+
+def _grid_px(pipeline: Any) -> int:
+    """Return what sides have to be multiples of: the autoencoder's scale. UNets fit odd latents; transformers pack them."""
+    scale = int(getattr(pipeline, "vae_scale_factor", 8))
+    transformer = getattr(pipeline, "transformer", None)
+    patch = getattr(transformer.config, "patch_size", 1) if transformer is not None else 1
+    return scale if transformer is None else scale * max(2, patch if isinstance(patch, int) else 2)
+
+
+@contextmanager
+def _without_bars(diffusers: Any) -> Iterator[None]:
+    """Keep the libraries from drawing a bar per file that they read."""
+    from transformers.utils import logging
+
+    shown = [library for library in (diffusers.utils.logging, logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def _resized(image: Image.Image | None, size: tuple[int, int]) -> Image.Image:
+    assert image is not None, "refused before"
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _repaint_mask(request: Request, size: tuple[int, int]) -> Image.Image:
+    """Return white where to repaint and black where to keep."""
+    assert request.image is not None
+    assert request.box is not None
+    mask = Image.new("L", size, 255)
+    mask.paste(0, scale_box(request.box, request.image.size, size))
+    return mask

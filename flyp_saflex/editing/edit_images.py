@@ -1,0 +1,154 @@
+"""From planned edits to images: sources read once, batches through the editor, every outcome checked (floor 3, shared by stages).
+
+`edit_dataset` is the library's way in: no cache, no file written. `generate` drives the same loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from flyp_saflex.editing.diffusers_editor import Request
+from flyp_saflex.editing.plan import PlannedEdit, Wording, batches_of, plan_edits
+from flyp_saflex.editing.settings import Settings, uses_instruction
+from flyp_saflex.errors import DataError
+from flyp_saflex.images.decode import read_image
+from flyp_saflex.prompting.edit_prompts import EditText
+from flyp_saflex.records import Sample
+
+ONE_COLOUR_STD = 2.0
+"""An edit whose channels all vary less than this (of 255) shows nothing. Photographs, dark ones too, have 10 and more."""
+
+
+class AnyEditor(Protocol):
+    """What is asked of an editor; `stages.editor.Editor` is one."""
+
+    settings: Settings
+
+    def edit(self, requests: Sequence[Request]) -> list[Image.Image | str]:
+        """Make the edits; a text instead of an image says why it was refused."""
+
+    def output_size(self, width_px: int, height_px: int) -> tuple[int, int]:
+        """Return (width, height) of an edit of a source of this size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditResult:
+    """What came of a planned edit.
+
+    Attributes:
+        planned: the edit: its sample, text, domain, k, seed and file name.
+        source: the source as the editor saw it; None if it cannot be read, or was not needed (`text2img`).
+        image: the edit; None if there is none that can be used.
+        reason: then, why.
+        unreadable: whether that is because the source cannot be read.
+    """
+
+    planned: PlannedEdit
+    source: Image.Image | None
+    image: Image.Image | None
+    reason: str = ""
+    unreadable: bool = False
+
+
+def edit_dataset(
+    editor: AnyEditor,
+    samples: Iterable[Sample],
+    texts: Sequence[EditText | str],
+    *,
+    class_names: Sequence[str] = (),
+    seed: int = 0,
+    per_text: int = 1,
+    texts_per_image: int = 0,
+    batch_size: int = 8,
+    box_crop: bool = False,
+) -> Iterator[EditResult]:
+    """Edit every sample with every text, and yield what comes out, image by image.
+
+    Args:
+        editor: of `load_editor`.
+        samples: the sources, for example `load_dataset(...).train.samples`.
+        texts: what to do: instructions (for editors of descriptions: prompts), or `EditText`s that have both; `{}` stands
+            for the class name.
+        class_names: names by class index, needed where a text has a `{}`.
+        seed: of everything random; an edit's noise depends on it, the sample, the text and its number alone.
+        per_text: edits of every sample with every text.
+        texts_per_image: texts drawn for every sample; 0: all of them.
+        batch_size: edits made at once.
+        box_crop: crop every source to its box first.
+
+    Raises:
+        DataError: a text has a `{}` but there is no name for a class, or lacks what the editor's kind needs.
+    """
+    wordings = [_wording(text, editor.settings.kind) for text in texts]
+    plan = plan_edits(list(samples), wordings, class_names, seed=seed, per_text=per_text, texts_per_image=texts_per_image)
+    for results in edit_batches(editor, batches_of(plan, batch_size), box_crop=box_crop):
+        yield from results
+
+
+def edit_batches(
+    editor: AnyEditor, batches: Iterable[Sequence[PlannedEdit]], *, box_crop: bool = False
+) -> Iterator[list[EditResult]]:
+    """Make the edits batch by batch; a source that two batches in a row need is read once."""
+    needs_source = editor.settings.kind != "text2img"
+    sources: dict[str, Image.Image | str] = {}
+    for batch in batches:
+        samples = {edit.sample.sample_id: edit.sample for edit in batch} if needs_source else {}
+        sources = {
+            sample_id: sources[sample_id] if sample_id in sources else read_source(sample, box_crop=box_crop)
+            for sample_id, sample in samples.items()
+        }
+        found = {sample_id: source for sample_id, source in sources.items() if isinstance(source, Image.Image)}
+        usable = [edit for edit in batch if not needs_source or edit.sample.sample_id in found]
+        requests = [
+            Request(
+                image=found.get(edit.sample.sample_id),
+                text=edit.text,
+                seed=edit.seed,
+                box=None if box_crop else edit.sample.box,
+            )
+            for edit in usable
+        ]
+        outcomes = dict(zip((edit.file_name for edit in usable), editor.edit(requests) if requests else [], strict=True))
+        results = []
+        for edit in batch:
+            source = sources.get(edit.sample.sample_id)
+            if isinstance(source, str):
+                results.append(EditResult(planned=edit, source=None, image=None, reason=source, unreadable=True))
+                continue
+            outcome = outcomes[edit.file_name]
+            reason = outcome if isinstance(outcome, str) else flaw(outcome, editor.output_size(*(source or outcome).size))
+            image = outcome if isinstance(outcome, Image.Image) and not reason else None
+            results.append(EditResult(planned=edit, source=source, image=image, reason=reason))
+        yield results
+
+
+def read_source(sample: Sample, *, box_crop: bool = False) -> Image.Image | str:
+    """Return a source as upright RGB, or why it cannot be read, without this machine's path."""
+    try:
+        return read_image(sample.path, box=sample.box if box_crop else None)
+    except DataError as error:
+        return str(error).replace(str(sample.path), f"'{sample.sample_id}'")
+
+
+def flaw(image: Image.Image, size: tuple[int, int]) -> str:
+    """Return why an edit cannot be used, or the empty string; NaN pixels come out black."""
+    if image.size != size:
+        return f"{image.width} x {image.height} px instead of {size[0]} x {size[1]}"
+    pixels_HWC = np.asarray(image.convert("RGB"))
+    if pixels_HWC.max() <= ONE_COLOUR_STD:
+        return "black"
+    return "of one colour" if pixels_HWC.std(axis=(0, 1)).max() < ONE_COLOUR_STD else ""
+
+
+def _wording(text: EditText | str, kind: str) -> Wording:
+    if isinstance(text, str):
+        return Wording("", text)
+    name = "instruction" if uses_instruction(kind) else "prompt"
+    if not getattr(text, name):
+        raise DataError(f"the text for '{text.domain}' has no {name}, which an editor of the kind {kind} needs; add one")
+    return Wording(text.domain, getattr(text, name))

@@ -1,0 +1,297 @@
+"""`flyp-saflex generate`: edits of the training images into the augment cache, in as many processes as wished (floor 3).
+
+The plan is the same everywhere (`edit_plan.py`); of its batches, writer i of n makes every n-th. What the entry holds is not
+made again, so the same command goes on after any stop, kill -9 and power cuts included, and loses at most the batch in flight.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from flyp_saflex.config import Config
+from flyp_saflex.data.registry import load_dataset
+from flyp_saflex.editing.diffusers_editor import Editor, load_editor
+from flyp_saflex.editing.edit_images import EditResult, edit_batches, read_source
+from flyp_saflex.editing.plan import PlannedEdit, batches_of, check_plan, entry_key, plan_edits, stated_settings, wordings_for
+from flyp_saflex.editing.progress import Sheets, Tally
+from flyp_saflex.editing.settings import Settings, resolve
+from flyp_saflex.errors import DataError
+from flyp_saflex.prompting.edit_prompts import load_edit_prompts
+from flyp_saflex.records import Dataset
+from flyp_saflex.storage.augment_cache import DONE, FORMATS, MANIFEST, SHEETS, WRITERS, AugmentCache
+from flyp_saflex.storage.augment_cache_files import read_rejected, state_settings
+from flyp_saflex.storage.augment_cache_writer import CacheWriter
+from flyp_saflex.training.signals import StopSignals
+
+PROBE_AGAIN_S = 30.0
+"""A probe that was quicker is timed a second time: the first batch pays for what the device has to set up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is to be done, by whom, and where."""
+
+    config: Config
+    dataset: Dataset
+    settings: Settings
+    stated: dict[str, Any]
+    folder: Path
+    plan: list[PlannedEdit]
+    index: int
+    count: int
+    is_main: bool
+
+    @property
+    def max_unreadable(self) -> int:
+        """Return how many sources may be unreadable."""
+        return int(self.config.data.max_unreadable * len({edit.sample.sample_id for edit in self.plan}))
+
+    def pending(self, made: set[str], rejected: set[str], *, whole: bool = False) -> list[list[PlannedEdit]]:
+        """Return the batches of this writer (or of all) with anything to do in them; they are remade as they were."""
+        index, count = (0, 1) if whole else (self.index, self.count)
+        batches = batches_of(self.plan, self.config.editor.batch_size, index=index, count=count)
+        return [batch for batch in batches if any(_is_open(edit, made, rejected) for edit in batch)]
+
+    def say(self, text: str) -> None:
+        """Print a line, on the main process."""
+        if self.is_main:
+            tqdm.write(text)
+
+
+def generate(config: Config, *, shard: tuple[int, int] = (0, 1), limit: int | None = None, dry_run: bool = False) -> Path:
+    """Make the edits of the recipe that the cache entry does not hold yet.
+
+    Args:
+        config: the recipe.
+        shard: (i, n): make the i-th of n parts; under `accelerate launch` its processes share that part.
+        limit: only of so many images of the split.
+        dry_run: check everything, time one batch, say how much there is to do, write nothing.
+
+    Returns:
+        The entry's folder.
+
+    Raises:
+        UserError: recipe, data, texts, model or disk cannot be used as they are; what was done stays.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the batch in flight is written.
+    """
+    work = _work(config, shard, limit)
+    made, rejected, unreadable = _held(work.folder)
+    batches = work.pending(made, rejected, whole=dry_run)
+    work.say(_plan_line(work, made, rejected))
+    if dry_run:
+        if work.is_main and batches:
+            _probe(work, batches, sum(_is_open(edit, made, rejected) for batch in batches for edit in batch))
+        return work.folder
+    tidy = (work.folder / DONE).is_file() and not (work.folder / WRITERS).exists()
+    if tidy and not _worth_another_try(batches, made, rejected, unreadable, config):
+        work.say(f"nothing to do: {work.folder} is finished")
+        return work.folder
+    _check_writable(work.folder)
+    editor = load_editor(config.editor, device=PartialState().device) if batches else None
+    if editor is not None:
+        state_settings(work.folder, work.stated | {"identity": editor.identity}, write=True)
+    with CacheWriter(work.folder, work.dataset.name, index=work.index, count=work.count) as writer, StopSignals() as signals:
+        tally = Tally()
+        if editor is not None:
+            _edit(work, editor, writer, signals, tally)
+        done = writer.finish([(edit.file_name, edit.sample.sample_id) for edit in work.plan], work.max_unreadable)
+    if counts := tally.line():
+        work.say(counts)
+    if done:
+        work.say(f"{work.folder} is finished; look at {SHEETS}/ in it before you train on it")
+    else:
+        others = "" if work.count == 1 else ", or another of its processes is still at work"
+        work.say(f"{work.folder} is not finished{others}: the same command goes on")
+    if signals.requested and not done:
+        raise KeyboardInterrupt
+    return work.folder
+
+
+def _work(config: Config, shard: tuple[int, int], limit: int | None) -> _Work:
+    """Check everything that can be checked without a model."""
+    settings = resolve(config.editor)
+    prompts = load_edit_prompts(config.editor.prompts, config.data.name)
+    wordings = wordings_for(prompts, config.editor.kind)
+    dataset = load_dataset(config.data, seed=config.seed, limit=limit)
+    check_plan(config, dataset)
+    stated = stated_settings(config, settings, wordings)
+    folder = Path(config.cache.root).expanduser() / dataset.name / (config.cache.key or entry_key(stated))
+    state_settings(folder, stated, write=False)
+    plan = plan_edits(
+        dataset.train.samples,
+        wordings,
+        dataset.class_names,
+        seed=config.seed,
+        per_text=config.editor.per_text,
+        texts_per_image=config.editor.texts_per_image,
+        suffix=f".{config.editor.image_format}",
+    )
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return _Work(
+        config=config,
+        dataset=dataset,
+        settings=settings,
+        stated=stated,
+        folder=folder,
+        plan=plan,
+        index=shard[0] * world + rank,
+        count=shard[1] * world,
+        is_main=rank == 0,
+    )
+
+
+def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals, tally: Tally) -> None:
+    """Make this writer's edits, batch by batch, until all are made or a signal asks to stop."""
+    config, done_before = work.config, writer.made | writer.rejected
+    batches = work.pending(writer.made, writer.rejected)
+    total = sum(edit.file_name not in done_before for batch in batches for edit in batch)
+    allowed = work.max_unreadable
+    sheets = Sheets(work.folder, config.editor.sheet_every, index=work.index, count=work.count, done=len(done_before))
+    quiet = None if work.is_main else True
+    with tqdm(total=total, unit="edit", desc="editing", disable=quiet, smoothing=0.05) as bar:
+        for results in edit_batches(editor, batches, box_crop=config.data.box_crop):
+            new = [result for result in results if result.planned.file_name not in done_before]
+            edits = [(result.image, _row(result.planned, result.image, work, editor)) for result in new if result.image]
+            rejections = [_rejection(result) for result in new if result.image is None and not result.unreadable]
+            first_seen = {
+                result.planned.sample.sample_id: result
+                for result in reversed(new)
+                if result.unreadable and result.planned.sample.sample_id not in tally.unreadable
+            }
+            writer.write(edits, [*rejections, *(_rejection(result) for result in first_seen.values())])
+            for result in first_seen.values():
+                work.say(f"skipped: {result.reason}")
+            tally.add(new)
+            sheets.add(new)
+            bar.update(len(new))
+            if len(tally.unreadable) > allowed:
+                raise DataError(
+                    f"{len(tally.unreadable)} sources cannot be read, more than data.max_unreadable = "
+                    f"{config.data.max_unreadable} of them; what is done stays; first: {next(iter(tally.unreadable.values()))}"
+                )
+            if signals.requested:
+                break
+    sheets.write_rest()
+
+
+def _row(planned: PlannedEdit, image: Image.Image, work: _Work, editor: Editor) -> dict[str, Any]:
+    """Return the manifest row of an edit: what made it, and nothing that another run would have otherwise."""
+    settings = editor.settings
+    numbers = {
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "image_guidance": settings.image_guidance,
+        "strength": settings.strength,
+    }
+    return {
+        "file_name": planned.file_name,
+        "aug_id": planned.file_name,
+        "dataset": work.dataset.name,
+        "source_id": planned.sample.sample_id,
+        "label": planned.sample.label,
+        "instruction": planned.text,
+        "domain": planned.domain,
+        "k": planned.k,
+        "kind": settings.kind,
+        **editor.identity,
+        **{name: value for name, value in numbers.items() if value is not None},
+        "scheduler": settings.scheduler,
+        "seed": planned.seed,
+        "size": list(image.size),
+    }
+
+
+def _rejection(result: EditResult) -> dict[str, Any]:
+    planned = result.planned
+    if result.unreadable:
+        return {"aug_id": None, "source_id": planned.sample.sample_id, "reason": result.reason}
+    return {
+        "aug_id": planned.file_name,
+        "source_id": planned.sample.sample_id,
+        "reason": result.reason,
+        "instruction": planned.text,
+    }
+
+
+def _is_open(edit: PlannedEdit, made: set[str], rejected: set[str]) -> bool:
+    return edit.file_name not in made and edit.file_name not in rejected
+
+
+def _held(folder: Path) -> tuple[set[str], set[str], set[str]]:
+    """Return what the entry has, writing nothing: edits, rejected edits, unreadable sources."""
+    if not (folder / MANIFEST).is_file():
+        return set(), set(), set()
+    rejected, unreadable = read_rejected(folder)
+    return {edit.aug_id for edit in AugmentCache.at(folder).checked()}, set(rejected), set(unreadable)
+
+
+def _worth_another_try(
+    batches: Sequence[Sequence[PlannedEdit]], made: set[str], rejected: set[str], unreadable: set[str], config: Config
+) -> bool:
+    """Return whether anything of a finished entry can be made now: new in the plan, or its source can be read again."""
+    sources = {edit.sample.sample_id: edit.sample for batch in batches for edit in batch if _is_open(edit, made, rejected)}
+    return any(
+        name not in unreadable or isinstance(read_source(sample, box_crop=config.data.box_crop), Image.Image)
+        for name, sample in sources.items()
+    )
+
+
+def _plan_line(work: _Work, made: set[str], rejected: set[str]) -> str:
+    done = sum(edit.file_name in made for edit in work.plan)
+    refused = sum(edit.file_name in rejected and edit.file_name not in made for edit in work.plan)
+    part = f", this is part {work.index} of {work.count}" if work.count > 1 else ""
+    return (
+        f"{work.folder}: {len(work.plan)} edits of {len({edit.sample.sample_id for edit in work.plan})} images with "
+        f"{len(work.stated['texts'])} texts by {work.settings.kind} ({work.stated['model']}); {done} made, {refused} rejected, "
+        f"{len(work.plan) - done - refused} to do{part}"
+    )
+
+
+def _probe(work: _Work, batches: list[list[PlannedEdit]], todo: int) -> None:
+    """Make one batch, write nothing, and say what the rest costs."""
+    editor = load_editor(work.config.editor, device=PartialState().device)
+    state_settings(work.folder, work.stated | {"identity": editor.identity}, write=False)
+    seconds, results = _timed(editor, batches[0], work.config)
+    if seconds < PROBE_AGAIN_S:
+        seconds, results = _timed(editor, batches[0], work.config)
+    suffix = f".{work.config.editor.image_format}"
+    sizes = [_bytes(result.image, suffix) for result in results if result.image]
+    edit_bytes = sum(sizes) / len(sizes) if sizes else 0.0
+    home = next(path for path in (work.folder, *work.folder.absolute().parents) if path.exists())
+    hours = todo * seconds / len(batches[0]) / 3600
+    shared = f", {hours / work.count:.2f} h with {work.count} processes alike" if work.count > 1 else ""
+    work.say(
+        f"a batch of {len(batches[0])} took {seconds:.2f} s, {sum(result.image is None for result in results)} of them rejected; "
+        f"{todo} edits: about {hours:.2f} h{shared}, {todo * edit_bytes / 1e9:.3f} GB "
+        f"({shutil.disk_usage(home).free / 1e9:.1f} GB free); nothing was written"
+    )
+
+
+def _timed(editor: Editor, batch: list[PlannedEdit], config: Config) -> tuple[float, list[EditResult]]:
+    started = time.monotonic()
+    results = next(edit_batches(editor, [batch], box_crop=config.data.box_crop))
+    return time.monotonic() - started, results
+
+
+def _bytes(image: Image.Image, suffix: str) -> int:
+    buffer = io.BytesIO()
+    image.save(buffer, format=FORMATS[suffix])
+    return buffer.tell()
+
+
+def _check_writable(folder: Path) -> None:
+    home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        reason = "it may not be written to" if home.is_dir() else "it is a file"
+        raise DataError(f"augment cache {folder} cannot be written: {home}: {reason}; choose another cache.root")

@@ -1,0 +1,181 @@
+"""Which edits are made of which images, under which names and seeds, before anything is loaded (floor 3, shared by stages).
+
+    sample x text (all, or `texts_per_image` drawn by hash) x k  ->  text with the class name, seed, file name
+
+Names, seeds and draws are SHA-256 of what an edit is: the same whatever else is planned, on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flyp_saflex.config import Config
+from flyp_saflex.editing.settings import Settings, uses_instruction
+from flyp_saflex.errors import ConfigError, DataError
+from flyp_saflex.prompting.edit_prompts import EditPrompts
+from flyp_saflex.records import Dataset, Sample
+from flyp_saflex.storage.augment_cache import AugmentCache
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """One way to edit, as the editor's kind needs it: `text` has at most one `{}` for the class name."""
+
+    domain: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedEdit:
+    """One edit to make.
+
+    Attributes:
+        sample: the source.
+        text: instruction or prompt with the class name filled in.
+        domain: what the image is turned into; empty if unknown.
+        k: number of the edit among those of this image with this text.
+        seed: of its noise.
+        file_name: relative to the cache entry; also its aug_id.
+    """
+
+    sample: Sample
+    text: str
+    domain: str
+    k: int
+    seed: int
+    file_name: str
+
+
+def edit_seed(seed: int, sample_id: str, text: str, k: int) -> int:
+    """Return the seed of one edit's noise, 0 .. 2**63 - 1: a hash of what it is, whatever is made before or beside it."""
+    return _hash(seed, sample_id, text, k) >> 1
+
+
+def draw_wordings(wordings: Sequence[Wording], sample_id: str, *, seed: int, number: int) -> list[Wording]:
+    """Return `number` of the wordings, in their order, drawn for one image by hash; 0, or as many as there are: all.
+
+    A wording that is added to the file takes the place of another one in some draws and leaves the others as they are.
+    """
+    if not 0 < number < len(wordings):
+        return list(wordings)
+    ranks = sorted((_hash(seed, sample_id, wording.text, -1), place) for place, wording in enumerate(wordings))
+    return [wordings[place] for place in sorted(place for _, place in ranks[:number])]
+
+
+def plan_edits(
+    samples: Sequence[Sample],
+    wordings: Sequence[Wording],
+    class_names: Sequence[str],
+    *,
+    seed: int = 0,
+    per_text: int = 1,
+    texts_per_image: int = 0,
+    suffix: str = ".png",
+) -> list[PlannedEdit]:
+    """Return every edit, image by image, so that each source has to be read only once.
+
+    Raises:
+        DataError: a text has a `{}` but there is no name for the class.
+    """
+    plan = []
+    for sample in samples:
+        for wording in draw_wordings(wordings, sample.sample_id, seed=seed, number=texts_per_image):
+            text = wording.text
+            if "{}" in text:
+                if not 0 <= sample.label < len(class_names):
+                    raise DataError(
+                        f"the text '{text}' needs the name of class {sample.label} of '{sample.sample_id}', but there are "
+                        f"{len(class_names)} class names; give class_names"
+                    )
+                text = text.replace("{}", class_names[sample.label])
+            plan += [
+                PlannedEdit(
+                    sample=sample,
+                    text=text,
+                    domain=wording.domain,
+                    k=k,
+                    seed=edit_seed(seed, sample.sample_id, text, k),
+                    file_name=AugmentCache.file_name(sample.sample_id, text, k, suffix),
+                )
+                for k in range(per_text)
+            ]
+    return plan
+
+
+def wordings_for(prompts: EditPrompts, kind: str) -> tuple[Wording, ...]:
+    """Return the texts that editors of the kind are given.
+
+    Raises:
+        DataError: an edit of the file lacks the one that this kind needs.
+    """
+    name = "instruction" if uses_instruction(kind) else "prompt"
+    for number, edit in enumerate(prompts.edits, 1):
+        if not getattr(edit, name):
+            example = "put the {} in the snow" if name == "instruction" else "a photo of a {} in the snow"
+            other = "img2img" if name == "instruction" else "instruct-pix2pix"
+            raise DataError(
+                f"{prompts.path} edit {number} has no {name}, which editor.kind = {kind} needs: add {name} = '{example}', or use "
+                f"editor.kind = {other}"
+            )
+    return tuple(Wording(edit.domain, getattr(edit, name)) for edit in prompts.edits)
+
+
+def batches_of(plan: Sequence[PlannedEdit], batch_size: int, *, index: int = 0, count: int = 1) -> list[list[PlannedEdit]]:
+    """Return the batches of writer `index` of `count`.
+
+    They are cut from the whole plan, done or not, so that an edit has the same company in its batch after every kill and
+    under every number of writers: rounding depends on it.
+    """
+    starts = range(0, len(plan), batch_size)
+    return [list(plan[start : start + batch_size]) for start in starts[index::count]]
+
+
+def check_plan(config: Config, dataset: Dataset) -> None:
+    """Check that the editor's kind can do anything with the samples.
+
+    Raises:
+        ConfigError: `inpaint` without boxes, or with images that are cropped to them.
+    """
+    if config.editor.kind != "inpaint":
+        return
+    if config.data.box_crop:
+        raise ConfigError(
+            "editor.kind = inpaint repaints what is around the box, and data.box_crop cuts that off: set data.box_crop=false"
+        )
+    if all(sample.box is None for sample in dataset.train.samples):
+        raise ConfigError(
+            f"editor.kind = inpaint keeps what is in an object's box, but the images of '{dataset.name}' have none (those of cub "
+            "have): use instruct-pix2pix or img2img"
+        )
+
+
+def stated_settings(config: Config, settings: Settings, wordings: Sequence[Wording]) -> dict[str, Any]:
+    """Return everything that decides which edits are made and how they look; batch size and sheets do not."""
+    model = Path(settings.model).expanduser()
+    stated: dict[str, Any] = {"dataset": config.data.name, **asdict(settings)}
+    if model.is_dir():
+        stated["model"] = model.resolve().name  # a machine's path is no property of the edits
+    stated |= {
+        "seed": config.seed,
+        "per_text": config.editor.per_text,
+        "texts_per_image": config.editor.texts_per_image,
+        "image_format": config.editor.image_format,
+        "texts": [asdict(wording) for wording in wordings],
+    }
+    return stated | ({"box_crop": True} if config.data.box_crop else {})
+
+
+def entry_key(stated: Mapping[str, Any]) -> str:
+    """Return a name for the cache entry of these settings: other settings, another entry."""
+    return f"{stated['kind']}-{hashlib.sha256(msgspec.json.encode(stated, order='sorted')).hexdigest()[:8]}"
+
+
+def _hash(*parts: object) -> int:
+    text = "\n".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "big")

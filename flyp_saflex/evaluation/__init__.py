@@ -1,0 +1,1 @@
+"""Scores of trained models: predictions, metrics, weight averaging, statistics."""

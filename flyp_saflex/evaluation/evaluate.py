@@ -1,0 +1,246 @@
+"""Evaluate a run: every split, every WiSE-FT alpha, each image decoded once (floor 3).
+
+Reads RUN/config.toml and RUN/model, writes RUN/results.json, RUN/details.json and RUN/predictions/<split>.parquet after
+every split, so that what an interrupted evaluation finished stays. `evaluate_split` is the part without files: an
+experiment calls it with the variants of many runs. Under accelerate every process takes its share of a split.
+
+Shapes: N images, K classes, D embedding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flyp_saflex import recipe as recipe_module
+from flyp_saflex.clip.model import RANDOM
+from flyp_saflex.config import Config
+from flyp_saflex.data.registry import load_dataset, split_for
+from flyp_saflex.errors import ConfigError, DataError, RunError
+from flyp_saflex.evaluation.load_run import check_model, load_model
+from flyp_saflex.evaluation.predict import Variant, autocast, predict
+from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split
+from flyp_saflex.evaluation.weight_averaging import WiseModel
+from flyp_saflex.images.loader import ImageLoader
+from flyp_saflex.images.reader import open_reader
+from flyp_saflex.records import Dataset, Split
+from flyp_saflex.storage.results import Results
+from flyp_saflex.storage.run_folder import RunDir
+from flyp_saflex.tasks.feature_cache import ActivationStore, LoweredImages, open_store
+
+Loader = ImageLoader | ActivationStore | LoweredImages
+
+
+def evaluate(
+    run: Path,
+    *,
+    splits: Sequence[str] = (),
+    wise_alphas: Sequence[float] | None = None,
+    overrides: Iterable[str] = (),
+    limit: int | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a finished run and return what results.json then holds.
+
+    Args:
+        run: folder that `train` wrote.
+        splits: names of splits; empty: every split that was not trained on.
+        wise_alphas: WiSE-FT's alphas; None: `evaluate.wise_alphas`. 1, the finetuned model, is always evaluated.
+        overrides: `section.field=value`, applied to the run's recipe.
+        limit: use at most this many images of each split.
+        dry_run: run all checks, load no model, write nothing.
+
+    Raises:
+        RunError: no run folder, a run without a model, or logits that are NaN.
+        ConfigError: a split to select on that may not select.
+        DataError: an unknown split, or too many unreadable images.
+    """
+    run, overrides = Path(run), tuple(overrides)
+    if not run.is_dir():
+        raise RunError(f"run folder {run}: there is no such folder; give the folder that `flyp-saflex train` wrote")
+    # PartialState by itself does not read this flag, unlike Accelerator: processes on CPUs would not see each other
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    with RunDir(run, lock=state.is_main_process and not dry_run) as folder:
+        config = folder.read_config()
+        if overrides:
+            config = recipe_module.load(str(run / "config.toml"), overrides)
+        check_model(folder, config)
+        alphas = tuple(sorted({1.0, *(config.evaluate.wise_alphas if wise_alphas is None else wise_alphas)}))
+        check_start(config, alphas)
+        dataset = load_dataset(config.data, seed=config.seed, limit=limit)
+        select = select_split(config, dataset, choose=len(alphas) > 1)
+        todo = splits_to_evaluate(dataset, splits, first=select)
+        results = Results(
+            folder.path,
+            recipe=config.recipe,
+            seed=config.seed,
+            order=list(dataset.splits),
+            select_split=select,
+            select_metric=config.train.select_metric,
+        )
+        if dry_run:
+            if state.is_main_process:
+                print(f"{run}: would evaluate {', '.join(f'{s.name} ({len(s)})' for s in todo)} at alpha {_list(alphas)}")
+            return results.as_dict()
+        model = load_model(folder.path, config, dataset, alphas=alphas, device=state.device)
+        samples = [sample for split in todo for sample in split.samples]
+        reader = open_reader(config.data, model.clip.preprocess, model.clip.config["preprocess_cfg"], samples)
+        if state.is_main_process:
+            for note in reader.notes:
+                print(f"note: {note}")
+        images = ImageLoader(
+            reader,
+            batch_size=config.evaluate.batch_size,
+            workers=config.data.workers,
+            max_unreadable=config.data.max_unreadable,
+            box_crop=config.data.box_crop,
+            progress=state.is_main_process,
+            pin=state.device.type == "cuda",
+        )
+        loader = _loader(config, model, images, torch.device(state.device))
+        variants = {alpha: model.variant(alpha) for alpha in alphas}
+        extras = {key: value for key, value in (("limit", limit), ("overrides", telling(overrides))) if value}
+        for split in todo:
+            started = time.monotonic()
+            scored = evaluate_split(
+                variants, split, loader, bootstrap=config.evaluate.bootstrap, seed=config.seed, state=state, extras=extras
+            )
+            results.add(_with_alpha(part.row, alpha) for alpha, part in scored.items())
+            if state.is_main_process:
+                shown = {alpha: part for alpha, part in scored.items() if alpha in (1.0, results.chosen_alpha)}
+                if config.evaluate.save_predictions:
+                    results.write_predictions(split.name, prediction_columns(shown, dataset.class_names))
+                results.write_details(split.name, details(shown, dataset.class_names))
+                results.write()
+                folder.note_seconds("evaluation", split.name, time.monotonic() - started)
+        if state.is_main_process:
+            print(results.table([split.name for split in todo]))
+        return results.as_dict()
+
+
+def evaluate_split(
+    variants: Mapping[Any, Variant],
+    split: Split,
+    loader: Loader,
+    *,
+    bootstrap: int = 0,
+    seed: int = 0,
+    state: PartialState | None = None,
+    extras: Mapping[str, Any] | None = None,
+) -> dict[Any, Scored]:
+    """Score several models on one split, reading its images once.
+
+    Args:
+        variants: by a key of your own (alpha, a run's name): what puts a model's weights in place.
+        split: the images.
+        loader: reads them with the preprocessing that all variants share.
+        bootstrap: resamples behind the intervals; 0: none.
+        seed: seed of the resamples.
+        state: accelerate's state, to share the images among its processes; None: this process reads all of them.
+        extras: further fields of every row.
+
+    Returns:
+        A row and the predictions by key. Unreadable images are left out of both and counted in the row.
+
+    Raises:
+        RunError: a logit is NaN or infinite.
+        DataError: no image, or too many unreadable ones.
+    """
+    rank, world = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    share = list(range(rank, len(split), world))
+    positions, logits = predict(list(variants.values()), loader.batches([split.samples[i] for i in share]))
+    index_N = np.array([share[int(position)] for position in positions], dtype=np.int64)
+    arrays: list[NDArray[Any]] = [part.numpy() for part in logits]
+    if world > 1:
+        gathered = [part for part in gather_object([(index_N, arrays)]) if len(part[0])]
+        index_N = np.concatenate([part[0] for part in gathered]) if gathered else index_N
+        arrays = [np.concatenate([part[1][v] for part in gathered]) for v in range(len(variants))] if gathered else arrays
+    scored = {}
+    for key, logits_NK in zip(variants, arrays, strict=True):
+        scored[key] = score_split(split, index_N, logits_NK, bootstrap=bootstrap, seed=seed)
+        scored[key].row.update(extras or {})
+    return scored
+
+
+def _loader(config: Config, model: WiseModel, images: ImageLoader, device: torch.device) -> Loader:
+    """Return what reads the model's inputs: images, or activations behind blocks that are the same for every alpha."""
+    if (tower := model.tower) is None:
+        return images
+    store = open_store(config, model.clip, tower, images, device)
+    if store is not None:
+        return store
+
+    def lower(images_BCHW: Tensor) -> Tensor:
+        with autocast(device, model.precision):
+            return tower.lower(images_BCHW.to(device, non_blocking=True))
+
+    return LoweredImages(images, lower)
+
+
+def check_start(config: Config, alphas: Sequence[float]) -> None:
+    """Check that the weights that the run started from can be had again, if an alpha below 1 needs them.
+
+    Raises:
+        ConfigError: the run started from random weights.
+    """
+    if config.model.pretrained == RANDOM and any(alpha != 1 for alpha in alphas):
+        raise ConfigError(
+            f"WiSE-FT alphas {_list(alphas)} need the pretrained weights, but model.pretrained = {RANDOM}: there are none; "
+            "use --wise-alphas 1"
+        )
+
+
+def select_split(config: Config, dataset: Dataset, *, choose: bool) -> str:
+    """Return the split that picks alpha, or the empty string when nothing is to be picked.
+
+    Args:
+        config: `evaluate.select_split`, else `train.select_split`.
+        dataset: its splits.
+        choose: whether there is more than one alpha.
+
+    Raises:
+        ConfigError: the split is unknown, or its role is not `select`.
+    """
+    option = "evaluate.select_split" if config.evaluate.select_split else "train.select_split"
+    name = config.evaluate.select_split or config.train.select_split
+    if not name or not (choose or config.evaluate.select_split):
+        return ""
+    try:
+        return split_for(dataset, name, "select").name
+    except DataError as error:
+        raise ConfigError(f"{option} = {name} cannot pick alpha: {error}") from None
+
+
+def splits_to_evaluate(dataset: Dataset, names: Sequence[str], *, first: str = "") -> list[Split]:
+    """Return the named splits, or all but those trained on; `first`, which picks alpha, comes first if it is among them.
+
+    Raises:
+        DataError: a name is unknown; says the nearest.
+    """
+    wanted = {split_for(dataset, name).name for name in names}
+    todo = [split for split in dataset.splits.values() if (split.name in wanted if wanted else split.role != "train")]
+    return sorted(todo, key=lambda split: split.name != first)
+
+
+def telling(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides that belong beside a result: not where images are, how they are read, or what is computed."""
+    silent = ("data.root=", "data.workers=", "evaluate.")
+    return [override for override in overrides if not override.startswith(silent)]
+
+
+def _with_alpha(row: dict[str, Any], alpha: float) -> dict[str, Any]:
+    """Return the row with `wise_alpha` beside the split that it is about, where a reader looks for it."""
+    return {name: row[name] for name in ("split", "role", "shift")} | {"wise_alpha": alpha} | row
+
+
+def _list(alphas: Sequence[float]) -> str:
+    return ", ".join(f"{alpha:g}" for alpha in alphas)

@@ -1,0 +1,97 @@
+"""From a split's logits to what is written about it: a row, tables, predictions (floor 2; numpy, no files).
+
+The trainer scores its select split with the same function as `evaluate` and experiment scripts.
+
+Shapes: N images that could be read, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flyp_saflex.errors import DataError, RunError
+from flyp_saflex.evaluation import metrics
+from flyp_saflex.records import Sample, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One model on one split.
+
+    Attributes:
+        row: as in results.json, without `wise_alpha`.
+        samples: the N images that could be read.
+        labels_N: their classes.
+        predictions_N: predicted classes.
+        confidences_N: probabilities of the predictions.
+    """
+
+    row: dict[str, Any]
+    samples: list[Sample]
+    labels_N: NDArray[np.int64]
+    predictions_N: NDArray[np.int64]
+    confidences_N: NDArray[np.float64]
+
+
+def score_split(split: Split, positions_N: ArrayLike, logits_NK: ArrayLike, *, bootstrap: int = 0, seed: int = 0) -> Scored:
+    """Score one model on one split.
+
+    Args:
+        split: the images.
+        positions_N: which of them the logits are of, in any order; the others were unreadable and are counted.
+        logits_NK: logits; a tensor must be on the CPU.
+        bootstrap: resamples behind the intervals; 0: none.
+        seed: seed of the resamples.
+
+    Raises:
+        RunError: a logit is NaN or infinite.
+        DataError: there are no images.
+    """
+    positions_N, logits_NK = np.asarray(positions_N, dtype=np.int64), np.asarray(logits_NK)
+    assert len(positions_N) == len(logits_NK), f"{len(positions_N)} positions, {len(logits_NK)} rows of logits"
+    assert len(np.unique(positions_N)) == len(positions_N), "an image was scored twice"
+    order_N = np.argsort(positions_N, kind="stable")
+    samples, logits_NK = [split.samples[i] for i in positions_N[order_N]], logits_NK[order_N]
+    labels_N = np.array([sample.label for sample in samples], dtype=np.int64)
+    try:
+        row = metrics.score(logits_NK, labels_N, [sample.domain for sample in samples], bootstrap=bootstrap, seed=seed)
+    except (RunError, DataError) as error:
+        raise type(error)(f"split {split.name}: {error}") from None
+    predictions_N, confidences_N = metrics.predictions_and_confidences(logits_NK)
+    row = {"split": split.name, "role": split.role, "shift": split.shift, **row, "unreadable": len(split) - len(samples)}
+    return Scored(row, samples, labels_N, predictions_N, confidences_N)
+
+
+def prediction_columns(scored: Mapping[float, Scored], class_names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the columns of predictions/<split>.parquet, alpha after alpha."""
+    columns: dict[str, list[Any]] = {
+        name: []
+        for name in ("sample_id", "label", "prediction", "confidence", "label_name", "prediction_name", "domain", "alpha")
+    }
+    for alpha, part in scored.items():
+        labels, predictions = part.labels_N.tolist(), part.predictions_N.tolist()
+        columns["sample_id"] += [sample.sample_id for sample in part.samples]
+        columns["label"] += labels
+        columns["prediction"] += predictions
+        columns["confidence"] += part.confidences_N.tolist()
+        columns["label_name"] += [class_names[k] for k in labels]
+        columns["prediction_name"] += [class_names[k] for k in predictions]
+        columns["domain"] += [sample.domain for sample in part.samples]
+        columns["alpha"] += [alpha] * len(labels)
+    return columns
+
+
+def details(scored: Mapping[float, Scored], class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the tables per class and per group by alpha, as in details.json."""
+    return {
+        f"{alpha:g}": {
+            "per_class": metrics.per_class(part.labels_N, part.predictions_N, class_names),
+            "per_group": metrics.per_group(part.labels_N, part.predictions_N, [sample.domain for sample in part.samples]),
+        }
+        for alpha, part in scored.items()
+    }

@@ -1,0 +1,1 @@
+"""Scores of edited images: the filters of ALIA."""

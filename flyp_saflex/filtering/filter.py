@@ -1,0 +1,144 @@
+"""`flyp-saflex filter`: ALIA's two filters as scores beside the edits; nothing is deleted (floor 3).
+
+Semantic: CLIP's zero-shot choice between texts that an edit should fit and texts that it should not. Confidence: a model
+trained on the clean images says whether an edit hardly changed or no longer shows its class (method/filters.py). And always:
+how like its source an edit is, as the cosine of their CLIP embeddings. Training reads `keep` with `augment.filter = "scores"`.
+
+Under accelerate every process takes its share of the sources and their edits; the first one writes and prints.
+
+Shapes: N edits, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.state import PartialState
+from accelerate.utils import parse_flag_from_env
+from numpy.typing import NDArray
+
+from flyp_saflex.config import Config
+from flyp_saflex.errors import DataError, RunError
+from flyp_saflex.evaluation.load_run import load_model
+from flyp_saflex.filtering.alia import UNREADABLE, confidence_filter, keep
+from flyp_saflex.filtering.inputs import Checked, check, plan_line
+from flyp_saflex.filtering.scores import Scores, load_filter_clip, score_edits, thresholds
+from flyp_saflex.filtering.summary import Scored, report
+from flyp_saflex.storage.augment_cache import SHEETS, AugmentCache
+
+
+def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = False) -> dict[str, Any]:
+    """Score every edit of the cache entry, write the scores beside it and print what they would remove.
+
+    Args:
+        config: `filter`, `cache`, `data`, `model` and `editor.prompts` are read. `data.shots` is not: edits of all training
+            images are scored, whatever a run draws of them.
+        limit: a quick look: the edits of at most this many training images, and no scores are written.
+        dry_run: run all checks; load no weights, write nothing.
+
+    Returns:
+        The numbers that are printed (see `filter_report.report`); of a dry run, and in all processes but the first, only how
+        many edits there are.
+
+    Raises:
+        ConfigError: an option is missing or cannot be used.
+        DataError: no cache entry, one of another dataset, no texts, no edit that can be read.
+        RunError: the run folder cannot be used, or its model knows other classes.
+        ModelError: weights that cannot be had.
+    """
+    checked = check(config, limit=limit)
+    # PartialState by itself does not read this flag, unlike Accelerator: processes on CPUs would not see each other
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.is_main_process:
+        for note in checked.notes:
+            print(f"note: {note}")
+        print(plan_line(config, checked, dry_run=dry_run), flush=True)
+    if dry_run:
+        return {"edits": len(checked.edits)}
+    clip = load_filter_clip(config, state.device)
+    model = None
+    if checked.run is not None:  # activations behind frozen blocks exist for images of the dataset, not for edits
+        plain = replace(checked.run, train=replace(checked.run.train, frozen_cache=""))
+        model = load_model(Path(config.filter.run), plain, checked.run_dataset, device=state.device)
+    threshold_K = thresholds(config, checked, model, state) if model else np.empty(0)
+    scores = score_edits(config, checked, clip, model, state)
+    if not state.is_main_process:
+        return {"edits": len(checked.edits)}
+    rows, flags = score_rows(checked, scores, threshold_K, config.filter.drop)
+    if limit is None:
+        _write(checked.cache, [*rows, *_unscored(checked)], config.cache.scores)
+    scored = Scored(dataset=checked.dataset, edits=checked.edits, rows=rows, flags=flags, box_crop=config.data.box_crop)
+    numbers = report(scored, checked.cache.folder / SHEETS, sheet_rows=config.filter.sheet_rows, drop=config.filter.drop)
+    if limit is None:
+        print(f'scores in {checked.cache.folder / config.cache.scores}; training reads them with augment.filter = "scores"')
+    return numbers
+
+
+def score_rows(
+    checked: Checked, scores: Scores, threshold_K: NDArray[np.float64], drop: Collection[str]
+) -> tuple[list[dict[str, Any]], dict[str, NDArray[np.bool_]]]:
+    """Return the rows of scores.jsonl of the scored edits, and the verdicts by name; None stands for what was not found out."""
+    readable_N = np.array([n not in scores.unreadable for n in range(len(checked.edits))])
+    flags = {}
+    if checked.texts is not None:
+        flags["semantic"] = readable_N & ~(scores.log_odds_N >= 0)
+    predicted_N = np.zeros(len(readable_N), dtype=int)
+    if checked.run is not None:
+        labels_N = [edit.label for edit in checked.edits]
+        found = confidence_filter(scores.probabilities_NK, labels_N, threshold_K)  # NaN is below every threshold
+        flags |= {"unchanged": found.unchanged_N, "corrupted": found.corrupted_N}
+        predicted_N = scores.probabilities_NK.argmax(axis=1)
+    flags[UNREADABLE] = ~readable_N
+    keep_N = keep(flags, drop)
+    rows = []
+    for n, edit in enumerate(checked.edits):
+        seen = bool(readable_N[n])
+        asked = seen and checked.run is not None
+        compared = seen and checked.texts is not None
+        reasons = [name for name in drop if name in flags and flags[name][n]]
+        predicted = int(predicted_N[n])
+        rows.append(
+            {
+                "aug_id": edit.aug_id,
+                "keep": bool(keep_N[n]),
+                "reason": ", ".join(reasons) if seen else scores.unreadable[n],
+                "semantic": _number(scores.log_odds_N[n]) if compared else None,
+                "semantic_pass": not flags["semantic"][n] if compared else None,
+                "predicted": predicted if asked else None,
+                "confidence": _number(scores.probabilities_NK[n, predicted]) if asked else None,
+                "threshold": _number(threshold_K[predicted]) if asked else None,
+                "unchanged": bool(flags["unchanged"][n]) if asked else None,
+                "corrupted": bool(flags["corrupted"][n]) if asked else None,
+                "similarity": _number(scores.similarity_N[n]),
+            }
+        )
+    return rows, flags
+
+
+def _number(value: float) -> float | None:
+    """Return what JSON can hold: None for NaN and infinity."""
+    return round(float(value), 6) if np.isfinite(value) else None
+
+
+def _unscored(checked: Checked) -> list[dict[str, Any]]:
+    """Return rows of the edits that are not scored: those of images that nothing is trained on."""
+    scored = {edit.aug_id for edit in checked.edits}
+    reason = "made from an image that is not trained on"
+    return [{"aug_id": e.aug_id, "keep": False, "reason": reason} for e in checked.cache.edits if e.aug_id not in scored]
+
+
+def _write(cache: AugmentCache, rows: list[dict[str, Any]], file: str) -> None:
+    """Write the scores; those of an earlier run of the filter go as a whole."""
+    if (cache.folder / file).is_file():
+        print(f"note: {cache.folder / file} of an earlier run is replaced as a whole")
+    try:
+        cache.write_scores(rows, file)
+    except RunError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else str(error)
+        raise DataError(
+            f"scores {cache.folder / file} cannot be written: {reason}; free disk space and run filter again"
+        ) from None

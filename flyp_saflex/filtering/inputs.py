@@ -1,0 +1,181 @@
+"""What the command `filter` needs, checked before any weights are loaded (floor 3, a part of filter.py)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from flyp_saflex.clip.model import RANDOM
+from flyp_saflex.config import Config, DataConfig
+from flyp_saflex.data.registry import load_dataset, split_for
+from flyp_saflex.errors import ConfigError, DataError, RunError
+from flyp_saflex.evaluation.load_run import check_model
+from flyp_saflex.prompting.edit_prompts import load_edit_prompts
+from flyp_saflex.records import Dataset, Edit, Split
+from flyp_saflex.storage.augment_cache import AugmentCache
+from flyp_saflex.storage.run_folder import RunDir
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a run of the filter needs, checked, with no weights loaded.
+
+    Attributes:
+        cache: the entry.
+        edits: its edits of training images, which are scored.
+        dataset: the images that they were made from.
+        texts: positive and negative texts of the semantic filter; None: it is not run.
+        run: recipe of the run that the confidence filter asks; None: it is not run.
+        run_dataset: the run's own dataset; the same classes.
+        thresholds_from: the split behind the thresholds.
+        notes: what a person should know.
+    """
+
+    cache: AugmentCache
+    edits: tuple[Edit, ...]
+    dataset: Dataset
+    texts: tuple[list[str], list[str]] | None
+    run: Config | None
+    run_dataset: Dataset
+    thresholds_from: Split | None
+    notes: list[str]
+
+
+def check(config: Config, *, limit: int | None = None) -> Checked:
+    """Check everything that can be checked without weights; see `filter_edits` for what is raised."""
+    options = config.filter
+    dataset = load_dataset(replace(config.data, shots=0), seed=config.seed, limit=limit)
+    cache = AugmentCache.open(config.cache.root, config.data.name, config.cache.key, dataset.class_names)
+    if not len(cache):
+        raise DataError(f"augment cache {cache.folder} holds no edit: run flyp-saflex generate first, or set cache.key")
+    edits = cache.check_against(dataset, partial=limit is not None)
+    notes = [*cache.notes]
+    if limit is not None:
+        notes.append(f"a quick look at {len(edits)} of {len(cache)} edits: {config.cache.scores} is not written")
+    elif len(edits) < len(cache):
+        notes.append(f"{len(cache) - len(edits)} edits were made from images that are not trained on: keep = false, not scored")
+    if not edits:
+        raise DataError(f"augment cache {cache.folder}: none of its {len(cache)} edits was made from a training image")
+    if limit is None:
+        _check_writable(cache, config.cache.scores)
+    if options.pretrained and not options.model:
+        notes.append("filter.pretrained has no effect without filter.model")
+    texts, run, run_dataset, split = None, None, dataset, None
+    if "semantic" in options.use:
+        texts = _texts(config, dataset)
+    if "confidence" in options.use:
+        try:
+            split = split_for(dataset, options.threshold_split, "select")
+        except DataError as error:
+            raise ConfigError(f"filter.threshold_split = {options.threshold_split} cannot give thresholds: {error}") from None
+        run, run_dataset = _check_run(config, dataset, split, notes)
+        if absent := [dataset.class_names[label] for label in range(dataset.num_classes) if label not in split.class_counts()]:
+            shown = ", ".join(absent[:4]) + (" ..." if len(absent) > 4 else "")
+            notes.append(
+                f"{len(absent)} of {dataset.num_classes} classes have no image in {split.name}, so no threshold ({shown}): "
+                "nothing is confidently one of them"
+            )
+    return Checked(cache, edits, dataset, texts, run, run_dataset, split, notes)
+
+
+def _texts(config: Config, dataset: Dataset) -> tuple[list[str], list[str]]:
+    """Return the positive and the negative texts, `{}` written out for every class."""
+    prompts = load_edit_prompts(config.editor.prompts, config.data.name)
+    if not prompts.positive:
+        raise DataError(
+            f'{prompts.path} has no texts for the semantic filter: add [semantic] with positive = ["a photo of an animal"] and '
+            'negative = ["a photo without animals"] in your own words, or set filter.use=["confidence"]'
+        )
+    if model_of(config)[1] == RANDOM:
+        raise ConfigError(
+            f"the semantic filter needs a pretrained model, but model.pretrained = {RANDOM}: set filter.model and "
+            'filter.pretrained, or filter.use=["confidence"]'
+        )
+    positive, negative = (
+        [*dict.fromkeys(text.replace("{}", name) for text in texts for name in (dataset.class_names if "{}" in text else ("",)))]
+        for texts in (prompts.positive, prompts.negative)
+    )
+    return positive, negative
+
+
+def _check_run(config: Config, dataset: Dataset, split: Split, notes: list[str]) -> tuple[Config, Dataset]:
+    """Check the run of the confidence filter; return its recipe and its dataset."""
+    path = Path(config.filter.run)
+    if not config.filter.run:
+        raise ConfigError(
+            'filter.run is empty, but filter.use has "confidence": train on the clean images (flyp-saflex train RECIPE '
+            "--set augment.upstream=[] --set saflex.enabled=false --run-dir RUN) and set filter.run=RUN, or set "
+            'filter.use=["semantic"]'
+        )
+    if not path.is_dir():
+        raise RunError(f"filter.run = {path}: there is no such folder; give the folder that `flyp-saflex train` wrote")
+    folder = RunDir(path, lock=False)
+    run = folder.read_config()
+    check_model(folder, run)
+    own = dataset
+    if _which_images(run.data) != _which_images(config.data):
+        own = load_dataset(run.data, seed=run.seed, check_files=False)
+    if own.class_names != dataset.class_names:
+        odd = sorted(set(own.class_names) ^ set(dataset.class_names))
+        differ = f"first difference: '{odd[0]}'" if odd else "in another order"
+        raise RunError(
+            f"filter.run = {path} was trained on {own.num_classes} classes of '{own.name}', not on the {dataset.num_classes} "
+            f"of '{dataset.name}' ({differ}): give a run trained on this dataset"
+        )
+    if "cache" in run.augment.upstream:
+        notes.append(
+            f"filter.run = {path} was itself trained on edits (augment.upstream): it may have learned their faults; a run "
+            "with augment.upstream=[] is the better judge"
+        )
+    trained = {sample.sample_id for sample in own.train.samples}
+    if seen := sum(sample.sample_id in trained for sample in split.samples):
+        notes.append(
+            f"filter.run = {path} was trained on {seen} of the {len(split)} images of {split.name}: thresholds come out too high"
+        )
+    return run, own
+
+
+def _check_writable(cache: AugmentCache, file: str) -> None:
+    """Refuse a folder that cannot be written, and a file that holds something else."""
+    path = cache.folder / file
+    if not os.access(cache.folder, os.W_OK):
+        raise DataError(f"augment cache {cache.folder} cannot be written: check its permissions, or copy it and set cache.root")
+    if Path(file).name != file:
+        raise ConfigError(f"cache.scores = {file}: expected the name of a file beside the manifest, for example scores.jsonl")
+    if path.exists() and not _is_scores(path):
+        raise ConfigError(f"cache.scores = {file}: {path} exists and holds no scores; choose another name")
+
+
+def _is_scores(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            row = msgspec.json.decode(file.readline() or b'{"keep": null}')
+        return isinstance(row, dict) and "keep" in row
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return False
+
+
+def plan_line(config: Config, checked: Checked, *, dry_run: bool) -> str:
+    """Return what is going to be done, in one line."""
+    parts = [f"similarity to the source ({model_of(config)[0]})"]
+    if checked.texts is not None:
+        parts.append(f"semantic filter ({len(checked.texts[0])} positive, {len(checked.texts[1])} negative texts)")
+    if checked.thresholds_from is not None:
+        split = checked.thresholds_from
+        parts.append(f"confidence filter ({config.filter.run}, thresholds from {len(split)} images of {split.name})")
+    done = "dry run: all checks passed; would score" if dry_run else "scoring"
+    return f"{done} {len(checked.edits)} edits in {checked.cache.folder}: {', '.join(parts)}"
+
+
+def model_of(config: Config) -> tuple[str, str]:
+    """Return name and pretrained tag of the CLIP model that compares edits with texts and sources."""
+    options = config.filter
+    return (options.model, options.pretrained) if options.model else (config.model.name, config.model.pretrained)
+
+
+def _which_images(data: DataConfig) -> DataConfig:
+    """Return the section without what says only how images are read."""
+    return replace(data, workers=0, max_unreadable=0, decoding="exact", materialised="", materialised_px=1)

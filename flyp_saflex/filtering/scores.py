@@ -1,0 +1,185 @@
+"""Running the models of the command `filter` over edits and their sources (floor 3, a part of filter.py).
+
+Shapes: N edits, S sources, K classes, D embedding, T texts, V images behind the thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from flyp_saflex.clip.model import Clip, ImageTower, load_clip
+from flyp_saflex.clip.zero_shot import zero_shot_head
+from flyp_saflex.config import Config
+from flyp_saflex.errors import DataError, ModelError, RunError
+from flyp_saflex.evaluation.predict import Predictor, Variant, predict
+from flyp_saflex.evaluation.weight_averaging import WiseModel
+from flyp_saflex.filtering.alia import confident_thresholds, semantic_log_odds
+from flyp_saflex.filtering.inputs import Checked, model_of
+from flyp_saflex.images.loader import ImageLoader
+from flyp_saflex.images.reader import ImageReader
+from flyp_saflex.records import Edit, Sample
+
+
+@dataclass(slots=True)
+class Scores:
+    """What is found out about edits; a row of an unreadable edit is NaN.
+
+    Attributes:
+        similarity_N: cosine to the source; NaN too if that cannot be read.
+        log_odds_N: semantic score, empty if that filter is not run.
+        probabilities_NK: of the run's model, empty if the confidence filter is not run.
+        unreadable: reason by position.
+    """
+
+    similarity_N: NDArray[np.float64]
+    log_odds_N: NDArray[np.float64]
+    probabilities_NK: NDArray[np.float64]
+    unreadable: dict[int, str]
+
+
+def load_filter_clip(config: Config, device: torch.device) -> Clip:
+    """Load the model that compares edits with texts and sources.
+
+    Raises:
+        ModelError: its weights cannot be had.
+    """
+    try:
+        return load_clip(*model_of(config), device=device)
+    except ModelError as error:
+        if not config.filter.model:
+            raise
+        text = str(error).replace("model.name", "filter.model").replace("model.pretrained", "filter.pretrained")
+        raise ModelError(text) from error
+
+
+def thresholds(config: Config, checked: Checked, model: WiseModel, state: PartialState) -> NDArray[np.float64]:
+    """Return threshold_K from the run's probabilities of the held-out images."""
+    assert checked.thresholds_from is not None, "the confidence filter has a split"
+    samples = checked.thresholds_from.samples[state.process_index :: state.num_processes]
+    loader = _loader(config, model.clip, state, max_unreadable=config.data.max_unreadable)
+    (logits_VK,) = _predict([model.variant(1.0)], loader, samples, f"filter.run = {config.filter.run}")
+    read = [(sample.label, row) for sample, row in zip(samples, logits_VK, strict=True) if row.size and np.isfinite(row).all()]
+    gathered = [pair for part in gather_object([read]) for pair in part]
+    if not gathered:
+        raise DataError(f"none of the {len(checked.thresholds_from)} images of {checked.thresholds_from.name} can be read")
+    return confident_thresholds(_softmax(np.stack([row for _, row in gathered])), [label for label, _ in gathered])
+
+
+def score_edits(config: Config, checked: Checked, clip: Clip, model: WiseModel | None, state: PartialState) -> Scores:
+    """Score the edits, every process those of its share of the sources; the first process gets all of them."""
+    sources = list(dict.fromkeys(edit.source_id for edit in checked.edits))
+    mine = set(sources[state.process_index :: state.num_processes])
+    share = [position for position, edit in enumerate(checked.edits) if edit.source_id in mine]
+    own = _score(config, checked, [checked.edits[position] for position in share], clip, model, state)
+    parts: list[tuple[list[int], Scores]] = gather_object([(share, own)])
+    num_edits = len(checked.edits)
+    whole = Scores(
+        np.full(num_edits, np.nan),
+        np.full(num_edits if checked.texts is not None else 0, np.nan),
+        np.full((num_edits, checked.dataset.num_classes) if model else (0, 0), np.nan),
+        {},
+    )
+    for positions, part in parts:
+        whole.similarity_N[positions] = part.similarity_N
+        if checked.texts is not None:
+            whole.log_odds_N[positions] = part.log_odds_N
+        if model:
+            whole.probabilities_NK[positions] = part.probabilities_NK
+        whole.unreadable |= {positions[at]: reason for at, reason in part.unreadable.items()}
+    if len(whole.unreadable) == num_edits:
+        raise DataError(f"none of the {num_edits} edits in {checked.cache.folder} can be read; first: {whole.unreadable[0]}")
+    return whole
+
+
+def _score(
+    config: Config, checked: Checked, edits: Sequence[Edit], clip: Clip, model: WiseModel | None, state: PartialState
+) -> Scores:
+    """Score some edits in this process; every edit and every source is read once (twice if two models preprocess differently)."""
+    embed, name = _embedder(clip), model_of(config)[0]
+    loader = _loader(config, clip, state)
+    if model is None:
+        (embeddings_ND,) = _predict([embed], loader, edits, name)
+        logits_NK = np.empty((len(edits), 0))
+    elif model.clip.config["preprocess_cfg"] == clip.config["preprocess_cfg"]:
+        embeddings_ND, logits_NK = _predict([embed, model.variant(1.0)], loader, edits, f"{name} or {config.filter.run}")
+    else:
+        (embeddings_ND,) = _predict([embed], loader, edits, name)
+        (logits_NK,) = _predict([model.variant(1.0)], _loader(config, model.clip, state), edits, config.filter.run)
+    reasons = dict(loader.unreadable)
+    unreadable = {n: reasons[str(edit.path)] for n, edit in enumerate(edits) if str(edit.path) in reasons}
+    if len(unreadable) == len(edits):
+        nothing_N = np.full(len(edits), np.nan)
+        return Scores(nothing_N, nothing_N, np.full((len(edits), checked.dataset.num_classes), np.nan), unreadable)
+    log_odds_N = np.empty(0)
+    if checked.texts is not None:
+        positive, negative = checked.texts
+        texts_TD = zero_shot_head(clip, [*positive, *negative], ["{}"]).cpu().numpy().astype(np.float64)
+        logits_NT = float(clip.model.logit_scale.detach().exp()) * embeddings_ND @ texts_TD.T
+        log_odds_N = semantic_log_odds(logits_NT[:, : len(positive)], logits_NT[:, len(positive) :])
+    samples = {sample.sample_id: sample for sample in checked.dataset.train.samples}
+    sources = [samples[source_id] for source_id in dict.fromkeys(edit.source_id for edit in edits)]
+    (sources_SD,) = _predict([embed], loader, sources, name)
+    place = {sample.sample_id: n for n, sample in enumerate(sources)}
+    similarity_N = np.full(len(edits), np.nan)
+    if sources_SD.size:
+        similarity_N = (embeddings_ND * sources_SD[[place[edit.source_id] for edit in edits]]).sum(axis=1)
+    return Scores(similarity_N, log_odds_N, _softmax(logits_NK), unreadable)
+
+
+def _loader(config: Config, clip: Clip, state: PartialState, *, max_unreadable: float = 1.0) -> ImageLoader:
+    """Return a reader; unreadable edits are scored `keep = false`, so by default any number of them is allowed."""
+    return ImageLoader(
+        ImageReader(clip.preprocess, clip.config["preprocess_cfg"], scaled=config.data.decoding == "scaled"),
+        batch_size=config.filter.batch_size,
+        workers=config.data.workers,
+        max_unreadable=max_unreadable,
+        box_crop=config.data.box_crop,
+        progress=state.is_main_process,
+        pin=state.device.type == "cuda",
+    )
+
+
+def _embedder(clip: Clip) -> Variant:
+    """Return what gives the predictor of normalised image embeddings."""
+    device, tower = next(clip.model.parameters()).device, ImageTower(clip.model.visual)
+
+    @torch.no_grad()
+    def embed(images_BCHW: Tensor) -> Tensor:
+        return normalize(tower(images_BCHW.to(device, non_blocking=True)).float(), dim=-1)
+
+    def enter() -> Predictor:
+        return embed
+
+    return enter
+
+
+def _predict(
+    variants: Sequence[Variant], loader: ImageLoader, items: Sequence[Sample | Edit], name: str
+) -> list[NDArray[np.float64]]:
+    """Return one float64 `[N, *]` per variant; the rows of unreadable images are NaN.
+
+    Raises:
+        RunError: a model gives NaN or infinity.
+    """
+    positions, parts = predict(variants, loader.batches(items))
+    outputs = []
+    for part in parts:
+        if not torch.isfinite(part).all():
+            raise RunError(f"{name} gives NaN or infinity for an image: its weights are broken, use another model")
+        outputs.append(np.full((len(items), part.shape[1]), np.nan))
+        outputs[-1][positions.numpy()] = part.numpy()
+    return outputs
+
+
+def _softmax(logits_NK: NDArray[np.float64]) -> NDArray[np.float64]:
+    probabilities: NDArray[np.float64] = torch.from_numpy(logits_NK).softmax(dim=1).numpy()
+    return probabilities

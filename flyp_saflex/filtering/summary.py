@@ -1,0 +1,149 @@
+"""What the filters would remove, for a person: tables per class and domain, sheets of kept and dropped edits (floor 3).
+
+A part of filter.py. An edit may have several verdicts, so the numbers of a table's row need not add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from flyp_saflex.errors import DataError
+from flyp_saflex.filtering.alia import UNREADABLE, keep, removal_table
+from flyp_saflex.images.contact_sheet import Tile, contact_sheet
+from flyp_saflex.images.decode import read_image
+from flyp_saflex.records import Dataset, Edit, Sample
+from flyp_saflex.storage.results import align, percent
+
+"""Folder of the contact sheets in a cache entry."""
+PAIRS = 3
+"""Pairs of source and edit in a row of a sheet."""
+SHOWN = 40
+"""Rows of a table that are printed; the returned numbers have all of them."""
+CONFIDENCE = "unchanged, corrupted: confidently its source's class, another class (confident thresholds, arXiv 1911.00068)."
+MEANING = {
+    "semantic": "semantic: fits a negative text better than every positive one.",
+    "unchanged": CONFIDENCE,
+    "corrupted": CONFIDENCE,
+}
+Table = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Edits with what the filters say about them.
+
+    Attributes:
+        dataset: the images that they were made from.
+        edits: the scored edits.
+        rows: their rows of scores.jsonl.
+        flags: verdict -> flagged_N, for the verdicts of the filters that were run and for unreadable edits.
+        box_crop: whether sources are cropped to their boxes.
+    """
+
+    dataset: Dataset
+    edits: Sequence[Edit]
+    rows: Sequence[Mapping[str, Any]]
+    flags: Mapping[str, NDArray[np.bool_]]
+    box_crop: bool = False
+
+
+def report(scored: Scored, sheets: Path, *, drop: Collection[str], sheet_rows: int) -> dict[str, Any]:
+    """Print the tables and write the sheets.
+
+    Args:
+        scored: the edits.
+        sheets: folder of the sheets `filter-kept.jpg`, `filter-<verdict>.jpg`.
+        drop: verdicts that drop an edit; the others are only counted.
+        sheet_rows: rows per sheet; 0: no sheets.
+
+    Returns:
+        "edits", "kept", each verdict, and by group "classes" and "domains" (as of `removal_table`); "similarity": mean of the
+        cosines to the sources, None if there is none.
+    """
+    flags, names = scored.flags, scored.dataset.class_names
+    keep_N = keep(flags, drop)
+    labelled = [f"{label} {name}" for label, name in enumerate(names)]
+    classes = removal_table([labelled[edit.label] for edit in scored.edits], flags, keep_N, labelled)
+    domains = removal_table([domain_of(edit) for edit in scored.edits], flags, keep_N)
+    total = removal_table(["all"] * len(scored.edits), flags, keep_N)
+    print(f"\n{table_text('class', classes, total)}\n\n{table_text('domain', domains)}\n")
+    told = [MEANING[name] for name in flags if name in MEANING] + ["An edit may have several verdicts."] * (len(flags) > 2)
+    print("\n".join([*dict.fromkeys(told), f"Dropped are: {', '.join(name for name in flags if name in drop) or 'none'}."]))
+    cosines = [row["similarity"] for row in scored.rows if row["similarity"] is not None]
+    if cosines:
+        low, middle, high = np.quantile(cosines, (0.1, 0.5, 0.9))
+        print(f"cosine to the source: median {middle:.3f}, 80 % between {low:.3f} and {high:.3f}")
+    unreadable = [row["reason"] for row, bad in zip(scored.rows, flags[UNREADABLE], strict=True) if bad]
+    if unreadable:
+        print(f"{len(unreadable)} edits cannot be read and are not kept, first: {unreadable[0]}")
+    if len(cosines) + len(unreadable) < len(scored.rows):
+        print(f"{len(scored.rows) - len(cosines) - len(unreadable)} edits have no cosine: their sources cannot be read")
+    if sheet_rows:
+        written = write_sheets(scored, keep_N, sheets, sheet_rows)
+        print(f"contact sheets in {sheets}: {', '.join(written)}")
+    similarity = float(np.mean(cosines)) if cosines else None
+    return {**total["all"], "classes": classes, "domains": domains, "similarity": similarity}
+
+
+def domain_of(edit: Edit) -> str:
+    """Return what an edit was turned into: the manifest's domain, else its instruction."""
+    return str(edit.provenance.get("domain") or edit.instruction or "(unknown)")
+
+
+def table_text(title: str, table: Table, total: Table | None = None) -> str:
+    """Return a removal table as text, the part that is kept in percent."""
+    columns = list(next(iter(table.values())))
+    if UNREADABLE in columns and not any(row[UNREADABLE] for row in table.values()):
+        columns.remove(UNREADABLE)
+    lines = [(title, *columns, "kept %")]
+    for name, row in [*list(table.items())[:SHOWN], *(total or {}).items()]:
+        lines.append((name[:60], *(str(row[column]) for column in columns), percent(row["kept"] / row["edits"])))
+    more = f"\nand {len(table) - SHOWN} more" if len(table) > SHOWN else ""
+    return align(lines, left=1) + more
+
+
+def write_sheets(scored: Scored, keep_N: NDArray[np.bool_], folder: Path, num_rows: int) -> list[str]:
+    """Write one sheet of the kept edits and one per verdict, each edit beside its source; return the names.
+
+    A sheet shows edits that are spread over the whole manifest. Sheets of an earlier run that would now be empty are removed.
+    """
+    sources = {sample.sample_id: sample for sample in scored.dataset.train.samples}
+    groups = {"kept": keep_N} | {name: flagged_N for name, flagged_N in scored.flags.items() if name != UNREADABLE}
+    written = []
+    for name in ("kept", "semantic", "unchanged", "corrupted"):
+        path = folder / f"filter-{name}.jpg"
+        found = np.flatnonzero(groups[name]) if name in groups else np.empty(0, dtype=int)
+        if not len(found):
+            path.unlink(missing_ok=True)
+            continue
+        shown = found[np.linspace(0, len(found) - 1, min(len(found), num_rows * PAIRS)).round().astype(int)]
+        pairs = [_pair(scored, sources, int(n)) for n in shown]
+        contact_sheet([[tile for pair in pairs[at : at + PAIRS] for tile in pair] for at in range(0, len(pairs), PAIRS)], path)
+        written.append(path.name)
+    return written
+
+
+def _pair(scored: Scored, sources: Mapping[str, Sample], number: int) -> tuple[Tile, Tile]:
+    """Return the tiles of a source and of its edit, with what the filters say."""
+    edit, row, names = scored.edits[number], scored.rows[number], scored.dataset.class_names
+    source = sources[edit.source_id]
+    told = [edit.instruction or domain_of(edit)]
+    if row["predicted"] is not None:
+        told.append(f"{names[row['predicted']]} {row['confidence']:.2f}")
+    told += [f"{name} {row[key]:+.2f}" for name, key in (("text", "semantic"), ("cos", "similarity")) if row[key] is not None]
+    before = Tile(_read(source.path, source.box if scored.box_crop else None), names[edit.label])
+    return before, Tile(_read(edit.path), " | ".join(told))
+
+
+def _read(path: Path, box: tuple[float, float, float, float] | None = None) -> Image.Image | None:
+    try:
+        return read_image(path, box=box)
+    except DataError:
+        return None

@@ -1,0 +1,1 @@
+"""From an image file to pixels to a tensor: decoding, preprocessing, random operations, loaders."""

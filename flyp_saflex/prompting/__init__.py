@@ -1,0 +1,1 @@
+"""From captions of the training images to edit texts."""

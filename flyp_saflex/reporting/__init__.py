@@ -1,0 +1,1 @@
+"""Comparisons of runs as text, rows or a page."""

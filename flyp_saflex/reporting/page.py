@@ -1,0 +1,107 @@
+"""The report as one self-contained page: no script, no network, light and dark (floor 3, part of report; no torch).
+
+A content security policy forbids the page to load anything, so that "self-contained" is enforced by the browser as well.
+Nothing on the page depends on the time or the machine it is made on: the same runs give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from flyp_saflex import __version__
+from flyp_saflex.reporting.chapters import gallery_chapter, mistakes_chapter, results_chapter
+from flyp_saflex.reporting.figures import curves_chapter, scatter_chapter
+from flyp_saflex.reporting.gallery import Gallery, gallery
+from flyp_saflex.reporting.html import Markup, element, join, paragraph, text
+from flyp_saflex.reporting.provenance import provenance_chapter
+from flyp_saflex.reporting.runs import Run, by_recipe, read_runs, unlike_seeds
+from flyp_saflex.reporting.tables import Cell
+
+MOST_GALLERIES = 3
+"""Runs whose images are shown: the first seed of so many conditions that learned weights."""
+CHAPTERS = {
+    "results": "Results",
+    "scatter": "ID against OOD",
+    "training": "Training",
+    "gallery": "Gallery",
+    "mistakes": "Mistakes",
+    "provenance": "What was run",
+}
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def page(results: Mapping[Path, dict[str, Any]], found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
+    """Return the whole page.
+
+    Args:
+        results: results.json by run folder.
+        found: the cells of `report_tables`.
+        remarks: what a reader must know about them.
+        baseline: recipe that the others are compared with.
+    """
+    runs = read_runs(results)
+    names = list(by_recipe(runs))
+    one_seed = ["One seed per condition: differences of a few points are noise."] if _single(found) else []
+    every = [*one_seed, *remarks, *unlike_seeds(runs), *(remark for run in runs for remark in run.remarks)]
+    chapters = [
+        results_chapter(found, every, baseline, names),
+        scatter_chapter(runs),
+        curves_chapter(runs),
+        gallery_chapter(_galleries(runs)),
+        mistakes_chapter(runs),
+        provenance_chapter(runs, baseline),
+    ]
+    style = (resources.files("flyp_saflex.assets") / "report.css").read_text(encoding="utf-8")
+    links = join((element("a", title, href=f"#{identity}") for identity, title in CHAPTERS.items()), "\n")
+    head = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<link rel="icon" href="data:,">
+<title>{text(_title(names))}</title>
+<style>
+{style}</style>
+</head>
+"""
+    body = [
+        element("header", join([element("h1", "flyp-saflex report"), _lead(runs, baseline), element("nav", links)])),
+        element("main", join(chapters)),
+        element("footer", paragraph(f"Made by flyp-saflex {__version__}: flyp-saflex report RUN... --out FILE.html")),
+    ]
+    return f"{head}{element('body', join(['', *body, '']))}\n</html>\n"
+
+
+def _lead(runs: Sequence[Run], baseline: str) -> Markup:
+    groups = by_recipe(runs)
+    counts = sorted({len(seeds) for seeds in groups.values()})
+    seeds = (
+        f"{counts[0]} to {counts[-1]} seeds each" if len(counts) > 1 else f"{counts[0]} seed{'s' if counts[0] > 1 else ''} each"
+    )
+    what = f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {len(groups)} condition{'s' if len(groups) > 1 else ''}, {seeds}"
+    configs = [run.config for run in runs if run.config is not None]
+    data = " and ".join(dict.fromkeys(config.data.name for config in configs))
+    models = " and ".join(dict.fromkeys(config.model.name.rpartition("/")[2] for config in configs))
+    where = f" on {data}, starting from {models}" if configs else ""
+    return paragraph(f"{what}{where}. Baseline:", element("b", baseline), class_="lead")
+
+
+def _galleries(runs: Sequence[Run]) -> list[Gallery]:
+    made: list[Gallery] = []
+    for first, *_ in by_recipe(runs).values():
+        if len(made) < MOST_GALLERIES and (found := gallery(first)) is not None:
+            made.append(found)
+    return made
+
+
+def _title(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''} - flyp-saflex report"
+
+
+def _single(found: Sequence[Cell]) -> bool:
+    return all(cell.summary.n == 1 for cell in found)

@@ -1,0 +1,123 @@
+"""Compare runs: mean, spread and n over seeds, paired differences; as text, as rows, or as a page (floor 3; no torch).
+
+Markdown, CSV and JSON are made from results.json alone. The page (`report_page`) also reads what else lies in the run
+folders, and whatever is missing there it says instead of failing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from flyp_saflex.errors import RunError, nearest
+from flyp_saflex.reporting.tables import Cell, cells, notes, tables
+from flyp_saflex.storage.results import align, read_results
+from flyp_saflex.storage.run_folder import atomic_write
+
+Form = Literal["md", "csv", "json", "html"]
+Results = dict[Path, dict[str, Any]]
+
+
+def report(runs: Sequence[Path], *, out: Path | None = None, form: Form = "md", baseline: str | None = None) -> str:
+    """Compare runs and return the report.
+
+    Args:
+        runs: run folders that `evaluate` has been run on.
+        out: write here, and print nothing but the name; a name in `.csv`, `.json` or `.html` sets the form if `form` is `md`.
+        form: Markdown, one row per cell (CSV, JSON), or a self-contained page with plots and a gallery (HTML).
+        baseline: recipe that the others are compared with; None: the first run's.
+
+    Raises:
+        RunError: a run without results.json, two runs with the same recipe and seed, an unknown baseline, or a file that
+            cannot be written.
+    """
+    results = collect([Path(run) for run in runs])
+    recipes = list(dict.fromkeys(result["recipe"] for result in results.values()))
+    baseline = recipes[0] if baseline is None else baseline
+    if baseline not in recipes:
+        raise RunError(
+            f"--baseline {baseline}: no run has this recipe{nearest(baseline, recipes)} (recipes: {', '.join(recipes)})"
+        )
+    suffix = out.suffix.removeprefix(".") if out is not None else ""
+    chosen = suffix if form == "md" and suffix in RENDERERS else form
+    text = RENDERERS[chosen](results, cells(list(results.values()), baseline), notes(results), baseline)
+    if out is None:
+        print(text, end="")
+        return text
+    try:
+        with atomic_write(out) as file:
+            file.write(text)
+    except RunError as error:
+        raise RunError(str(error).replace("--run-dir", "--out")) from None
+    print(f"wrote {out}")
+    return text
+
+
+def collect(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """Read the results of every run, in the order given.
+
+    Raises:
+        RunError: a run without results.json, or two runs with the same recipe and seed.
+    """
+    results: dict[Path, dict[str, Any]] = {}
+    seen: dict[tuple[str, int], Path] = {}
+    for run in dict.fromkeys(runs):
+        result = read_results(run)
+        key = (result["recipe"], result["seed"])
+        if key in seen:
+            raise RunError(
+                f"{seen[key]} and {run} are both recipe '{key[0]}' with seed {key[1]}: give one of them, or tell two conditions "
+                f"apart by name when training (--set recipe={key[0]}-variant)"
+            )
+        seen[key] = run
+        results[run] = result
+    return results
+
+
+def _markdown(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
+    parts = []
+    for table in tables(found, baseline):
+        rule = tuple("---" if c == 0 else "---:" for c in range(len(table.header)))
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in (table.header, rule, *table.lines)]
+        grid = align([[*line] for line in lines], left=1, separator=" | ")
+        parts.append(f"### {table.title}\n\n" + "\n".join(f"| {line} |" for line in grid.splitlines()) + "\n")
+    parts += ["\n".join(f"Note: {remark}" for remark in remarks) + "\n"] if remarks else []
+    return "\n".join(parts)
+
+
+def _html(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
+    from flyp_saflex.reporting.page import page  # matplotlib: a second that the other forms need not wait
+
+    return page(results, found, remarks, baseline)
+
+
+def _csv(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
+    text = io.StringIO()
+    columns = ["metric", "shift", "split", "role", "recipe", "kind", "alphas", "mean", "deviation", "n", "seeds"]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*columns, "baseline", "difference", "difference_low", "difference_high", "pairs"])
+    for cell in found:
+        fields = [cell.metric, cell.shift, cell.split, cell.role, cell.recipe, cell.kind, " ".join(f"{a:g}" for a in cell.alphas)]
+        summary, change = cell.summary, cell.difference
+        ends = [change.mean, change.low, change.high, change.n] if change else [None] * 4
+        writer.writerow(
+            [*fields, summary.mean, summary.deviation, summary.n, " ".join(map(str, sorted(cell.values))), baseline, *ends]
+        )
+    return text.getvalue()
+
+
+def _json(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
+    return json.dumps({"baseline": baseline, "cells": [asdict(cell) for cell in found], "notes": list(remarks)}, indent=2) + "\n"
+
+
+RENDERERS: dict[str, Callable[[Results, Sequence[Cell], Sequence[str], str], str]] = {
+    "md": _markdown,
+    "csv": _csv,
+    "json": _json,
+    "html": _html,
+}

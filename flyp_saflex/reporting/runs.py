@@ -1,0 +1,187 @@
+"""What lies in a run's folder, read for the page: configuration, environment, curves, tables, decisions (floor 3; no torch).
+
+Only results.json is needed for a report; everything else may be missing or unreadable (a run copied without it, an older
+version), which becomes an empty value and a remark, never an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flyp_saflex import recipe as recipe_module
+from flyp_saflex.config import Config
+from flyp_saflex.errors import UserError
+from flyp_saflex.storage.run_folder import RunDir
+
+PATHS = ("data.root", "data.prompts", "data.table", "data.materialised", "cache.root", "train.frozen_cache")
+"""Options that say where files are: they may differ between machines without making another experiment."""
+
+
+@dataclass
+class Run:
+    """One run of the report.
+
+    Attributes:
+        path: its folder.
+        recipe, seed: its condition and its seed.
+        results: results.json.
+        config: its configuration; None if config.toml is missing or of another version.
+        config_text: config.toml as it is; the empty string if it is missing.
+        environment: env.json.
+        metrics: rows of metrics.jsonl that are about training.
+        details: details.json.
+        remarks: what could not be read.
+    """
+
+    path: Path
+    recipe: str
+    seed: int
+    results: dict[str, Any]
+    config: Config | None = None
+    config_text: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """English class names by index, as far as an evaluated split has them."""
+        names: dict[int, str] = {}
+        for alphas in self.details.values():
+            for tables in alphas.values():
+                names.update({row["class"]: str(row["name"]) for row in tables.get("per_class", ())})
+        return names
+
+    def decisions(self) -> list[dict[str, Any]]:
+        """Return the rows of augmented.jsonl."""
+        return _rows(self.path, "augmented.jsonl")
+
+
+def read_runs(results: Mapping[Path, dict[str, Any]]) -> list[Run]:
+    """Read the folders of some runs.
+
+    Args:
+        results: results.json by folder.
+    """
+    runs = []
+    for path, result in results.items():
+        run = Run(path, str(result["recipe"]), int(result["seed"]), result)
+        run.config_text = _text(path / "config.toml")
+        if run.config_text:
+            try:
+                run.config = recipe_module.load(str(path / "config.toml"))
+            except UserError as error:
+                run.remarks.append(f"{path}: its config.toml does not fit this version ({error})")
+        else:
+            run.remarks.append(f"{path}: no config.toml, so what was run is not told here")
+        run.environment = _mapping(path / "env.json")
+        run.details = _details(path / "details.json")
+        rows = _rows(path, "metrics.jsonl")
+        run.metrics = [row for row in rows if "split" not in row and isinstance(row.get("step"), int)]
+        runs.append(run)
+    return runs
+
+
+def by_recipe(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Return the runs of every condition, in the order given."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.recipe, []).append(run)
+    return groups
+
+
+def differing(old: Config, new: Config) -> list[str]:
+    """Return the options in which two runs differ, apart from name, seed and where files are."""
+    silent = ("recipe:", "seed:", *(f"{name}:" for name in PATHS))
+    return [line for line in recipe_module.differences(old, new) if not line.startswith(silent)]
+
+
+def unlike_seeds(runs: Sequence[Run]) -> list[str]:
+    """Return a remark per run that has the same name as another one, but other options: it is no seed of the same thing."""
+    remarks = []
+    for first, *others in by_recipe(runs).values():
+        for run in others:
+            if first.config is not None and run.config is not None and (changed := differing(first.config, run.config)):
+                remarks.append(f"{run.path} is no seed of the same experiment as {first.path}: {'; '.join(changed)}")
+    return remarks
+
+
+def confusions(run: Run, split: str, alpha: float = 1.0) -> Counter[tuple[str, str]]:
+    """Count (class, predicted class) of the mistakes on one split, from predictions/<split>.parquet; empty without it."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    path = run.path / "predictions" / f"{split.replace('/', '%2F')}.parquet"
+    try:
+        table = pq.read_table(path, columns=["label", "prediction", "label_name", "prediction_name", "alpha"])
+    except (OSError, KeyError, pa.ArrowException):
+        return Counter()
+    wrong = pc.and_(pc.equal(table["alpha"], alpha), pc.not_equal(table["label"], table["prediction"]))
+    counts = table.filter(wrong).group_by(["label_name", "prediction_name"]).aggregate([("alpha", "count")]).to_pydict()
+    pairs = zip(counts["label_name"], counts["prediction_name"], strict=True)
+    return Counter(dict(zip(pairs, counts["alpha_count"], strict=True)))
+
+
+def mean_details(runs: Sequence[Run], split: str, table: str, key: str, value: str) -> dict[str, tuple[int, float | None]]:
+    """Average a column of details.json over the seeds of one condition (finetuned model).
+
+    Args:
+        runs: the seeds.
+        split: name of the split.
+        table: `per_class` or `per_group`.
+        key: the column that names a row.
+        value: the column that is averaged; a None (a class without images) does not count.
+
+    Returns:
+        (n images of the first seed, mean or None) by name of the row.
+    """
+    sizes: dict[str, int] = {}
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        for row in run.details.get(split, {}).get("1", {}).get(table, ()):
+            name = str(row[key])
+            sizes.setdefault(name, int(row["n"]))
+            if row.get(value) is not None:
+                values[name].append(float(row[value]))
+    return {name: (n, sum(values[name]) / len(values[name]) if values[name] else None) for name, n in sizes.items()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(_text(path) or "{}"))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _details(path: Path) -> dict[str, Any]:
+    """Return details.json if its rows have what the tables need, else nothing: it is derived data."""
+    details = _mapping(path)
+    try:
+        for alphas in details.values():
+            for tables in alphas.values():
+                _ = [(int(row["class"]), row["name"], int(row["n"]), float(row["f1"] or 0)) for row in tables["per_class"]]
+                _ = [(row["group"], int(row["n"]), float(row["accuracy"])) for row in tables["per_group"]]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+    return details
+
+
+def _rows(run: Path, name: str) -> list[dict[str, Any]]:
+    try:
+        return [row for row in RunDir(run, lock=False).read_rows(name) if isinstance(row, dict)]
+    except (OSError, ValueError):
+        return []

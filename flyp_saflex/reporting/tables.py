@@ -1,0 +1,224 @@
+"""What runs say together: a cell per condition, split and metric, tables of them, remarks (floor 3, part of report; no torch).
+
+Runs with the same recipe name are seeds of one condition. Accuracy and macro-F1 have tables of their own, and so have
+ID and OOD splits; splits that were trained on are left out. Rows at WiSE-FT's chosen alpha stand apart from the
+finetuned model's (alpha = 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flyp_saflex.evaluation.statistics import Interval, Summary, paired_difference, summarise
+
+Kind = Literal["finetuned", "wise"]
+
+METRICS = {"accuracy": "Accuracy", "macro_f1": "Macro-F1", "worst_group_accuracy": "Worst-group accuracy"}
+SHIFTS = {"id": "in distribution (ID)", "ood": "out of distribution (OOD)"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One condition on one split in one metric, over its seeds.
+
+    Attributes:
+        metric: key of `METRICS`.
+        shift: `id` or `ood`.
+        split: its name.
+        role: `select` or `test`.
+        recipe: the condition.
+        kind: `finetuned` (alpha = 1), or `wise` (every run at its chosen alpha).
+        alphas: the alphas of the runs, each once.
+        values: value by seed.
+        summary: mean, sample standard deviation and n of the values.
+        difference: from the baseline's finetuned model, paired by seed; None without a shared seed and for itself.
+    """
+
+    metric: str
+    shift: str
+    split: str
+    role: str
+    recipe: str
+    kind: Kind
+    alphas: tuple[float, ...]
+    values: dict[int, float]
+    summary: Summary
+    difference: Interval | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One metric under one shift: what a table of values, a table of differences, or both in one, are made from.
+
+    Attributes:
+        metric: key of `METRICS`.
+        shift: key of `SHIFTS`.
+        splits: role by name, in reporting order.
+        lines: (condition in words, its cells by split), the finetuned models first.
+    """
+
+    metric: str
+    shift: str
+    splits: dict[str, str]
+    lines: tuple[tuple[str, dict[str, Cell]], ...]
+
+    @property
+    def title(self) -> str:
+        """Metric and shift in words."""
+        return f"{METRICS[self.metric]}, {SHIFTS[self.shift]}"
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the splits; those that select are marked."""
+        return [f"{split} (select)" if role == "select" else split for split, role in self.splits.items()]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: what the terminal and Markdown show."""
+
+    title: str
+    header: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+
+
+def cells(results: Sequence[dict[str, Any]], baseline: str) -> list[Cell]:
+    """Return every cell, ordered by metric, shift, split (as first seen), recipe (as first seen) and kind."""
+    splits: dict[tuple[str, str], str] = {}
+    groups: dict[tuple[str, str, str, Kind], dict[int, tuple[float, dict[str, Any]]]] = {}
+    for result in results:
+        for row in result["results"]:
+            if row["role"] == "train":
+                continue
+            splits.setdefault((row["shift"], row["split"]), row["role"])
+            kinds: list[Kind] = ["finetuned"] if row["wise_alpha"] == 1 else []
+            if result.get("chosen_alpha") == row["wise_alpha"]:
+                kinds.append("wise")
+            for kind in kinds:
+                group = groups.setdefault((row["shift"], row["split"], result["recipe"], kind), {})
+                group[result["seed"]] = row["wise_alpha"], row
+    recipes = list(dict.fromkeys(result["recipe"] for result in results))
+    found = []
+    for metric in METRICS:
+        for shift in SHIFTS:
+            for split in (name for row_shift, name in splits if row_shift == shift):
+                for recipe in recipes:
+                    for kind in ("finetuned", "wise"):
+                        values = _values(groups.get((shift, split, recipe, kind), {}), metric)
+                        if not values:
+                            continue
+                        reference = _values(groups.get((shift, split, baseline, "finetuned"), {}), metric)
+                        is_reference = recipe == baseline and kind == "finetuned"
+                        found.append(
+                            Cell(
+                                metric=metric,
+                                shift=shift,
+                                split=split,
+                                role=splits[shift, split],
+                                recipe=recipe,
+                                kind=kind,
+                                alphas=tuple(sorted({alpha for alpha, _ in groups[shift, split, recipe, kind].values()})),
+                                values=values,
+                                summary=summarise(values.values()),
+                                difference=None if is_reference else paired_difference(values, reference),
+                            )
+                        )
+    return found
+
+
+def notes(results: dict[Path, dict[str, Any]]) -> list[str]:
+    """Return what a reader must know: rows on part of the images, with overrides, or on other images than the rest."""
+    lines: list[str] = []
+    sizes: dict[str, dict[int, None]] = {}
+    for run, result in results.items():
+        for row in result["results"]:
+            if row["wise_alpha"] == 1 and row["role"] != "train":
+                sizes.setdefault(row["split"], {})[row["n"]] = None
+        if any(row.get("limit") for row in result["results"]):
+            lines.append(f"{run}: evaluated with --limit, a quick look and no result")
+        overrides = sorted({override for row in result["results"] for override in row.get("overrides", [])})
+        if overrides:
+            lines.append(f"{run}: evaluated with --set {' --set '.join(overrides)}")
+    for split, found in sizes.items():
+        if len(found) > 1:
+            lines.append(f"{split}: runs differ in the number of images ({', '.join(map(str, found))})")
+    return lines
+
+
+def blocks(found: Sequence[Cell]) -> list[Block]:
+    """Return the cells by metric and shift; worst groups only where they are another number than the accuracy."""
+    made = []
+    for metric in METRICS:
+        for shift in SHIFTS:
+            here = [cell for cell in found if (cell.metric, cell.shift) == (metric, shift)]
+            if not here or (metric == "worst_group_accuracy" and not _has_groups(found, shift)):
+                continue
+            by_condition: dict[tuple[str, Kind], dict[str, Cell]] = {}
+            for cell in here:
+                by_condition.setdefault((cell.recipe, cell.kind), {})[cell.split] = cell
+            rows = sorted(by_condition.items(), key=lambda item: item[0][1])  # finetuned first, then WiSE-FT; stable
+            lines = tuple((_condition(line), line) for _, line in rows)
+            made.append(Block(metric, shift, {cell.split: cell.role for cell in here}, lines))
+    return made
+
+
+def tables(found: Sequence[Cell], baseline: str) -> list[Table]:
+    """Return one table of values and one of differences per metric and shift, in percent and points."""
+    made = []
+    for block in blocks(found):
+        header = ("", *block.columns)
+        values = [
+            (name, *(value_text(line[split].summary, count=True) if split in line else "-" for split in block.splits))
+            for name, line in block.lines
+        ]
+        made.append(Table(f"{block.title}: percent, mean ± standard deviation (n seeds)", header, tuple(values)))
+        changes = [
+            (name, *(difference_text(line[split].difference, count=True) if split in line else "-" for split in block.splits))
+            for name, line in block.lines
+            if not is_baseline(line, baseline)
+        ]
+        if changes:
+            title = f"{block.title}: difference from {baseline} in points, paired by seed [95 % t-interval] (n pairs)"
+            made.append(Table(title, header, tuple(changes)))
+    return made
+
+
+def is_baseline(line: dict[str, Cell], baseline: str) -> bool:
+    """Whether a block's line is what the others are compared with."""
+    return all((cell.recipe, cell.kind) == (baseline, "finetuned") for cell in line.values())
+
+
+def value_text(summary: Summary, *, count: bool = False) -> str:
+    """Return mean and standard deviation in percent, and on request n in brackets."""
+    spread = "" if summary.deviation is None else f" ± {100 * summary.deviation:.1f}"
+    return f"{100 * summary.mean:.1f}{spread}" + (f" ({summary.n})" if count else "")
+
+
+def difference_text(change: Interval | None, *, count: bool = False) -> str:
+    """Return a difference in points with its interval, and on request the number of pairs in brackets."""
+    if change is None:
+        return "no shared seed"
+    ends = "" if change.low is None or change.high is None else f" [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+    return f"{100 * change.mean:+.1f}{ends}" + (f" ({change.n})" if count else "")
+
+
+def _has_groups(found: Sequence[Cell], shift: str) -> bool:
+    """Whether the worst group is anywhere another number than the accuracy: with one domain per split it is not."""
+    here = [cell for cell in found if cell.shift == shift]
+    values = {metric: [cell.values for cell in here if cell.metric == metric] for metric in ("accuracy", "worst_group_accuracy")}
+    return values["worst_group_accuracy"] not in ([], values["accuracy"])
+
+
+def _values(group: dict[int, tuple[float, dict[str, Any]]], metric: str) -> dict[int, float]:
+    return {seed: float(row[metric]) for seed, (_, row) in sorted(group.items()) if row.get(metric) is not None}
+
+
+def _condition(line: dict[str, Cell]) -> str:
+    cell = next(iter(line.values()))
+    if cell.kind == "finetuned":
+        return cell.recipe
+    alphas = sorted({alpha for part in line.values() for alpha in part.alphas})
+    return f"{cell.recipe} + WiSE-FT, alpha {', '.join(f'{alpha:g}' for alpha in alphas)}"

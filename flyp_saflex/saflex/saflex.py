@@ -1,0 +1,315 @@
+"""SAFLEX: weights and soft labels of augmented rows, in closed form from their gains (floor 2: tensors only).
+
+Each row's weight and label are chosen so that the coming step lowers the validation loss most, to first order (Eq. 3-4).
+That is a linear program which separates over rows (Theorem 1); `closed_form.py` solves it, `gains.py` has its
+coefficients, `saflex_settings.py` the settings, this file the object that a training loop talks to.
+
+With a few lines it joins any training loop; the model is any function of named parameters:
+
+    saflex = Saflex(preset="robust")
+    for step, (x, y, x_aug, y_aug) in enumerate(batches):
+        parameters = dict(model.named_parameters())
+        if saflex.due(step):
+            saflex.refresh(parameters, lambda p: F.cross_entropy(functional_call(model, p, (x_val,)), y_val))
+        weights, labels = saflex(lambda p: functional_call(model, p, (x_aug,)), parameters, y_aug)
+        loss = F.cross_entropy(model(x), y) + soft_cross_entropy(model(x_aug), labels, weights)
+
+Shapes: A augmented rows, K labels (classes, or the distinct captions of the batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flyp_saflex.errors import ConfigError
+from flyp_saflex.saflex.closed_form import WEIGHT_RULES, KeptRates, renormalise, soft_labels, spread
+from flyp_saflex.saflex.estimators import Watch, choose
+from flyp_saflex.saflex.jvp import Estimator, Parameters, directional_derivative, gains, gradient, norm
+from flyp_saflex.saflex.losses import at_least_float32
+from flyp_saflex.saflex.primal_cache import Products
+from flyp_saflex.saflex.settings import SaflexSettings, preset
+from flyp_saflex.saflex.validation_bank import ValidationBank
+
+_preset = preset  # `Saflex.__init__` has an argument of that name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """What the last call decided, for a log row."""
+
+    num_rows: int
+    """Augmented rows."""
+    kept_fraction: float
+    """Part of them with a weight above zero; 0 without rows."""
+    label_entropy: float
+    """Mean entropy of the kept rows' labels in nats; 0: one-hot."""
+    mean_gain: float
+    """Mean gain of the label that the row came with, over rows with finite gains, in the gains' raw unit."""
+    num_invalid: int
+    """Rows dropped because a gain was not finite."""
+
+
+class Saflex:
+    """Weights and soft labels for augmented rows in any training loop.
+
+    It holds the running average of the validation gradient (and, for a trainer that renews them in turn, features of
+    validation rows), nothing else of the model; it writes no `.grad`, changes no parameter, and what it returns is detached.
+
+    Args:
+        settings: what to do; None: the named preset with overrides.
+        preset: `robust` or `paper`, if `settings` is None.
+        overrides: fields of `SaflexSettings`.
+
+    Attributes:
+        watch: compares estimated gains with exact ones now and then; under `estimator = "auto"` it may give them up.
+        bank: validation features that a trainer keeps from refresh to refresh (`validation_renewed`).
+    """
+
+    def __init__(self, settings: SaflexSettings | None = None, *, preset: str = "robust", **overrides: Any) -> None:
+        assert settings is None or not overrides, "give settings, or a preset with overrides, not both"
+        self.settings = settings if settings is not None else _preset(preset, **overrides)
+        self._gradient: dict[str, Tensor] | None = None
+        self._previous_rms: Tensor | float | None = None
+        self._length: Tensor | None = None  # of the gradient, when it was first asked for
+        self.watch = Watch(every=self.settings.check_every, may_give_up=self.settings.estimator == "auto")
+        self.bank = ValidationBank()
+        self._rates = KeptRates()
+        self._last: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def due(self, step: int) -> bool:
+        """Return whether the validation gradient is to be refreshed before this optimiser step."""
+        return self._gradient is None or step % self.settings.refresh_every == 0
+
+    def refresh(
+        self,
+        parameters: Parameters,
+        validation_loss_fn: Callable[[dict[str, Tensor]], Tensor],
+        reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> Tensor:
+        """Take the validation gradient and add it to the running average; return the new gradient's norm, a scalar tensor.
+
+        Args:
+            parameters: the scope, by name.
+            validation_loss_fn: takes those parameters, returns the scalar validation loss.
+            reduce: averages a gradient over processes (`lambda g: accelerator.reduce(g, "mean")`); None: one process.
+        """
+        newest = gradient(validation_loss_fn, parameters)
+        return self.update(reduce(newest) if reduce else newest)
+
+    def update(self, newest: Mapping[str, Tensor]) -> Tensor:
+        """Add a validation gradient that the caller computed to the running average; return its norm, a scalar tensor.
+
+        Raises:
+            ConfigError: other parameter names than before.
+        """
+        old, decay = self._gradient, self.settings.average
+        if old is not None and old.keys() != newest.keys():
+            odd = sorted(old.keys() ^ newest.keys())
+            raise ConfigError(
+                f"saflex: the validation gradient has other parameters than before ({len(odd)}, for example '{odd[0]}'): "
+                "keep the scope, or make a new Saflex"
+            )
+        detached = {name: value.detach() for name, value in newest.items()}
+        if old is not None and decay > 0:
+            for name, value in detached.items():  # in place: new memory for millions of parameters costs more than the sum
+                old[name].lerp_(value, 1 - decay)
+        else:
+            self._gradient = {name: value.clone() for name, value in detached.items()}
+        self._length = None
+        return norm(detached)
+
+    def estimator_for(self, parameters: Parameters) -> Estimator:
+        """Return the estimator that the next call with these parameters uses."""
+        if self.settings.estimator != "auto":
+            return self.settings.estimator
+        return "exact" if self.watch.given_up else choose(parameters, self.settings.scope)
+
+    @property
+    def direction(self) -> dict[str, Tensor]:
+        """The averaged validation gradient; read it only, and before the next refresh, which writes into it.
+
+        Raises:
+            ConfigError: before the first `refresh`.
+        """
+        if self._gradient is None:
+            raise ConfigError("saflex has no validation gradient yet: call refresh(parameters, validation_loss_fn) first")
+        return self._gradient
+
+    def tangent(
+        self,
+        logits_fn: Callable[[dict[str, Tensor]], Tensor],
+        parameters: Parameters,
+        logits: Tensor | None = None,
+        *,
+        estimator: Estimator | None = None,
+        products: Products | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits and their derivative along the averaged validation gradient (see `directional_derivative`).
+
+        Args:
+            logits_fn: as in a call of the object, like the next two.
+            parameters: by name.
+            logits: at the parameters.
+            estimator: another one than `estimator_for(parameters)`.
+            products: `exact`: of a pass of the same function at the same parameters, outside of autocast.
+
+        Raises:
+            ConfigError: before the first `refresh`.
+        """
+        estimator = estimator or self.estimator_for(parameters)
+        previous = None if self._previous_rms is None else float(self._previous_rms)  # of the last call: no wait by now
+        if estimator != "exact" and self._length is None:
+            self._length = norm(self.direction)
+        values, tangent = directional_derivative(
+            logits_fn,
+            parameters,
+            self.direction,
+            estimator=estimator,
+            logits=logits,
+            previous_rms=previous,
+            length=self._length,
+            products=products,
+        )
+        if estimator != "exact":
+            self._previous_rms = tangent.square().mean().sqrt()
+        return values, tangent
+
+    def __call__(
+        self,
+        logits_fn: Callable[[dict[str, Tensor]], Tensor],
+        parameters: Parameters,
+        upstream: Tensor,
+        *,
+        logits: Tensor | None = None,
+        gains_fn: Callable[[Tensor, Tensor], Tensor] = gains,
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights_A and labels_AK of the augmented rows.
+
+        Args:
+            logits_fn: takes the parameters by name, returns logits_AK.
+            parameters: the same names as at `refresh`.
+            upstream: labels that the rows came with: indices [A] or rows on the simplex [A, K].
+            logits: the training step's own logits, for `one-sided`.
+            gains_fn: turns logits and tangent into gains; `symmetric_gains` for both terms of the CLIP loss.
+        """
+        values, tangent = self.tangent(logits_fn, parameters, logits)
+        gains_AK = gains_fn(values, tangent)
+        if self.watch.due(self.estimator_for(parameters)):
+            values, tangent = self.tangent(logits_fn, parameters, estimator="exact")
+            exact_AK = gains_fn(values, tangent)
+            self.watch.compare(gains_AK, exact_AK, upstream)
+            gains_AK = exact_AK
+        labels_A = upstream if upstream.ndim == 1 else upstream.argmax(dim=1)
+        return self.solve(gains_AK, upstream, agrees_A=values.argmax(dim=1) == labels_A)
+
+    def solve(
+        self,
+        gains_AK: Tensor,
+        upstream: Tensor,
+        *,
+        keep_A: Tensor | None = None,
+        agrees_A: Tensor | None = None,
+        classes_A: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights_A and labels_AK for given gains: all of the method but the derivative.
+
+        A row whose gains are not all finite gets weight zero and its upstream label, and is counted. A row whose gains are
+        all exactly zero has no preference: every label solves the program, and it keeps its upstream one. If no row is kept
+        the weights are all zero and the step is a plain one on the train rows.
+
+        Args:
+            gains_AK: of every row of the step, over all processes: their scale is the batch's.
+            upstream: indices [A] or rows on the simplex [A, K].
+            keep_A: rows that are False are dropped whatever their gains: a filter's verdict.
+            agrees_A: whether the model itself predicts the label that the row came with; None: it has no vote.
+            classes_A: class of every row, for `class_balance`, where the K labels are not the classes; None: upstream's.
+
+        Returns:
+            Weights, renormalised to sum to the number of kept rows (the paper: to one; the losses divide by the sum, and
+            beside train rows of weight one a kept row counts like one of them), and labels, rows on the simplex.
+        """
+        settings = self.settings
+        raw_AK = at_least_float32(gains_AK.detach())
+        num_rows, num_labels = raw_AK.shape
+        upstream_AK = (F.one_hot(upstream, num_labels) if upstream.ndim == 1 else upstream.detach()).to(raw_AK.dtype)
+        assert upstream_AK.shape == raw_AK.shape, f"gains {tuple(raw_AK.shape)}, upstream labels {tuple(upstream_AK.shape)}"
+        valid_A = raw_AK.isfinite().all(dim=1)
+        raw_AK = torch.where(valid_A[:, None], raw_AK, torch.zeros_like(raw_AK))
+        # Step 1: the gains' unit.
+        scaled_AK = raw_AK / spread(raw_AK, valid_A) if settings.gain_scale == "std" else raw_AK
+        # Step 2, Eq. (10): labels.
+        learned_AK = soft_labels(scaled_AK, upstream_AK, settings.temperature, settings.penalty)
+        has_preference_A1 = (raw_AK != 0).any(dim=1, keepdim=True)
+        labels_AK = torch.where(has_preference_A1, learned_AK, upstream_AK)
+        assert labels_AK.shape == (num_rows, num_labels)
+        # Step 3, Eq. (11) or another rule: weights, renormalised.
+        weights_A = WEIGHT_RULES[settings.weight_rule](scaled_AK, labels_AK, upstream_AK, settings.penalty)
+        if agrees_A is None and settings.agreement == "require":
+            raise ConfigError('saflex.agreement = "require": solve() needs agrees_A, the votes of the model itself')
+        if agrees_A is not None and settings.agreement == "keep":
+            weights_A = torch.where(agrees_A & (weights_A == 0), torch.ones_like(weights_A), weights_A)
+        elif agrees_A is not None and settings.agreement == "require":
+            weights_A = torch.where(agrees_A, weights_A, torch.zeros_like(weights_A))
+        weights_A = torch.where(valid_A, weights_A, torch.zeros_like(weights_A))
+        if keep_A is not None:
+            weights_A = torch.where(keep_A, weights_A, torch.zeros_like(weights_A))
+        if settings.class_balance > 0:
+            classes_A = upstream_AK.argmax(dim=1) if classes_A is None else classes_A
+            self._rates.update(classes_A, weights_A > 0)
+            weights_A = weights_A * self._rates.factors(classes_A, settings.class_balance).to(weights_A)
+        weights_A = renormalise(weights_A)
+        assert weights_A.shape == (num_rows,)
+        self._last = (raw_AK, upstream_AK, weights_A, labels_AK, valid_A)
+        return weights_A, labels_AK
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """What the last call decided. Computed when asked, so that a step which logs nothing waits for no device."""
+        if self._last is None:
+            return Diagnostics(num_rows=0, kept_fraction=0.0, label_entropy=0.0, mean_gain=0.0, num_invalid=0)
+        raw_AK, upstream_AK, weights_A, labels_AK, valid_A = self._last
+        num_rows, kept_A = len(weights_A), weights_A > 0
+        num_valid, num_kept = int(valid_A.sum()), int(kept_A.sum())
+        entropy_A = torch.special.entr(labels_AK).sum(dim=1)
+        return Diagnostics(
+            num_rows=num_rows,
+            kept_fraction=num_kept / max(num_rows, 1),
+            label_entropy=float(entropy_A[kept_A].sum()) / max(num_kept, 1),
+            mean_gain=float((raw_AK * upstream_AK).sum()) / max(num_valid, 1),
+            num_invalid=num_rows - num_valid,
+        )
+
+    def log_row(self) -> dict[str, Any]:
+        """Return what the last call decided, and the last comparison of the estimator, for a row of metrics."""
+        summary = self.diagnostics
+        row = {"label_entropy": summary.label_entropy, "mean_gain": summary.mean_gain, "invalid_rows": summary.num_invalid}
+        return row | self.watch.log_row()
+
+    def reset(self) -> None:
+        """Forget everything: the next step starts with a refresh (another set of parameters is trained from now on)."""
+        self._length = None
+        self._gradient, self._previous_rms, self._rates, self._last = None, None, KeptRates(), None
+        self.watch.reset()
+        self.bank.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on bit for bit; later calls leave it as it is."""
+        stored = None if self._gradient is None else {name: value.clone() for name, value in self._gradient.items()}
+        previous = None if self._previous_rms is None else float(self._previous_rms)
+        rates, watch, bank = dict(self._rates.counts), self.watch.state_dict(), self.bank.state_dict()
+        return {"gradient": stored, "previous_rms": previous, "kept_rates": rates, "watch": watch, "bank": bank}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        stored = state["gradient"]
+        self._gradient = None if stored is None else {name: value.clone() for name, value in stored.items()}
+        self._previous_rms, self._length = state["previous_rms"], None
+        self._rates.counts = dict(state["kept_rates"])
+        self.watch.load_state_dict(state["watch"])
+        self.bank.load_state_dict(state["bank"])

@@ -1,0 +1,1 @@
+"""One training step: the plain loss, its augmented rows, and three ways to spend less on it."""

@@ -1,0 +1,1 @@
+"""Files on disk, without torch: atomic writes, run folders, results, the augment cache."""

@@ -1,0 +1,381 @@
+"""The cache of augmented images: a manifest, the files, their scores (floor 1; no torch).
+
+Layout of an entry, `<root>/<dataset>/<key>/`, readable by Hugging Face's `imagefolder`:
+
+    metadata.jsonl    one row per image: file_name, aug_id, dataset, source_id, label, instruction, and its provenance
+    images/**         the images
+    scores.jsonl      one row per image, keyed by aug_id: what filters say; nothing is ever deleted
+    DONE              written last
+
+An image is written before its row, so a row's image is complete; an image without a row does not exist for the cache.
+While several processes write an entry (`cache_writer.py`), each keeps its newest rows in `.writers/<i>-of-<n>/`; they are read
+as if they stood in the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import msgspec
+
+from flyp_saflex.errors import DataError, RunError, nearest
+from flyp_saflex.records import Dataset, Edit
+from flyp_saflex.storage.run_folder import atomic_write
+
+MANIFEST = "metadata.jsonl"
+SCORES = "scores.jsonl"
+SHEETS = "sheets"
+WRITERS, ROWS, DONE = ".writers", "rows.jsonl", "DONE"
+SPLIT_WORDS = re.compile(
+    r"(?i)(?:^|[-._ 0-9/])(train|training|val|valid|validation|dev|test|testing|eval|evaluation)(?:$|[-._ 0-9/])"
+)
+"""Words that Hugging Face's `imagefolder` takes for splits in a path; it then overlooks the manifest."""
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+
+class SavableImage(Protocol):
+    """A Pillow image, for who writes one; Pillow itself is not needed here."""
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """Write it to a file or its path."""
+
+
+class AugmentCache:
+    """One entry of the cache, for one dataset. Use `open`, `at` or `create`.
+
+    Attributes:
+        folder: the entry.
+        dataset: name of the dataset that its images were made from.
+    """
+
+    def __init__(self, folder: Path, dataset: str, class_names: Sequence[str] = ()) -> None:
+        self.folder = folder
+        self.dataset = dataset
+        self._class_names = tuple(class_names)
+        self._notes: list[str] = []
+        self._writable = False
+
+    @classmethod
+    def open(cls, root: str | Path, dataset: str = "", key: str = "", class_names: Sequence[str] = ()) -> AugmentCache:
+        """Open `<root>/<dataset>/<key>`; without a key, the only entry there; without a dataset, the entry at `root`: see `at`.
+
+        Raises:
+            DataError: there is no such entry, or several to choose from.
+        """
+        if not dataset:
+            return cls.at(root, class_names=class_names)
+        home = Path(root).expanduser() / dataset
+        keys = sorted(entry.name for entry in home.iterdir() if (entry / MANIFEST).is_file()) if home.is_dir() else []
+        if key and key not in keys:
+            raise DataError(
+                f"augment cache {home} has no entry '{key}'{nearest(key, keys)} (found: {', '.join(keys) or 'none'}); "
+                "set cache.root and cache.key, or make edits first"
+            )
+        if not keys:
+            raise DataError(
+                f"augment cache {home} holds no entry, expected <key>/{MANIFEST} and <key>/images/; set cache.root, or make edits"
+            )
+        if not key and len(keys) > 1:
+            raise DataError(f"augment cache {home} holds {len(keys)} entries ({', '.join(keys)}); choose one with cache.key")
+        return cls.at(home / (key or keys[0]), dataset, class_names)
+
+    @classmethod
+    def at(cls, folder: str | Path, dataset: str = "", class_names: Sequence[str] = ()) -> AugmentCache:
+        """Open an entry by its folder; the dataset is the name of the folder above, or what the manifest says.
+
+        Args:
+            folder: with `metadata.jsonl` and `images/` in it.
+            dataset: name of the dataset that the edits were made from.
+            class_names: for manifests made elsewhere whose `label` is a class's name; `check_against` knows them by itself.
+
+        Raises:
+            DataError: the folder has no manifest.
+        """
+        folder = Path(folder).expanduser()
+        if not (folder / MANIFEST).is_file():
+            raise DataError(
+                f"{folder} is no augment cache entry: it has no {MANIFEST}; give the folder that holds it and images/"
+            )
+        return cls(folder, dataset or folder.absolute().parent.name, class_names)
+
+    @classmethod
+    def create(cls, folder: str | Path, dataset: str) -> AugmentCache:
+        """Make an entry, or go on with one that was interrupted: what the manifest holds is done.
+
+        Raises:
+            DataError: the folder cannot be written, or is an entry of another dataset.
+        """
+        cache = cls(Path(folder).expanduser(), dataset)
+        try:
+            (cache.folder / "images").mkdir(parents=True, exist_ok=True)
+            mend_tail(cache._manifest)
+            cache._manifest.touch()
+            cache._writable = True
+        except OSError as error:
+            raise DataError(f"augment cache {folder} cannot be written: {error.strerror}; choose another cache.root") from None
+        if cache.edits and (found := cache._stated_dataset()) not in ("", dataset):
+            raise DataError(f"augment cache {folder} belongs to the dataset '{found}', not to '{dataset}'; choose another key")
+        return cache
+
+    @staticmethod
+    def file_name(source_id: str, instruction: str = "", number: int = 0, suffix: str = ".png") -> str:
+        """Return a name for an edit that is the same on every run and free of words that mean something to other tools.
+
+        Args:
+            source_id: the image that it is made from.
+            instruction: the text that makes it.
+            number: counts several edits with the same text.
+            suffix: `.png` or `.jpg`.
+        """
+        digest = hashlib.sha256(f"{source_id}\n{instruction}\n{number}".encode("utf-8", "surrogateescape")).hexdigest()
+        return f"images/{digest[:2]}/{digest[2:18]}{suffix}"
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def __contains__(self, aug_id: object) -> bool:
+        return aug_id in self._by_id
+
+    @property
+    def done(self) -> bool:
+        """Whether the entry was finished."""
+        return (self.folder / DONE).is_file()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about the entry: a cut-off last line, an unfinished entry."""
+        unfinished = () if self.done else (f"{self.folder} is unfinished (no DONE): {len(self.edits)} edits so far",)
+        return (*self._notes, *unfinished)
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All edits in the manifest's order.
+
+        Raises:
+            DataError: a broken row (but for the last line, cut off by a kill), a row twice, or an image that is not there.
+        """
+        return tuple(self._by_id.values())
+
+    def scores(self, file: str = SCORES) -> dict[str, dict[str, Any]]:
+        """Return the score rows by aug_id; of several rows for one edit the last one counts.
+
+        Raises:
+            DataError: no such file, a broken row, or a row of an edit that is not in the manifest.
+        """
+        path = self.folder / file
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file; score the edits first, or set cache.scores to a file of this folder")
+        rows = {}
+        for number, row in self._rows(path):
+            aug_id = row.get("aug_id")
+            if not isinstance(aug_id, str) or aug_id not in self._by_id:
+                raise DataError(
+                    f"{path} line {number}: aug_id is {aug_id!r}, not in {MANIFEST}; these scores belong to another cache"
+                )
+            rows[aug_id] = row
+        return rows
+
+    def kept(self, file: str = SCORES) -> tuple[Edit, ...]:
+        """Return the edits whose score row says `"keep": true`.
+
+        Raises:
+            DataError: an edit has no row, or its `keep` is neither true nor false.
+        """
+        scores = self.scores(file)
+        kept = []
+        for aug_id, edit in self._by_id.items():
+            keep = scores.get(aug_id, {}).get("keep")
+            if not isinstance(keep, bool):
+                found = f"'keep' is {keep!r}" if aug_id in scores else "there is no row"
+                raise DataError(f"{self.folder / file}: {found} for '{aug_id}', expected keep = true or false; score every edit")
+            if keep:
+                kept.append(edit)
+        return tuple(kept)
+
+    def check_against(self, dataset: Dataset, *, partial: bool = False) -> tuple[Edit, ...]:
+        """Return the edits that may be trained on: those made from images of the training split.
+
+        Args:
+            dataset: what is trained on.
+            partial: the dataset was cut (`data.shots`, `--limit`), so edits of images that it lacks are left out.
+
+        Raises:
+            DataError: the entry belongs to another dataset, by name, source ids or labels.
+        """
+        self._class_names = self._class_names or dataset.class_names
+        stated = self._stated_dataset() or self.dataset
+        if stated != dataset.name:
+            raise DataError(
+                f"augment cache {self.folder} was made from the dataset '{stated}', but data.name is '{dataset.name}'; "
+                "correct cache.root and cache.key"
+            )
+        labels = {sample.sample_id: sample.label for split in dataset.splits.values() for sample in split.samples}
+        unknown = [edit for edit in self.edits if edit.source_id not in labels]
+        if unknown and (not partial or len(unknown) == len(self.edits)):
+            raise DataError(
+                f"augment cache {self.folder}: {len(unknown)} of {len(self.edits)} edits were made from images that "
+                f"'{dataset.name}' in {dataset.root} lacks (first: '{unknown[0].source_id}'); correct data.root or cache.key"
+            )
+        for edit in self.edits:
+            if edit.label != labels.get(edit.source_id, edit.label) or not 0 <= edit.label < dataset.num_classes:
+                raise DataError(
+                    f"{self._manifest}: '{edit.aug_id}' has the label {edit.label}, but its source '{edit.source_id}' has "
+                    f"{labels.get(edit.source_id, 'none')}; the cache was made with another class list: make it again"
+                )
+        trained = {sample.sample_id for sample in dataset.train.samples}
+        return tuple(edit for edit in self.edits if edit.source_id in trained)
+
+    def append(self, image: SavableImage, row: Mapping[str, object]) -> Edit:
+        """Write an image, then its manifest row.
+
+        Args:
+            image: a Pillow image.
+            row: `file_name` (below `images/`, see `AugmentCache.file_name`), `source_id`, `label`, and any provenance.
+
+        Raises:
+            DataError: the row is incomplete, points outside of the entry or is there already; or the disk is full.
+        """
+        assert self._writable, "open the entry with AugmentCache.create to write to it"
+        fields = {"aug_id": row.get("file_name"), "dataset": self.dataset, "instruction": "", **row}
+        first = ("file_name", "aug_id", "dataset", "source_id", "label", "instruction")
+        full = {name: fields.get(name) for name in first} | {k: v for k, v in fields.items() if k not in first}
+        edit = self._edit(full, "the new row")
+        if found := SPLIT_WORDS.search(str(full["file_name"])):
+            raise DataError(
+                f"augment cache: file_name '{full['file_name']}' has the word '{found[1]}', which Hugging Face's "
+                "imagefolder takes for a split; use AugmentCache.file_name"
+            )
+        suffix = edit.path.suffix.lower()
+        if suffix not in FORMATS or not str(full["file_name"]).startswith("images/"):
+            raise DataError(f"augment cache: file_name is '{full['file_name']}', expected a .png or .jpg below images/")
+        if edit.aug_id in self._by_id:
+            raise DataError(
+                f"augment cache {self.folder} already holds '{edit.aug_id}'; every edit needs its own file_name and aug_id"
+            )
+        try:
+            edit.path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(edit.path, "wb") as file:
+                image.save(file, format=FORMATS[suffix])
+            with open(self._manifest, "ab") as manifest:
+                manifest.write(msgspec.json.encode(full) + b"\n")
+                manifest.flush()
+                os.fsync(manifest.fileno())
+        except (OSError, RunError) as error:
+            reason = error.__cause__ or error
+            raise DataError(
+                f"augment cache {self.folder} cannot be written: {reason}; free disk space or change cache.root"
+            ) from None
+        self._by_id[edit.aug_id] = edit
+        return edit
+
+    def write_scores(self, rows: Iterable[Mapping[str, object]], file: str = SCORES) -> None:
+        """Write score rows (each with `aug_id`), replacing the file at once."""
+        with atomic_write(self.folder / file, "wb") as out:
+            out.writelines(msgspec.json.encode(row) + b"\n" for row in rows)
+
+    def finish(self) -> None:
+        """Write DONE."""
+        with atomic_write(self.folder / DONE) as file:
+            file.write(f"{len(self.edits)} edits\n")
+
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / MANIFEST
+
+    @cached_property
+    def _by_id(self) -> dict[str, Edit]:
+        return {edit.aug_id: edit for edit in self.checked()}
+
+    def checked(self) -> Iterator[Edit]:
+        """Yield the edits one by one, for entries that are too large to be held; see `edits`."""
+        seen: dict[str, tuple[Path, int, int]] = {}
+        listings: dict[str, frozenset[str]] = {}
+        # The manifest is read last: a writer that ends in between has merged its rows into it.
+        parts = [(path, self._rows(path)) for path in sorted(self.folder.glob(f"{WRITERS}/*/{ROWS}"))]
+        for path, rows in ((self._manifest, self._rows(self._manifest)), *parts):
+            for number, row in rows:
+                edit = self._edit(row, f"{path} line {number}")
+                known, digest = seen.get(edit.aug_id), hash(msgspec.json.encode(row)) if parts else 0
+                if known is not None:
+                    if known[0] != path and known[2] == digest:
+                        continue  # a writer's row that has just been merged into the manifest
+                    where = "" if known[0] == path else f" of {known[0]}"
+                    raise DataError(f"{path} line {number}: '{edit.aug_id}' is already on line {known[1]}{where}; remove one")
+                seen[edit.aug_id] = (path, number, digest)
+                folder, name = os.path.split(edit.path)
+                if folder not in listings:
+                    listings[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+                if name not in listings[folder]:
+                    raise DataError(f"{path} line {number}: the image {edit.path} is missing; copy it back or remove the line")
+                yield edit
+
+    def _edit(self, row: Mapping[str, Any], where: str) -> Edit:
+        values = {**row, "aug_id": row.get("aug_id", row.get("file_name"))}
+        if self._class_names and isinstance(values.get("label"), str):
+            values["label"] = self._class_index(values["label"], where)
+        for name, kind in (("file_name", str), ("aug_id", str), ("source_id", str), ("label", int)):
+            value = values.get(name)
+            if not isinstance(value, kind) or isinstance(value, bool) or value == "":
+                expected = "a class index" if kind is int else "text"
+                raise DataError(f"{where}: '{name}' is {value!r}, expected {expected}; correct the row")
+        relative = PurePosixPath(values["file_name"])
+        if relative.is_absolute() or ".." in relative.parts or "\\" in values["file_name"]:
+            raise DataError(f"{where}: file_name '{values['file_name']}' points outside of the cache entry; correct the row")
+        known = ("file_name", "aug_id", "source_id", "label", "instruction")
+        return Edit(
+            aug_id=values["aug_id"],
+            path=self.folder / relative,
+            source_id=values["source_id"],
+            label=values["label"],
+            instruction=str(values.get("instruction") or ""),
+            provenance={name: value for name, value in values.items() if name not in known},
+        )
+
+    def _class_index(self, name: str, where: str) -> int:
+        found = [label for label, known in enumerate(self._class_names) if known.casefold() == name.casefold()]
+        if len(found) != 1:
+            problem = "stands for several classes" if found else f"is no class{nearest(name, self._class_names)}"
+            raise DataError(f"{where}: label '{name}' {problem} (class names: {len(self._class_names)}); write the class index")
+        return found[0]
+
+    def _stated_dataset(self) -> str:
+        """Return the dataset that the rows name, or the empty string."""
+        return next((str(edit.provenance["dataset"]) for edit in self.edits if edit.provenance.get("dataset")), "")
+
+    def _rows(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Read a file now, and return an iterator over (line number, row); a cut-off last line is left out with a note."""
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except FileNotFoundError:  # a writer's part, merged in this moment
+            lines = []
+        return self._decoded(path, lines)
+
+    def _decoded(self, path: Path, lines: list[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, msgspec.json.decode(line, type=dict[str, Any])
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                if number == len(lines):  # no newline after it: the writer was killed
+                    self._notes.append(f"{path} line {number} was cut off and is left out")
+                    return
+                raise DataError(f"{path} line {number}: no valid JSON row ({error}); mend or remove the line") from None
+
+
+def mend_tail(path: Path) -> None:
+    """Cut off what a killed writer left after the last newline, so that the next row starts on a line of its own."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            os.fsync(file.fileno())

@@ -1,0 +1,186 @@
+"""results.json of a run: rows by split and alpha, merged, ordered, read back (floor 1; no torch).
+
+    {"recipe", "seed", "results": [{"split", "role", "shift", "wise_alpha", "n", "accuracy", "macro_f1",
+     "worst_group_accuracy", ...}], "select_split", "select_metric", "chosen_alpha"}
+
+Fractions in 0..1. `chosen_alpha` is null unless several alphas were evaluated on the split that may choose one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flyp_saflex.errors import RunError
+from flyp_saflex.storage.run_folder import atomic_write, write_json
+
+Row = dict[str, Any]
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """Read a run's results.json.
+
+    Raises:
+        RunError: it is missing or not ours; says which command writes it.
+    """
+    path = run / "results.json"
+    command = f"run `flyp-saflex evaluate {run}`"
+    if not path.is_file():
+        raise RunError(f"run {run} has no results.json: {command} first")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for row in results["results"]:
+            _ = row["split"], row["role"], row["shift"], float(row["wise_alpha"]), float(row["accuracy"]), float(row["macro_f1"])
+        _ = str(results["recipe"]), int(results["seed"]), results.get("chosen_alpha")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path} is not what evaluate writes ({type(error).__name__}: {error}): delete it and {command} again"
+        ) from None
+    return dict(results)
+
+
+class Results:
+    """The results of one run, old rows included.
+
+    Args:
+        run: the run's folder; an existing results.json is read.
+        recipe: name of the recipe.
+        seed: the run's seed.
+        order: split names in reporting order.
+        select_split: the split that chooses alpha; empty: none does, and an earlier choice stands.
+        select_metric: metric that chooses it, the larger the better.
+    """
+
+    def __init__(self, run: Path, *, recipe: str, seed: int, order: Sequence[str], select_split: str, select_metric: str) -> None:
+        self.run = run
+        self.values: dict[str, Any] = {"recipe": recipe, "seed": seed}
+        self.order = list(order)
+        self.rows: list[Row] = []
+        self._select = (select_split, select_metric)
+        self._earlier: tuple[str, str] = ("", "")
+        if (run / "results.json").is_file():
+            old = read_results(run)
+            self.rows = old["results"]
+            self._earlier = (old.get("select_split") or "", old.get("select_metric") or select_metric)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Merge rows: one for the same split and alpha is replaced, those of other splits stay.
+
+        Rows of the same split at other alphas stay only if they are about as many images (`n`, `limit`, `overrides`):
+        numbers on other images are not comparable, and alpha is chosen among them.
+        """
+        for new in rows:
+            kept = [
+                old for old in self.rows if old["split"] != new["split"] or (_images(old) == _images(new) and not _same(old, new))
+            ]
+            self.rows = [*kept, new]
+        rank = {name: index for index, name in enumerate(self.order)}
+        self.rows.sort(
+            key=lambda row: (
+                rank.get(row["split"], len(rank)),
+                row["split"] if row["split"] not in rank else "",
+                row["wise_alpha"],
+            )
+        )
+
+    @property
+    def chosen_alpha(self) -> float | None:
+        """The alpha with the best metric on the select split, the larger of equals; None if there is no choice."""
+        split, metric = self._select if self._select[0] else self._earlier
+        rows = [row for row in self.rows if row["split"] == split and row.get(metric) is not None]
+        if len(rows) < 2 or rows[0]["role"] != "select":
+            return None
+        return float(max(rows, key=lambda row: (row[metric], row["wise_alpha"]))["wise_alpha"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what results.json holds."""
+        split, metric = self._select if self._select[0] else self._earlier
+        return self.values | {
+            "results": self.rows,
+            "select_split": split,
+            "select_metric": metric if split else "",
+            "chosen_alpha": self.chosen_alpha,
+        }
+
+    def write(self) -> None:
+        """Write results.json, atomically."""
+        write_json(self.run / "results.json", self.as_dict())
+
+    def write_details(self, split: str, details: Mapping[str, Any]) -> None:
+        """Replace one split's part of details.json: by alpha, the tables per class and per group."""
+        path = self.run / "details.json"
+        try:
+            everything = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError:
+            everything = {}  # derived data: what cannot be read is written anew
+        everything[split] = dict(details)
+        write_json(path, everything)
+
+    def write_predictions(self, split: str, columns: Mapping[str, Any]) -> None:
+        """Write predictions/<split>.parquet, one row per image and alpha."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = self.run / "predictions"
+        folder.mkdir(exist_ok=True)
+        with atomic_write(folder / f"{split.replace('/', '%2F')}.parquet", "wb") as file:
+            pq.write_table(pa.table(dict(columns)), file)
+
+    def table(self, splits: Sequence[str]) -> str:
+        """Return the rows of some splits as a text table, in percent."""
+        head = ("split", "role", "shift", "alpha", "images", "accuracy", "95 %", "macro-F1", "95 %", "worst group", "ECE")
+        lines = [head]
+        for row in self.rows:
+            if row["split"] in splits:
+                mark = "*" if row["wise_alpha"] == self.chosen_alpha else ""
+                lines.append(
+                    (
+                        row["split"],
+                        row["role"],
+                        row["shift"],
+                        f"{row['wise_alpha']:g}{mark}",
+                        str(row["n"]),
+                        percent(row["accuracy"]),
+                        _interval(row.get("accuracy_interval")),
+                        percent(row["macro_f1"]),
+                        _interval(row.get("macro_f1_interval")),
+                        percent(row["worst_group_accuracy"]),
+                        percent(row["ece"]),
+                    )
+                )
+        text = align(lines)
+        unreadable = {row["split"]: row["unreadable"] for row in self.rows if row["split"] in splits and row.get("unreadable")}
+        if self.chosen_alpha is not None:
+            text += f"\n* alpha chosen on {self.as_dict()['select_split']} by {self.as_dict()['select_metric']}"
+        if unreadable:
+            text += "\nunreadable images left out: " + ", ".join(f"{split} {n}" for split, n in unreadable.items())
+        return text
+
+
+def percent(fraction: float | None) -> str:
+    """Return a fraction as percent with one decimal, `-` for None."""
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def align(lines: Sequence[Sequence[str]], *, left: int = 3, separator: str = "  ") -> str:
+    """Return rows of cells as aligned text: the first `left` columns to the left, the others to the right."""
+    widths = [max(len(line[c]) for line in lines) for c in range(len(lines[0]))]
+    text = []
+    for line in lines:
+        cells = (cell.ljust(w) if c < left else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        text.append(separator.join(cells))
+    return "\n".join(text)
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"{100 * interval[0]:.1f}..{100 * interval[1]:.1f}"
+
+
+def _same(old: Row, new: Row) -> bool:
+    return bool(old["wise_alpha"] == new["wise_alpha"])
+
+
+def _images(row: Row) -> tuple[Any, ...]:
+    return row.get("n"), row.get("limit"), row.get("overrides")

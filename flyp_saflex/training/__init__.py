@@ -1,0 +1,1 @@
+"""The training loop: setup, batches, schedule, checkpoints, model selection, processes."""

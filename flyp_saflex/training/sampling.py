@@ -1,0 +1,221 @@
+"""Which images make up which step, as a pure function of the seed and the step (floor 2).
+
+Nothing here keeps a state: the rows of step s can be asked for at any time, in any process, so a resumed run sees the
+same rows, with the same random crops, as an undisturbed one. A *row* is a training image, an augmented image or a
+validation image; its random operations are seeded from (seed, stream, position), never from a global generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from flyp_saflex.errors import DataError
+from flyp_saflex.images.augmentation import Augmentation
+from flyp_saflex.images.reader import ImageReader, Preprocess, reader_of
+from flyp_saflex.records import Edit, Sample
+
+
+def derived_seed(*parts: object) -> int:
+    """Return a 63-bit seed from any printable parts; the same on every machine and Python."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Stream:
+    """An endless sequence of indices into `num_rows` rows: one seeded permutation after another.
+
+    Args:
+        num_rows: rows to draw from.
+        seed: of the permutations.
+        labels: class of every row, to draw every class equally often; None: every row equally often.
+    """
+
+    def __init__(self, num_rows: int, seed: int, labels: Sequence[int] | None = None) -> None:
+        assert num_rows > 0, "a stream needs rows"
+        self.num_rows, self.seed, self.labels = num_rows, seed, labels
+        self._round: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def take(self, start: int, count: int) -> list[int]:
+        """Return the indices at positions start .. start + count - 1."""
+        rows: list[int] = []
+        for position in range(start, start + count):
+            number, offset = divmod(position, self.num_rows)
+            if self._round[0] != number:
+                self._round = number, self._permutation(number)
+            rows.append(int(self._round[1][offset]))
+        return rows
+
+    def _permutation(self, number: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed & 0xFFFFFFFF, self.seed >> 32, number])
+        if self.labels is None:
+            return generator.permutation(self.num_rows)
+        labels = np.asarray(self.labels)
+        classes = np.unique(labels)
+        # Classes take turns, in a new order every turn; within a class one permutation after another.
+        turns = -(-self.num_rows // len(classes))
+        order = np.concatenate([generator.permutation(classes) for _ in range(turns)])[: self.num_rows]
+        rows = np.empty(self.num_rows, dtype=np.int64)
+        for label in classes:
+            places, members = np.flatnonzero(order == label), np.flatnonzero(labels == label)
+            rounds = -(-len(places) // len(members))
+            rows[places] = np.concatenate([generator.permutation(members) for _ in range(rounds)] or [members])[: len(places)]
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image of a step: where it comes from, and the seed of its random operations."""
+
+    kind: str  # "train", "augmented" or "validation"
+    index: int
+    seed: int
+
+
+class Plan:
+    """The rows of every step.
+
+    Args:
+        seed: of everything drawn here.
+        train: training samples.
+        edits: cached edits, the source of the augmented rows; None: the batch's own training images.
+        batch_size: training rows per step.
+        num_augmented: augmented rows per step.
+        balanced: draw every class equally often.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        train: Sequence[Sample],
+        edits: Sequence[Edit] | None,
+        batch_size: int,
+        num_augmented: int,
+        balanced: bool = False,
+    ) -> None:
+        self.seed, self.batch_size, self.num_augmented = seed, batch_size, num_augmented
+        labels = [sample.label for sample in train] if balanced else None
+        self._train = Stream(len(train), derived_seed(seed, "train"), labels)
+        self._edits = Stream(len(edits), derived_seed(seed, "edits")) if edits else None
+
+    def step(self, step: int) -> list[Row]:
+        """Return the training rows of a step, then its augmented rows."""
+        train = self._train.take(step * self.batch_size, self.batch_size)
+        rows = [Row("train", index, derived_seed(self.seed, "train", step, place)) for place, index in enumerate(train)]
+        if self._edits is not None:
+            augmented = self._edits.take(step * self.num_augmented, self.num_augmented)
+        else:
+            augmented = [train[place % len(train)] for place in range(self.num_augmented)]
+        return rows + [
+            Row("augmented", index, derived_seed(self.seed, "augmented", step, place)) for place, index in enumerate(augmented)
+        ]
+
+    def shard(self, step: int, rank: int, num_processes: int, part: int = 0, num_parts: int = 1) -> list[Row]:
+        """Return this process's rows of one accumulated part of a step: training rows first, then augmented rows."""
+        rows = self.step(step)
+        stride = num_processes * num_parts
+        first = rank * num_parts + part  # a part holds the same rows for every number of processes
+        train, augmented = rows[: self.batch_size], rows[self.batch_size :]
+        return train[first::stride] + augmented[first::stride]
+
+
+@dataclass
+class Batch:
+    """One part of a step on one process: T training rows, then A augmented rows (A may be 0).
+
+    Attributes:
+        inputs: preprocessed images [T + A, 3, S, S], or stored activations behind the frozen blocks.
+        rows: what they are.
+        indices: [T + A] long, index of the sample or edit that was read in the end.
+        num_train: T.
+        unreadable: files that could not be read and were replaced by the next readable one: (path, reason).
+    """
+
+    inputs: Tensor
+    rows: list[Row]
+    indices: Tensor
+    num_train: int
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        """Move the inputs to memory that a GPU can read by itself; the DataLoader calls this."""
+        return replace(self, inputs=self.inputs.pin_memory())
+
+
+class BatchReader(TorchDataset[Batch]):
+    """Reads whole batches: item i is the i-th entry of `schedule`.
+
+    Args:
+        schedule: rows of every batch, in order.
+        samples: training samples.
+        edits: cached edits, or None.
+        preprocess: image -> tensor [3, S, S], or a reader of images.
+        on_train: random operations on training rows.
+        on_augmented: random operations on augmented rows.
+        box_crop: crop samples to their box first.
+        stored: `(kind, index) -> tensor` of stored activations, read instead of the image.
+    """
+
+    def __init__(
+        self,
+        schedule: Callable[[int], list[Row]],
+        num_batches: int,
+        samples: Sequence[Sample],
+        edits: Sequence[Edit] | None,
+        preprocess: Preprocess | ImageReader,
+        *,
+        on_train: Sequence[Augmentation] = (),
+        on_augmented: Sequence[Augmentation] = (),
+        box_crop: bool = False,
+        stored: Callable[[Path], Tensor] | None = None,
+    ) -> None:
+        self.schedule, self.num_batches = schedule, num_batches
+        self.samples, self.edits, self.reader = samples, edits, reader_of(preprocess)
+        self.on_train, self.on_augmented, self.box_crop, self.stored = on_train, on_augmented, box_crop, stored
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, number: int) -> Batch:
+        rows = self.schedule(number)
+        tensors, indices, unreadable = [], [], []
+        for row in rows:
+            tensor, index, failures = self._read_or_next(row)
+            tensors.append(tensor)
+            indices.append(index)
+            unreadable += failures
+        num_train = sum(row.kind == "train" for row in rows)
+        return Batch(torch.stack(tensors), rows, torch.tensor(indices), num_train, unreadable)
+
+    def source(self, kind: str) -> Sequence[Sample | Edit]:
+        """Return the list that a row's index points into."""
+        return self.edits if kind == "augmented" and self.edits is not None else self.samples
+
+    def _read_or_next(self, row: Row) -> tuple[Tensor, int, list[tuple[str, str]]]:
+        source = self.source(row.kind)
+        failures: list[tuple[str, str]] = []
+        for offset in range(min(len(source), 100)):
+            index = (row.index + offset) % len(source)
+            try:
+                return self._read(row, source[index]), index, failures
+            except DataError as error:
+                failures.append((str(source[index].path), str(error)))
+        raise DataError(f"{failures[0][1]}; the {len(failures) - 1} images after it cannot be read either: check data.root")
+
+    def _read(self, row: Row, item: Sample | Edit) -> Tensor:
+        if self.stored is not None:
+            return self.stored(item.path)
+        operations = self.on_augmented if row.kind == "augmented" else self.on_train
+        box = item.box if self.box_crop and isinstance(item, Sample) else None
+        picture = self.reader.picture(item.path, box=box)
+        for number, operation in enumerate(operations):
+            picture = operation.on(picture, derived_seed(row.seed, number))
+        return self.reader.tensor(picture)

@@ -1,0 +1,168 @@
+"""The demo: its texts and its table, what it refuses, and (slow) that it runs, resumes and comes out the same."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from flyp_saflex import recipe
+from flyp_saflex.demo.world import TEST_PLACES, TRAIN_PLACES, VAL_PLACES
+from flyp_saflex.prompting.edit_prompts import load_edit_prompts
+from flyp_saflex.errors import RunError, UserError
+from flyp_saflex.demo import demo as module
+from flyp_saflex.demo.demo import CONDITIONS, SAFLEX, TRUSTED, demo, summary
+
+TINY = {"num_images": 400, "steps": 3}
+
+
+def test_edit_texts_name_only_places_that_training_knows() -> None:
+    texts = load_edit_prompts(recipe.load("demo").editor.prompts, "iwildcam").edits
+    assert {place for place in TRAIN_PLACES for text in texts if place.rstrip("s") in text.domain} == set(TRAIN_PLACES)
+    assert not [(place, text) for place in (*VAL_PLACES, *TEST_PLACES, "night") for text in texts if place in text.instruction]
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_no_seed_is_refused(tmp_path: Path, seeds: int) -> None:
+    with pytest.raises(UserError, match=f"--seeds {seeds}: expected 1 or more"):
+        demo(tmp_path / "demo", seeds=seeds)
+    assert not (tmp_path / "demo").exists()
+
+
+def written(folder: Path, recipe_name: str, seed: int, accuracy: float) -> Path:
+    run = folder / f"{recipe_name}-{seed}"
+    run.mkdir(parents=True)
+    rows = [
+        {
+            "split": split,
+            "role": "test",
+            "shift": "id",
+            "wise_alpha": alpha,
+            "accuracy": accuracy + shift,
+            "macro_f1": accuracy / 2,
+        }
+        for split, shift in (("id_test", 0.1), ("test", 0.0))
+        for alpha in (0.5, 1.0)
+    ]
+    (run / "results.json").write_text(
+        json.dumps({"recipe": recipe_name, "seed": seed, "results": rows, "chosen_alpha": 0.5}), encoding="utf-8"
+    )
+    return run
+
+
+def test_table_has_means_over_seeds_and_the_paired_difference(tmp_path: Path) -> None:
+    runs = [written(tmp_path, TRUSTED, seed, value) for seed, value in enumerate((0.5, 0.6, 0.7))]
+    runs += [written(tmp_path, SAFLEX, seed, value) for seed, value in enumerate((0.52, 0.64, 0.76))]
+    text = summary(runs)
+    line = next(line for line in text.splitlines() if line.startswith(SAFLEX))
+    assert line.removeprefix(SAFLEX).split() == ["74.0", "32.0", "64.0", "32.0", "64.0", "32.0"]
+    # Differences 2, 4, 6: mean 4, deviation 2, t of two degrees of freedom 4.303: 4 +- 4.303 * 2 / sqrt(3).
+    assert "OOD acc., SAFLEX against trusting the edits, n = 3 seeds" in text
+    assert "+4.0 [-1.0, +9.0]" in text
+    assert "n = 1 (seed 0)" in summary([runs[0], runs[3]])
+
+
+def test_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(RunError, match="holds files that are not a demo's"):
+        demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_folder_of_another_demo_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text(json.dumps({"num_images": 4, "seed": 0}), encoding="utf-8")
+    with pytest.raises(RunError, match="made with another num_images and recipe"):
+        demo(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_broken_settings_are_another_demos(tmp_path: Path, content: str) -> None:
+    (tmp_path / "demo.json").write_text(content, encoding="utf-8")
+    with pytest.raises(RunError, match="give a new folder, or delete it"):
+        demo(tmp_path)
+
+
+def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", "metadata.csv")
+
+    monkeypatch.setattr(module, "write_world", full)
+    with pytest.raises(RunError, match=r"metadata\.csv cannot be written \(No space left on device\); free disk space"):
+        demo(tmp_path / "out")
+
+
+def test_folder_that_cannot_be_written_is_an_error_that_names_the_option(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="choose another with --out"):
+        demo(tmp_path / "file" / "demo")
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, demo(out, **TINY)
+
+
+def results(out: Path) -> dict[str, str]:
+    return {path.parent.name: path.read_text(encoding="utf-8") for path in sorted(out.glob("seed0/runs/*/results.json"))}
+
+
+def without_time(text: str) -> list[str]:
+    return [line for line in text.splitlines() if not line.startswith("Done in")]
+
+
+@pytest.mark.slow
+def test_demo_ends_in_the_table_and_the_report(finished: tuple[Path, str]) -> None:
+    out, text = finished
+    lines = text.splitlines()
+    assert [line.partition("   ")[0].strip() for line in lines[1:6]] == [name[:40] for name in CONDITIONS]
+    assert "n = 1 (seed 0)" in text
+    assert lines[-1].endswith(f"Report: {out / 'report.html'}")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in CONDITIONS)
+
+
+@pytest.mark.slow
+def test_rerun_does_nothing_and_prints_the_table_again(
+    finished: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, text = finished
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a finished step was done again")
+
+    for name in ("train", "evaluate", "write_world", "filter_edits"):
+        monkeypatch.setattr(module, name, forbidden)
+    again = demo(out, **TINY)
+    assert without_time(again) == without_time(text)
+    assert capsys.readouterr().out.endswith(again + "\n")
+
+
+@pytest.mark.slow
+def test_interrupted_demo_goes_on_and_equals_an_undisturbed_one(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, calls = module.evaluate, []
+
+    def interrupted(run: Path, **options: object) -> object:
+        calls.append(run.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(run, **options)
+
+    monkeypatch.setattr(module, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path / "out", **TINY)
+    text = demo(tmp_path / "out", **TINY)
+    assert calls == ["zero-shot", "flyp", "flyp", "flyp-edits-all-trusted", "flyp-edits-filtered", "flyp-edits-saflex"]
+    assert without_time(text) == without_time(finished[1])
+    assert results(tmp_path / "out") == results(finished[0])

@@ -1,0 +1,117 @@
+"""The baselines do what their one sentence says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flyp_saflex.errors import ConfigError
+from flyp_saflex.saflex.baselines import (
+    cutmix,
+    draw_mix,
+    keep_at_random,
+    keep_lowest_losses,
+    keep_where_argmax_agrees,
+    mixup,
+    smooth_by_strength,
+    smoothing_curve,
+)
+from flyp_saflex.saflex.losses import soft_cross_entropy
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_smoothing_leaves_untouched_rows_alone_and_spreads_the_rest_evenly():
+    labels = smooth_by_strength(torch.tensor([2, 0, 1]), torch.tensor([0.0, 0.5, 1.0]), 3, alpha=lambda strength: 0.4 * strength)
+    torch.testing.assert_close(labels, torch.tensor([[0, 0, 1], [0.8, 0.1, 0.1], [0.2, 0.6, 0.2]]))
+    curve = smoothing_curve(torch.tensor([0.0, 0.5, 1.0, 7.0]), lowest_confidence=0.2, power=2)
+    torch.testing.assert_close(curve, torch.tensor([0.0, 0.2, 0.8, 0.8]))
+    default = smooth_by_strength(torch.tensor([0]), torch.tensor([1.0]), 4)
+    torch.testing.assert_close(default, torch.tensor([[0.5, 0.5 / 3, 0.5 / 3, 0.5 / 3]]))
+    with pytest.raises(ConfigError, match="at least 2 classes, found 1"):
+        smooth_by_strength(torch.tensor([0]), torch.tensor([0.5]), 1)
+
+
+def test_mixup_mixes_images_and_labels_alike():
+    images, labels = torch.randn(4, 3, 5, 5, generator=seeded()), torch.eye(4)
+    partner = torch.tensor([1, 2, 3, 0])
+    mixed, soft = mixup(images, labels, 0.3, partner)
+    torch.testing.assert_close(mixed[2], 0.3 * images[2] + 0.7 * images[3])
+    torch.testing.assert_close(soft[2], torch.tensor([0, 0, 0.3, 0.7]))
+    unchanged = mixup(images, labels, 1.0, partner)
+    assert torch.equal(unchanged[0], images)
+    assert torch.equal(unchanged[1], labels)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_cutmix_labels_are_the_area_that_was_kept(lam):
+    labels, partner = torch.eye(2), torch.tensor([1, 0])
+    images = torch.arange(2.0)[:, None, None, None].expand(2, 3, 12, 8)
+    for seed in range(20):
+        mixed, soft = cutmix(images, labels, lam, partner, seeded(seed))
+        area = mixed[0].mean().item()  # part of row 0 (all zeros) that now is row 1 (all ones)
+        torch.testing.assert_close(soft[0], torch.tensor([1 - area, area]))
+        assert area <= 1 - lam + 0.07  # never more than asked for, up to rounding to pixels: half a pixel of 12 and of 8
+        torch.testing.assert_close(mixed[1].mean(), torch.tensor(1 - area))
+    assert images.sum() == 3 * 12 * 8, "the input is left alone"
+
+
+def test_cutmix_pastes_one_box():
+    images = torch.arange(2.0)[:, None, None, None].expand(2, 1, 16, 16)
+    mixed, _ = cutmix(images, torch.eye(2), 0.7, torch.tensor([1, 0]), seeded())
+    rows, columns = mixed[0, 0].any(1).sum(), mixed[0, 0].any(0).sum()
+    assert mixed[0].sum() == rows * columns
+
+
+def test_draw_mix_is_seeded_and_is_beta_distributed():
+    first, second = draw_mix(6, 0.2, seeded(3)), draw_mix(6, 0.2, seeded(3))
+    assert first[0] == second[0]
+    assert torch.equal(first[1], second[1])
+    assert sorted(first[1].tolist()) == list(range(6))
+    generator = seeded()
+    lams = torch.tensor([draw_mix(1, 0.5, generator)[0] for _ in range(2000)])
+    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)) = 1/8; the standard errors are 0.008 and 0.002.
+    assert lams.mean().item() == pytest.approx(0.5, abs=0.04)
+    assert lams.var().item() == pytest.approx(0.125, abs=0.01)
+    with pytest.raises(ConfigError, match="alpha above 0, found 0"):
+        draw_mix(2, 0, seeded())
+
+
+def test_argmax_filter():
+    logits = torch.tensor([[2.0, 1.0], [2.0, 1.0], [torch.nan, 0.0]])
+    assert keep_where_argmax_agrees(logits, torch.tensor([0, 1, 0])).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_lowest_losses_filter():
+    losses = torch.tensor([3.0, 1.0, torch.nan, 2.0])
+    assert keep_lowest_losses(losses, 0.5).tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert keep_lowest_losses(losses, 0.75).tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert keep_lowest_losses(losses, 1.0).tolist() == [1.0] * 4
+    assert keep_lowest_losses(losses, 0.0).tolist() == [0.0] * 4
+
+
+def test_random_filter_keeps_the_fraction_and_is_seeded():
+    kept = keep_at_random(1000, 0.3, seeded())
+    assert kept.sum() == 300
+    assert torch.equal(kept, keep_at_random(1000, 0.3, seeded()))
+    assert not torch.equal(kept, keep_at_random(1000, 0.3, seeded(1)))
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1])
+def test_fractions_outside_0_1_are_refused(fraction):
+    with pytest.raises(ConfigError, match=r"keep_fraction = .* from 0 to 1"):
+        keep_at_random(4, fraction, seeded())
+    with pytest.raises(ConfigError, match="keep_fraction"):
+        keep_lowest_losses(torch.ones(4), fraction)
+
+
+def test_filters_are_weights_of_the_losses():
+    logits, labels = torch.randn(6, 3, generator=seeded()), torch.tensor([0, 1, 2, 0, 1, 2])
+    weights = keep_where_argmax_agrees(logits, labels)
+    kept = weights > 0
+    assert 0 < kept.sum() < 6
+    found = soft_cross_entropy(logits, F.one_hot(labels, 3), weights)
+    torch.testing.assert_close(found, F.cross_entropy(logits[kept], labels[kept]))

@@ -1,0 +1,140 @@
+"""The run folder: atomic writes, the lock, metrics that survive a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flyp_saflex.config import Config
+from flyp_saflex.errors import RunError
+from flyp_saflex.storage.run_folder import RunDir, atomic_write, environment, write_json
+
+
+def test_interrupted_write_is_invisible(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    for error in (KeyboardInterrupt, ZeroDivisionError):
+        with pytest.raises(error), atomic_write(path) as file:
+            file.write("half a li")
+            file.flush()
+            raise error
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    code = f"""
+import os, pathlib
+from flyp_saflex.rundir import atomic_write
+with atomic_write(pathlib.Path({str(path)!r})) as file:
+    file.write("half")
+    file.flush()
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 9
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+
+
+def test_a_full_disk_is_a_run_error_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"results\.json: No space left on device; free disk space"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(RunError, match=r"file.run cannot be written: .*--run-dir"):
+        RunDir(tmp_path / "file" / "run")
+    with pytest.raises(RunError, match=r"cannot write .*missing.x\.json"):
+        write_json(tmp_path / "missing" / "x.json", {})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
+def test_one_process_holds_a_run_folder(tmp_path: Path) -> None:
+    code = f"""
+import pathlib
+from flyp_saflex.rundir import RunDir
+with RunDir(pathlib.Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    input()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="in use by another process"):
+            RunDir(tmp_path)
+        RunDir(tmp_path, lock=False)  # the other processes of a distributed run
+        holder.stdin.write("\n")
+        holder.stdin.close()
+        assert holder.wait(timeout=60) == 0
+    with RunDir(tmp_path):
+        pass
+    with RunDir(tmp_path):  # released on leaving
+        pass
+
+
+def test_metrics_survive_a_kill_and_are_rewound(tmp_path: Path) -> None:
+    with RunDir(tmp_path / "run") as run:
+        assert run.read_rows() == []
+        for step in (10, 20, 30):
+            run.append_metrics({"step": step, "loss": math.nan if step == 20 else 0.1 * step})
+            run.append_rows([{"step": step, "weight": 1.0}, {"step": step, "weight": 0.0}])
+        with open(run.path / "metrics.jsonl", "ab") as file:
+            file.write(b'{"step": 40, "lo')  # cut off by a kill
+        assert [row["step"] for row in run.read_rows()] == [10, 20, 30]
+        assert run.read_rows()[1]["loss"] is None
+        run.rewind(20)
+        run.append_metrics({"step": 30, "loss": 1.5})
+        rows = run.read_rows()
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert rows[0]["loss"] == 0.1 * 10  # to the last digit
+    assert rows[2]["loss"] == 1.5
+    assert [row["step"] for row in run.read_rows("augmented.jsonl")] == [10, 10, 20, 20]
+
+
+def test_config_round_trip_and_done(tmp_path: Path) -> None:
+    config = Config(recipe="mine", seed=5)
+    with RunDir(tmp_path / "run") as run:
+        with pytest.raises(RunError, match=r"is not a run folder: it has no config\.toml"):
+            run.read_config()
+        run.write_config(config)
+        assert run.read_config() == config
+        assert not run.done
+        run.mark_done()
+        assert run.done
+
+
+def test_environment_names_versions_and_command(tmp_path: Path) -> None:
+    with RunDir(tmp_path / "run") as run:
+        run.write_environment(device="cpu")
+        written = json.loads((run.path / "env.json").read_text(encoding="utf-8"))
+    assert written["device"] == "cpu"
+    assert written["command"] == sys.argv
+    assert {"torch", "open_clip_torch", "numpy"} <= set(environment()["packages"])
+
+
+def test_seconds_of_a_stage_are_noted_beside_the_environment(tmp_path):
+    with RunDir(tmp_path / "run") as run:
+        run.note_seconds("evaluation", "test", 1.0)
+        run.write_environment(seconds=5.0)
+        run.note_seconds("evaluation", "test", 2.0)
+        run.note_seconds("evaluation", "val", 0.5)
+    values = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert values["seconds"] == 5.0
+    assert values["stage_seconds"] == {"evaluation": {"test": 2.0, "val": 0.5}}

@@ -1,0 +1,103 @@
+"""Two processes that share a batch train what one process trains on the whole batch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flyp_saflex.storage.run_folder import RunDir
+from flyp_saflex.training.train import train
+
+pytestmark = pytest.mark.slow
+
+CASES = {
+    "head scope": ["augment.upstream=randaugment", "saflex.enabled=true", "saflex.scope=head"],
+    "all parameters, one column per row, half the edits": [
+        "augment.upstream=cache",
+        "augment.per_train=0.5",
+        "saflex.enabled=true",
+        "saflex.scope=all",
+        "train.proxies=batch",
+        "train.freeze_image_blocks=1",
+    ],
+    "all parameters, estimated and compared": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.scope=all",
+        "saflex.check_every=4",
+    ],
+    "linear probe, then finetuning in parts": [
+        "train.method=lp-ft",
+        "train.probe_steps=3",
+        "train.steps=5",
+        "train.accumulation=2",
+        "augment.upstream=flip",
+        "saflex.enabled=true",
+        "train.freeze_text=true",
+    ],
+    "select, then train: other numbers of rows kept on each": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.weight_rule=sum",
+        "saflex.select=always",
+    ],
+    "features first, gradients in parts": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.weight_rule=sum",
+        "saflex.scope=all",
+        "train.proxies=batch",
+        "train.accumulation=2",
+        "train.rows_at_once=3",
+    ],
+}
+
+
+def two_processes(options, run, script, *, expected=0):
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom accelerate.state import PartialState\n"
+        "from flyp_saflex import recipe\nfrom flyp_saflex.training.train import train\n"
+        "config = recipe.load('folder', sys.argv[2:])\ntrain(config, Path(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(run)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False, timeout=280)
+    assert (done.returncode == 0) == (expected == 0), done.stderr
+    return done
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(make_config, tiny_options, edits, tmp_path, case):
+    """To 1e-5: sums over the batch are taken in another order. A large epsilon keeps AdamW from blowing that up."""
+    options = [*tiny_options, "train.steps=10", "train.eps=1e-3", "train.batch_size=8", "train.log_augmented=true", *CASES[case]]
+    train(make_config(*options), tmp_path / "one")
+    done = two_processes(options, tmp_path / "two", tmp_path / "both.py")
+    assert "2 processes" in done.stdout
+    assert done.stdout.count("done:") == 1, "only the main process prints"
+    one, two = (RunDir(tmp_path / name, lock=False) for name in ("one", "two"))
+    losses = [[row["loss"] for row in run.read_rows() if "loss" in row] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert len(losses[0]) == (8 if "lp-ft" in str(options) else 10)
+    for name in ("model/open_clip_model.safetensors", "head.safetensors"):
+        assert (one.path / name).is_file() == (two.path / name).is_file()
+        if (one.path / name).is_file():
+            a, b = load_file(one.path / name), load_file(two.path / name)
+            for key in a:
+                torch.testing.assert_close(b[key], a[key], rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    rows = [sorted((row["step"], row["id"], row["weight"] > 0) for row in run.read_rows("augmented.jsonl")) for run in (one, two)]
+    assert rows[0] == rows[1]
+    assert {kept for *_, kept in rows[0]} == {True, False}, "SAFLEX must have something to decide"
+
+
+def test_an_image_that_one_process_cannot_read_stops_both(make_config, tiny_options, tmp_path):
+    from flyp_saflex.training.setup import prepare
+
+    broken = prepare(make_config()).dataset.train.samples[0].path
+    broken.write_bytes(b"no image")
+    options = [*tiny_options, "data.max_unreadable=0", "train.select_split=", "train.batch_size=12"]
+    done = two_processes(options, tmp_path / "run", tmp_path / "both.py", expected=1)
+    assert "state after step 1 is saved" in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001.pt").is_file()
