@@ -1,6 +1,7 @@
-"""Every option, once: its name, type, range, default and meaning (floor 0; imports no torch).
+"""Every option, once: its name, type, range, default and meaning (imports no torch).
 
-`recipe.py` turns a TOML file with these sections into a `Config` and says which combinations cannot work. A string under a field documents it (`--print-config`).
+`recipe.py` turns a TOML file with these sections into a `Config` and says which combinations cannot work. A string under a
+field documents it (`--print-config`).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Prompts:
 
 def shipped_folder() -> Path:
     """Return the shipped `prompts` folder: inside the installed package, or at the top of a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "prompts"
     return inside if inside.is_dir() else package.parent / "prompts"
 

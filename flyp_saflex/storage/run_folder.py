@@ -201,7 +201,7 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    source = Path(__file__).resolve().parent.parent
+    source = Path(__file__).resolve().parents[2]
     commit = None
     if (source / ".git").exists():
         git = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

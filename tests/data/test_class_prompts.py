@@ -28,7 +28,7 @@ def test_prompts_inside_an_installed_package_come_first(tmp_path: Path, monkeypa
     package = tmp_path / "flyp_saflex"
     (package / "prompts" / "mine").mkdir(parents=True)
     (package / "prompts" / "mine" / "templates.txt").write_text("a {}\n")
-    monkeypatch.setattr(class_prompts, "__file__", str(package / "prompts_io.py"))
+    monkeypatch.setattr(class_prompts, "__file__", str(package / "data" / "class_prompts.py"))
     assert shipped() == ["mine"]
     assert load_prompts("mine").templates == ("a {}",)
 
