@@ -32,7 +32,8 @@ from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError, UserError
 from flyp_saflex.evaluation.statistics import paired_difference, summarise
 from flyp_saflex.storage.results import align, percent, read_results
-from flyp_saflex.storage.run_folder import RunDir, atomic_write, write_json
+from flyp_saflex.storage.run_folder import RunDir
+from flyp_saflex.storage.files import atomic_write, write_json
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.filtering.filter import filter_edits
 from flyp_saflex.editing.generate import generate

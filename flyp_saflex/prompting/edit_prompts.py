@@ -25,7 +25,7 @@ import tomli_w
 
 from flyp_saflex.data.class_prompts import shipped_folder
 from flyp_saflex.errors import DataError, RunError, nearest
-from flyp_saflex.storage.run_folder import atomic_write
+from flyp_saflex.storage.files import atomic_write
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from flyp_saflex.errors import RunError, nearest
 from flyp_saflex.reporting.tables import Cell, cells, notes, tables
+from flyp_saflex.storage.files import atomic_write
 from flyp_saflex.storage.results import align, read_results
-from flyp_saflex.storage.run_folder import atomic_write
 
 Form = Literal["md", "csv", "json", "html"]
 Results = dict[Path, dict[str, Any]]

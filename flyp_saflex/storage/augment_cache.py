@@ -26,7 +26,7 @@ import msgspec
 
 from flyp_saflex.errors import DataError, RunError, nearest
 from flyp_saflex.records import Dataset, Edit
-from flyp_saflex.storage.run_folder import atomic_write
+from flyp_saflex.storage.files import atomic_write, mend_tail
 
 MANIFEST = "metadata.jsonl"
 SCORES = "scores.jsonl"
@@ -367,15 +367,3 @@ class AugmentCache:
                     self._notes.append(f"{path} line {number} was cut off and is left out")
                     return
                 raise DataError(f"{path} line {number}: no valid JSON row ({error}); mend or remove the line") from None
-
-
-def mend_tail(path: Path) -> None:
-    """Cut off what a killed writer left after the last newline, so that the next row starts on a line of its own."""
-    if not path.is_file() or not path.stat().st_size:
-        return
-    with open(path, "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            os.fsync(file.fileno())

@@ -5,22 +5,16 @@ Parts of `cache_writer.py`, which says what belongs where.
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.storage.augment_cache import MANIFEST, WRITERS
-from flyp_saflex.storage.run_folder import atomic_write, write_json
-
-if sys.platform != "win32":
-    import fcntl
+from flyp_saflex.storage.files import entry_lock, whole_lines, write_json
 
 SETTINGS, REJECTED = "settings.json", "rejected.jsonl"
 
@@ -89,41 +83,6 @@ def read_rejected(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, di
     return edits, sources
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows, all or none, and flush them to disk."""
-    if not rows:
-        return
-    with open(path, "ab", buffering=0) as file:
-        before = file.seek(0, os.SEEK_END)
-        data = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
-        try:
-            written = file.write(data)
-            if written != len(data):  # a disk that fills up takes what fits
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(before)
-            raise
-
-
-def replace_lines(path: Path, lines: Sequence[bytes]) -> None:
-    """Replace a file at once; without lines it is removed, but for the manifest."""
-    data = b"".join(line + b"\n" for line in lines)
-    if not lines and path.name != MANIFEST:
-        path.unlink(missing_ok=True)
-    elif not path.is_file() or path.read_bytes() != data:
-        with atomic_write(path, "wb") as file:
-            file.write(data)
-
-
-def whole_lines(path: Path) -> list[bytes]:
-    """Return the whole lines of a file, none if it is not there; what follows the last newline was cut off by a kill."""
-    try:
-        return [line for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
-    except FileNotFoundError:
-        return []
-
-
 def rows_by_id(files: Sequence[Path]) -> dict[str, bytes]:
     """Return rows as they are written, by aug_id; the first one counts."""
     decoder = msgspec.json.Decoder(_Id)
@@ -138,39 +97,6 @@ def rows_by_id(files: Sequence[Path]) -> dict[str, bytes]:
                 raise DataError(f"{path} line {number}: there is no aug_id; mend or remove the line")
             rows.setdefault(aug_id, line)
     return rows
-
-
-@contextmanager
-def entry_lock(folder: Path) -> Iterator[bool]:
-    """Wait for the entry's lock, which writers hold for moments only; yield whether the file system has locks."""
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        locked = False
-        if sys.platform != "win32":
-            with suppress(OSError):  # without locks nothing is protected from a second process
-                fcntl.flock(file, fcntl.LOCK_EX)
-                locked = True
-        yield locked
-
-
-def hold(path: Path) -> IO[str]:
-    """Open and lock a file until it is closed or the process ends, however it ends."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
-    if sys.platform != "win32":
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
-
-
-def held_by_other(path: Path) -> bool | None:
-    """Return whether a living process holds the lock; None where that cannot be known."""
-    if sys.platform == "win32":
-        return None
-    try:
-        with open(path, "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError as error:
-        return True if error.errno in (errno.EAGAIN, errno.EACCES) else None
 
 
 def _short(value: Any) -> str:

@@ -24,30 +24,9 @@ from typing import IO, Any
 import msgspec
 
 from flyp_saflex.errors import DataError
-from flyp_saflex.storage.augment_cache import (
-    DONE,
-    FORMATS,
-    MANIFEST,
-    ROWS,
-    SHEETS,
-    WRITERS,
-    AugmentCache,
-    SavableImage,
-    mend_tail,
-)
-from flyp_saflex.storage.augment_cache_files import (
-    REJECTED,
-    SETTINGS,
-    append_rows,
-    entry_lock,
-    held_by_other,
-    hold,
-    read_rejected,
-    replace_lines,
-    rows_by_id,
-    troubles,
-    whole_lines,
-)
+from flyp_saflex.storage.augment_cache import DONE, FORMATS, MANIFEST, ROWS, SHEETS, WRITERS, AugmentCache, SavableImage
+from flyp_saflex.storage.augment_cache_files import REJECTED, SETTINGS, read_rejected, rows_by_id, troubles
+from flyp_saflex.storage.files import append_rows, entry_lock, held_by_other, hold, mend_tail, replace_lines, whole_lines
 
 JPEG_QUALITY = 95
 
@@ -171,7 +150,7 @@ class CacheWriter:
             ]
             planned = {aug_id for aug_id, _ in plan}
             order = [aug_id for aug_id, _ in plan if aug_id in rows] + [aug_id for aug_id in rows if aug_id not in planned]
-            replace_lines(self.folder / MANIFEST, [rows[aug_id] for aug_id in order])
+            replace_lines(self.folder / MANIFEST, [rows[aug_id] for aug_id in order], keep_empty=True)
             replace_lines(self.folder / REJECTED, [msgspec.json.encode(row) for row in refused])
             replace_lines(self.folder / DONE, [f"{len(order)} edits".encode()])
         return True
@@ -223,7 +202,7 @@ class CacheWriter:
             manifest = rows_by_id([self.folder / MANIFEST])
             merged = manifest | {key: row for key, row in rows_by_id(files).items() if key not in manifest}
             if len(merged) > len(manifest):
-                replace_lines(self.folder / MANIFEST, list(merged.values()))
+                replace_lines(self.folder / MANIFEST, list(merged.values()), keep_empty=True)
         refused = [line for home in homes if (home / REJECTED).is_file() for line in whole_lines(home / REJECTED)]
         known = set(whole_lines(self.folder / REJECTED)) if refused else set()
         new = [line for line in dict.fromkeys(refused) if line not in known]

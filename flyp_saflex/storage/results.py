@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flyp_saflex.errors import RunError
-from flyp_saflex.storage.run_folder import atomic_write, write_json
+from flyp_saflex.storage.files import atomic_write, write_json
 
 Row = dict[str, Any]
 

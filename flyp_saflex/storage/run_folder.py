@@ -11,8 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,7 @@ import msgspec
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
+from flyp_saflex.storage.files import atomic_write, write_json
 
 if sys.platform != "win32":
     import fcntl
@@ -39,33 +39,6 @@ PACKAGES = (
     "transformers",
     "diffusers",
 )
-
-
-@contextmanager
-def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; on a clean exit flush it to disk and rename it, otherwise remove it.
-
-    Raises:
-        RunError: the folder is read-only, missing or the disk is full; `path` is then as it was before.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; free disk space or choose another --run-dir") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    with atomic_write(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
 
 
 class RunDir:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,9 +28,7 @@ from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.records import Edit, Sample
-
-if sys.platform != "win32":
-    import fcntl
+from flyp_saflex.storage.files import entry_lock
 
 
 def fingerprint(clip: Clip, tower: ImageTower, *, box_crop: bool, scaled: bool = False) -> str:
@@ -113,9 +110,7 @@ class ActivationStore:
 
     def ensure(self, items: Sequence[Sample | Edit]) -> None:
         """Compute and append what is missing; one process at a time writes."""
-        with open(self.folder / ".lock", "a+", encoding="utf-8") as lock:
-            if sys.platform != "win32":
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with entry_lock(self.folder):
             self._read_index(mend=True)
             missing = [item for item in items if self._key(item.path) not in self._rows]
             for positions, images in self.loader.batches(missing):

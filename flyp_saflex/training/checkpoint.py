@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flyp_saflex.errors import RunError
-from flyp_saflex.storage.run_folder import atomic_write
+from flyp_saflex.storage.files import atomic_write
 
 PATTERN = re.compile(r"step-(\d{8})\.pt")
 
