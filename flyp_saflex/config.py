@@ -6,30 +6,20 @@ field documents it (`--print-config`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
-from msgspec import Meta
-
-Positive = Annotated[float, Meta(gt=0)]
-NonNegative = Annotated[float, Meta(ge=0)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
-Count = Annotated[int, Meta(ge=1)]
-Natural = Annotated[int, Meta(ge=0)]
-
-LINEAR_METHODS = ("ce-linear", "linear-probe", "lp-ft")
-"""Values of `train.method` whose classes are columns of a linear head instead of captions."""
-
-WeightRule = Literal["upstream", "sum", "label", "soft", "all"]
-Upstream = Literal["cache", "randaugment", "autoaugment", "augmix", "trivialaugment", "random-crop", "flip", "mixup", "cutmix"]
+from flyp_saflex.presets import SaflexSettings
+from flyp_saflex.ranges import Count, Fraction, Natural, NonNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which images, and how they are split."""
 
-    name: Literal["folder", "table", "iwildcam", "iwildcam-mini", "cub"] = "folder"
-    """Which reader. `folder`: root/<domain>/<class>/* or root/<split>/<class>/*; `table`: a CSV, TSV or Parquet file."""
+    name: str = "folder"
+    """Reader, a name in `tables.DATASETS`: `folder` (root/<domain>/<class>/* or root/<split>/<class>/*), `table` (a CSV, TSV or
+    Parquet file), `iwildcam`, `iwildcam-mini`, `cub`."""
     root: str = ""
     """The dataset's folder (for `iwildcam`: the folder that holds, or is, `iwildcam_v2.0`)."""
     train_domains: tuple[str, ...] = ()
@@ -203,8 +193,9 @@ class FilterConfig:
 class AugmentConfig:
     """What is done to training images, and what makes the augmented rows."""
 
-    upstream: tuple[Upstream, ...] = ()
-    """What makes the augmented rows, applied in order; `cache` starts from edited images instead of training images."""
+    upstream: tuple[str, ...] = ()
+    """What makes the augmented rows, names in `tables.UPSTREAMS` applied in order; `cache` starts from edited images instead
+    of training images."""
     per_train: Positive = 1.0
     """Augmented rows per training row of a batch."""
     on_train: tuple[Literal["random-crop", "flip"], ...] = ("random-crop",)
@@ -225,7 +216,7 @@ class AugmentConfig:
 class TrainConfig:
     """Loss, optimiser, what is trained, and how long."""
 
-    method: Literal["flyp", "ce-text", "ce-linear", "linear-probe", "lp-ft"] = "flyp"
+    method: str = "flyp"
     """`flyp`: contrastive loss between image and caption. `ce-text`: cross entropy over the class captions. `ce-linear`:
     cross entropy with a linear head. `linear-probe`: only that head. `lp-ft`: `linear-probe`, then `ce-linear`."""
     proxies: Literal["captions", "batch"] = "captions"
@@ -282,8 +273,8 @@ class TrainConfig:
     """Steps between evaluations on `select_split`; 0: at the end only."""
     select_split: str = "id_val"
     """Split of role `select` that picks the best weights; empty: keep the last."""
-    select_metric: Literal["accuracy", "macro_f1", "worst_group_accuracy"] = "accuracy"
-    """Metric that picks them; the larger the better."""
+    select_metric: str = "accuracy"
+    """Metric that picks them, a name in `tables.METRICS`."""
     patience: Natural = 0
     """Stop after this many evaluations without a better one; 0: never."""
     checkpoint_every: Natural = 200
@@ -301,49 +292,23 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaflexConfig:
+class SaflexConfig(SaflexSettings):
     """Weights and soft labels of the augmented rows; an option left unset has the value of `preset`."""
 
     enabled: bool = False
     """Learn weights and soft labels of the augmented rows; False: weight 1 and the label that they came with."""
-    preset: Literal["robust", "paper"] = "robust"
-    """Values of the options below that are left at "preset" or unset."""
+    preset: str = "robust"
+    """Values of the method's options that are left unset: `robust` or `paper`."""
     validation_split: str = "id_val"
     """Split of role `select` whose loss the weights and labels are to lower."""
-    temperature: Positive | None = None
-    """tau of Eq. (10), softened; both presets: 0.1."""
-    penalty: NonNegative | None = None
-    """beta: pull of the learned label towards the one that the row came with."""
-    weight_rule: WeightRule | None = None
-    """Which rows are kept, from their gains; see the README's table of rules."""
-    gain_scale: Literal["none", "std"] | None = None
-    """Unit of the gains in the labels' softmax: as printed in the paper, or the batch's standard deviation."""
-    validation_loss: Literal["ce", "margin", "train"] | None = None
-    """Loss of the validation rows: cross entropy over class captions, its infinite-temperature limit, or the training loss."""
-    validation_rows: Natural | None = None
-    """Validation images per refresh, drawn in turn; 0, or more than the split has: all of it, kept in memory."""
-    validation_renewed: Natural | None = None
-    """Head scope: how many of the validation images are run through the image tower per refresh, in turn, while the others
-    keep their features of earlier refreshes; 0: all. With 16 of 256 a row's features are at most 16 refreshes old."""
-    refresh_every: Count | None = None
-    """Steps between validation gradients."""
-    scope: Literal["all", "head"] | None = None
-    """Parameters whose gradient is meant: all trained ones, or image projection + text tower."""
-    average: Fraction | None = None
-    """Decay of a running average of the validation gradient over refreshes; 0: the newest only."""
-    estimator: Literal["auto", "exact", "central", "one-sided"] | None = None
-    """Directional derivative: forward-mode differentiation (`exact`), or finite differences of float32 passes. `auto`: exact
-    in head scope and in half precision, else one-sided, and exact from then on if a comparison finds that it errs."""
-    check_every: Natural | None = None
-    """Steps (parts of steps, with `train.accumulation`) between comparisons of estimated gains with exact ones on 8 rows of
-    every process, told in metrics.jsonl as `estimator_...`; 0: never."""
-    agreement: Literal["ignore", "keep", "require"] | None = None
-    """Rows whose label the model itself predicts: `ignore` that, `keep` them whatever their gain, or `require` it."""
     select: Literal["auto", "always", "never"] = "auto"
     """Decide about augmented rows first and train on the kept ones only: the same step, cheaper where few are kept. `auto`
     does so while a running average of the kept part is below what pays. Also for the filters of `augment.filter`."""
-    class_balance: Fraction | None = None
-    """How far kept rows are weighed so that dropping does not shift the classes' shares; 0: not, 1: wholly."""
+
+    @property
+    def settings(self) -> SaflexSettings:
+        """The method's options alone."""
+        return SaflexSettings(**{field.name: getattr(self, field.name) for field in fields(SaflexSettings)})
 
 
 @dataclass(frozen=True, kw_only=True)

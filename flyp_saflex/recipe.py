@@ -14,15 +14,17 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import tomli_w
 
-from flyp_saflex import config as config_module
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, nearest
+from flyp_saflex.presets import PRESETS, SaflexSettings, with_preset
+from flyp_saflex.tables import CHOICES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,10 +76,13 @@ def build(values: Mapping[str, Any], source: str) -> Config:
     """Turn nested values into a checked `Config`; `source` names their origin in errors."""
     _check_keys(values, source)
     try:
-        config = msgspec.convert(_tuples(values), Config)
+        config = msgspec.convert(_with_preset(_tuples(values)), Config)
     except msgspec.ValidationError as error:
         problem, _, where = str(error).partition(" - at `$.")
         raise ConfigError(f"{source}: {where.rstrip('`') or 'top level'}: {problem}{_choices(where.rstrip('`'))}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    _check_names(config, source)
     problems = check(config)
     if problems:
         raise ConfigError(f"{source}: " + "; ".join(problems))
@@ -85,8 +90,11 @@ def build(values: Mapping[str, Any], source: str) -> Config:
 
 
 def dumps(config: Config, *, comments: bool = False) -> str:
-    """Return the recipe as TOML; unset options are left out, `comments` adds each field's documentation."""
-    text = tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+    """Return the recipe as TOML; unset options and the preset's own are left out, `comments` adds each field's documentation."""
+    values = _without_none(dataclasses.asdict(config))
+    usual = dataclasses.asdict(PRESETS[config.saflex.preset])
+    values["saflex"] = {key: value for key, value in values["saflex"].items() if key not in usual or value != usual[key]}
+    text = tomli_w.dumps(values)
     if not comments:
         return text
     docs, section, lines = _field_docs(), "Config", []
@@ -186,6 +194,26 @@ def _check_keys(values: Mapping[str, Any], source: str) -> None:
             raise ConfigError(f"{source}: unknown key '{key}'{nearest(key, ['seed', *SECTIONS])}")
 
 
+def _check_names(config: Config, source: str) -> None:
+    """Check the options whose values are names of a table."""
+    for table in CHOICES:
+        section, _, name = table.option.partition(".")
+        value = getattr(getattr(config, section), name)
+        for one in value if isinstance(value, tuple) else (value,):
+            try:
+                table.check(one)
+            except ConfigError as error:
+                raise ConfigError(f"{source}: {error}") from None
+
+
+def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what the section `saflex` leaves to its preset."""
+    given = dict(values.get("saflex", {}))
+    known = {field.name for field in dataclasses.fields(SaflexSettings)}
+    filled = with_preset(given.get("preset", "robust"), {key: value for key, value in given.items() if key in known})
+    return values | {"saflex": {key: value for key, value in given.items() if key not in known} | filled}
+
+
 def _nearest_key(name: str, fields: list[str], section: str) -> str:
     hint = nearest(name, fields)
     if hint:
@@ -199,11 +227,9 @@ def _choices(where: str) -> str:
     name = name.partition("[")[0]
     if section not in SECTIONS or not name:
         return ""
-    annotation = inspect.get_annotations(type(getattr(Config(), section))).get(name, "")
+    classes = type(getattr(Config(), section)).__mro__[:-1]
+    annotation = next((found[name] for cls in classes if name in (found := inspect.get_annotations(cls))), "")
     hint = annotation if isinstance(annotation, str) else ""
-    aliases = {"Upstream": config_module.Upstream, "WeightRule": config_module.WeightRule}
-    for alias, literal in aliases.items():
-        hint = hint.replace(alias, f"Literal{list(get_args(literal))}")
     return f" (expected {hint})" if "Literal" in hint else ""
 
 
@@ -238,10 +264,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @cache
 def _field_docs() -> dict[tuple[str, str], str]:
+    """Return the string below each field by (class, field); a section's class has those of the classes it extends."""
     docs = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
-        if isinstance(node, ast.ClassDef):
-            for field, string in zip(node.body, node.body[1:], strict=False):
+    sections: list[type] = [Config, *(type(getattr(Config(), name)) for name in SECTIONS)]
+    for section in sections:
+        for cls in reversed(section.__mro__[:-1]):
+            body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+            for field, string in pairwise(body):
                 if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(string, ast.Expr):
-                    docs[node.name, field.target.id] = " ".join(str(ast.literal_eval(string.value)).split())
+                    docs[section.__name__, field.target.id] = " ".join(str(ast.literal_eval(string.value)).split())
     return docs

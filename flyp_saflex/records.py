@@ -7,10 +7,12 @@ A `Sample` names an image; its identity is `sample_id`, the path relative to the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from flyp_saflex.errors import DataError
 
 Role = Literal["train", "select", "test"]
 Shift = Literal["id", "ood"]
@@ -22,7 +24,7 @@ class Sample:
 
     Attributes:
         sample_id: path relative to the dataset's root, with forward slashes; unique within a dataset.
-        path: where the file is.
+        item: the file, or a row of the dataset's `rows`.
         label: class index, 0 .. num_classes - 1.
         domain: where the image comes from (folder, camera location, style); the empty string when unknown. It is also
             the group of worst-group accuracy.
@@ -31,11 +33,22 @@ class Sample:
     """
 
     sample_id: str
-    path: Path
+    item: Path | int
     label: int
     domain: str = ""
     caption: str | None = None
     box: tuple[float, float, float, float] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file.
+
+        Raises:
+            DataError: the sample is a row of an array.
+        """
+        if isinstance(self.item, int):
+            raise DataError(f"sample '{self.sample_id}' is row {self.item} of an array, but this command reads image files")
+        return self.item
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +70,11 @@ class Edit:
     label: int
     instruction: str = ""
     provenance: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def item(self) -> Path:
+        """The file, as of a `Sample`."""
+        return self.path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +113,7 @@ class Dataset:
         splits: by name, in reporting order. Exactly one of them is called `train`.
         templates: caption templates, each with one `{}`.
         notes: what the reader wants a person to know (rows skipped, classes without images ...).
+        rows: images or features of samples that are no files, by row; array-like.
     """
 
     name: str
@@ -103,6 +122,7 @@ class Dataset:
     splits: Mapping[str, Split]
     templates: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    rows: Sequence[Any] | None = None
 
     @property
     def num_classes(self) -> int:

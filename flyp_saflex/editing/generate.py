@@ -29,10 +29,10 @@ from flyp_saflex.editing.settings import Settings, resolve
 from flyp_saflex.errors import DataError
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset
+from flyp_saflex.runtime import StopSignals
 from flyp_saflex.storage.augment_cache import DONE, FORMATS, MANIFEST, SHEETS, WRITERS, AugmentCache
 from flyp_saflex.storage.augment_cache_files import read_rejected, state_settings
 from flyp_saflex.storage.augment_cache_writer import CacheWriter
-from flyp_saflex.training.signals import StopSignals
 
 PROBE_AGAIN_S = 30.0
 """A probe that was quicker is timed a second time: the first batch pays for what the device has to set up."""

@@ -22,13 +22,14 @@ from accelerate.utils import parse_flag_from_env
 from numpy.typing import NDArray
 
 from flyp_saflex.config import Config
-from flyp_saflex.errors import DataError, RunError
-from flyp_saflex.evaluation.load_run import load_model
+from flyp_saflex.errors import ConfigError, DataError, RunError
+from flyp_saflex.evaluation.load_run import load_run
 from flyp_saflex.filtering.alia import UNREADABLE, confidence_filter, keep
 from flyp_saflex.filtering.inputs import Checked, check, plan_line
 from flyp_saflex.filtering.scores import Scores, load_filter_clip, score_edits, thresholds
 from flyp_saflex.filtering.summary import Scored, report
 from flyp_saflex.storage.augment_cache import SHEETS, AugmentCache
+from flyp_saflex.tasks.clip_task import ClipTask
 
 
 def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -60,10 +61,13 @@ def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = Fa
     if dry_run:
         return {"edits": len(checked.edits)}
     clip = load_filter_clip(config, state.device)
-    model = None
+    model: ClipTask | None = None
     if checked.run is not None:  # activations behind frozen blocks exist for images of the dataset, not for edits
         plain = replace(checked.run, train=replace(checked.run.train, frozen_cache=""))
-        model = load_model(Path(config.filter.run), plain, checked.run_dataset, device=state.device)
+        task = load_run(Path(config.filter.run), plain, checked.run_dataset, device=state.device)
+        if not isinstance(task, ClipTask):
+            raise ConfigError(f"filter.run = {config.filter.run} is no CLIP model: give a run of flyp, ce-text or ce-linear")
+        model = task
     threshold_K = thresholds(config, checked, model, state) if model else np.empty(0)
     scores = score_edits(config, checked, clip, model, state)
     if not state.is_main_process:

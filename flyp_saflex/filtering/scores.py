@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,13 +21,14 @@ from flyp_saflex.clip.model import Clip, ImageTower, load_clip
 from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError, ModelError, RunError
-from flyp_saflex.evaluation.predict import Predictor, Variant, predict
-from flyp_saflex.evaluation.weight_averaging import WiseModel
+from flyp_saflex.evaluation.predict import Variant, predict
 from flyp_saflex.filtering.alia import confident_thresholds, semantic_log_odds
 from flyp_saflex.filtering.inputs import Checked, model_of
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import ImageReader
 from flyp_saflex.records import Edit, Sample
+from flyp_saflex.tasks.clip_task import ClipTask
+from flyp_saflex.tasks.task import Predictor
 
 
 @dataclass(slots=True)
@@ -61,12 +63,12 @@ def load_filter_clip(config: Config, device: torch.device) -> Clip:
         raise ModelError(text) from error
 
 
-def thresholds(config: Config, checked: Checked, model: WiseModel, state: PartialState) -> NDArray[np.float64]:
+def thresholds(config: Config, checked: Checked, model: ClipTask, state: PartialState) -> NDArray[np.float64]:
     """Return threshold_K from the run's probabilities of the held-out images."""
     assert checked.thresholds_from is not None, "the confidence filter has a split"
     samples = checked.thresholds_from.samples[state.process_index :: state.num_processes]
     loader = _loader(config, model.clip, state, max_unreadable=config.data.max_unreadable)
-    (logits_VK,) = _predict([model.variant(1.0)], loader, samples, f"filter.run = {config.filter.run}")
+    (logits_VK,) = _predict([_variant(model)], loader, samples, f"filter.run = {config.filter.run}")
     read = [(sample.label, row) for sample, row in zip(samples, logits_VK, strict=True) if row.size and np.isfinite(row).all()]
     gathered = [pair for part in gather_object([read]) for pair in part]
     if not gathered:
@@ -74,7 +76,7 @@ def thresholds(config: Config, checked: Checked, model: WiseModel, state: Partia
     return confident_thresholds(_softmax(np.stack([row for _, row in gathered])), [label for label, _ in gathered])
 
 
-def score_edits(config: Config, checked: Checked, clip: Clip, model: WiseModel | None, state: PartialState) -> Scores:
+def score_edits(config: Config, checked: Checked, clip: Clip, model: ClipTask | None, state: PartialState) -> Scores:
     """Score the edits, every process those of its share of the sources; the first process gets all of them."""
     sources = list(dict.fromkeys(edit.source_id for edit in checked.edits))
     mine = set(sources[state.process_index :: state.num_processes])
@@ -101,7 +103,7 @@ def score_edits(config: Config, checked: Checked, clip: Clip, model: WiseModel |
 
 
 def _score(
-    config: Config, checked: Checked, edits: Sequence[Edit], clip: Clip, model: WiseModel | None, state: PartialState
+    config: Config, checked: Checked, edits: Sequence[Edit], clip: Clip, model: ClipTask | None, state: PartialState
 ) -> Scores:
     """Score some edits in this process; every edit and every source is read once (twice if two models preprocess differently)."""
     embed, name = _embedder(clip), model_of(config)[0]
@@ -110,10 +112,20 @@ def _score(
         (embeddings_ND,) = _predict([embed], loader, edits, name)
         logits_NK = np.empty((len(edits), 0))
     elif model.clip.config["preprocess_cfg"] == clip.config["preprocess_cfg"]:
-        embeddings_ND, logits_NK = _predict([embed, model.variant(1.0)], loader, edits, f"{name} or {config.filter.run}")
+        embeddings_ND, logits_NK = _predict(
+            [embed, _variant(model)],
+            loader,
+            edits,
+            f"{name} or {config.filter.run}",
+        )
     else:
         (embeddings_ND,) = _predict([embed], loader, edits, name)
-        (logits_NK,) = _predict([model.variant(1.0)], _loader(config, model.clip, state), edits, config.filter.run)
+        (logits_NK,) = _predict(
+            [_variant(model)],
+            _loader(config, model.clip, state),
+            edits,
+            config.filter.run,
+        )
     reasons = dict(loader.unreadable)
     unreadable = {n: reasons[str(edit.path)] for n, edit in enumerate(edits) if str(edit.path) in reasons}
     if len(unreadable) == len(edits):
@@ -146,6 +158,11 @@ def _loader(config: Config, clip: Clip, state: PartialState, *, max_unreadable: 
         progress=state.is_main_process,
         pin=state.device.type == "cuda",
     )
+
+
+def _variant(model: ClipTask) -> Variant:
+    """Return what gives the predictor of a run's model."""
+    return partial(model.predictor, precision=model.config.train.precision)
 
 
 def _embedder(clip: Clip) -> Variant:

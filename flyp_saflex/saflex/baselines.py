@@ -8,10 +8,8 @@ Shapes: N or A rows, K classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,47 +43,6 @@ def smooth_by_strength(
 def smoothing_curve(strength_A: Tensor, lowest_confidence: float = 0.5, power: float = 2.0) -> Tensor:
     """Return alpha = (1 - lowest_confidence) * strength ** power: weak augmentations leave the label alone (not tuned)."""
     return (1 - lowest_confidence) * strength_A.clamp(0, 1) ** power
-
-
-def draw_mix(num_rows: int, alpha: float, generator: torch.Generator) -> tuple[float, Tensor]:
-    """Return a lambda from Beta(alpha, alpha) and a random partner for every row.
-
-    Raises:
-        ConfigError: alpha is not above 0.
-    """
-    if not alpha > 0:
-        raise ConfigError(f"mixing needs alpha above 0, found {alpha}: use 0.2 (Mixup) or 1 (CutMix), or leave mixing out")
-    # torch draws no Beta with a generator; numpy does, seeded from it.
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    partner_N = torch.randperm(num_rows, generator=generator, device=generator.device)
-    return float(np.random.default_rng(seed).beta(alpha, alpha)), partner_N
-
-
-def mixup(images_NCHW: Tensor, labels_NK: Tensor, lam: float, partner_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return lam * row + (1 - lam) * partner, of images and of labels."""
-    return (
-        lam * images_NCHW + (1 - lam) * images_NCHW[partner_N],
-        lam * labels_NK + (1 - lam) * labels_NK[partner_N],
-    )
-
-
-def cutmix(
-    images_NCHW: Tensor, labels_NK: Tensor, lam: float, partner_N: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return images with one box of area about 1 - lam taken from the partner, labels mixed by the exact area.
-
-    The box has the image's proportions and a uniform centre and is cut off at the border, so its area can be smaller than
-    1 - lam; the labels use what was really pasted.
-    """
-    height, width = images_NCHW.shape[-2:]
-    box_height, box_width = round(height * math.sqrt(1 - lam)), round(width * math.sqrt(1 - lam))
-    y, x = (int(torch.randint(size, (), generator=generator, device=generator.device)) for size in (height, width))
-    top, left = max(y - box_height // 2, 0), max(x - box_width // 2, 0)
-    bottom, right = min(y - box_height // 2 + box_height, height), min(x - box_width // 2 + box_width, width)
-    mixed_NCHW = images_NCHW.clone()
-    mixed_NCHW[..., top:bottom, left:right] = images_NCHW[partner_N][..., top:bottom, left:right]
-    kept = 1 - (bottom - top) * (right - left) / (height * width)
-    return mixed_NCHW, kept * labels_NK + (1 - kept) * labels_NK[partner_N]
 
 
 def keep_where_argmax_agrees(logits_AK: Tensor, upstream_A: Tensor) -> Tensor:

@@ -12,48 +12,37 @@ Shapes: A augmented rows, K labels (classes, or the distinct captions of the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-WeightRule = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+from flyp_saflex.saflex.losses import at_least_float32
 
 
-def _keep_all(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
+def keep_all(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
     """Keep every row: only the labels are learned."""
     return torch.ones_like(gains_AK[:, 0])
 
 
-def _keep_upstream(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
+def keep_upstream(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
     """Keep rows whose own label helps: the linear program's solution when labels are retained (beta -> infinity)."""
     return ((gains_AK * upstream_AK).sum(dim=1) >= 0).to(gains_AK.dtype)
 
 
-def _keep_sum(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
+def keep_sum(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
     """Eq. (11) as printed: keep rows for which the uniform label helps."""
     return (gains_AK.sum(dim=1) >= 0).to(gains_AK.dtype)
 
 
-def _keep_label(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
+def keep_label(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
     """The main text's rule: keep rows whose learned label helps; with a small tau that is every row."""
     pull_A = penalty * (labels_AK * upstream_AK).sum(dim=1)
     return ((gains_AK * labels_AK).sum(dim=1) + pull_A >= 0).to(gains_AK.dtype)
 
 
-def _weigh_soft(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
+def weigh_soft(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
     """Weigh rows by how much their own label helps, w proportional to max(0, Pi_upstream)."""
     return (gains_AK * upstream_AK).sum(dim=1).clamp(min=0)
-
-
-WEIGHT_RULES: dict[str, WeightRule] = {
-    "upstream": _keep_upstream,
-    "sum": _keep_sum,
-    "label": _keep_label,
-    "soft": _weigh_soft,
-    "all": _keep_all,
-}
-"""Rules by name: (gains_AK in units of s, labels_AK, upstream_AK, penalty) -> weights_A >= 0. A new rule is one function."""
 
 
 def soft_labels(gains_AK: Tensor, upstream_AK: Tensor, temperature: float, penalty: float) -> Tensor:
@@ -127,3 +116,33 @@ class KeptRates:
         rates = {k: (hits + self.prior * overall) / (rows + self.prior) for k, (hits, rows) in self.counts.items()}
         values = [(overall / rates.get(label, overall)) ** strength for label in classes_A.tolist()]
         return torch.tensor(values, device=classes_A.device)
+
+
+def gains(logits_AK: Tensor, tangent_AK: Tensor) -> Tensor:
+    """Return gains_AK, the first-order decrease of the validation loss per row and label, Eq. (9).
+
+    Exact for cross entropy, for NT-Xent and for the first term (image to caption) of the CLIP loss. Rows with a NaN in
+    logits or tangent are NaN throughout.
+    """
+    logits_AK, tangent_AK = at_least_float32(logits_AK), at_least_float32(tangent_AK)
+    return (logits_AK.softmax(dim=1) * tangent_AK).sum(dim=1, keepdim=True) - tangent_AK
+
+
+def symmetric_gains(
+    logits_AC: Tensor, tangent_AC: Tensor, train_logits_TC: Tensor | None = None, train_tangent_TC: Tensor | None = None
+) -> Tensor:
+    """Return gains_AC for both terms of the CLIP loss: the mean of the row and the column term.
+
+    Eq. (14) generalises the first term only, for which `gains` is the answer. The loss here has both, and putting mass
+    on (i, j) changes the second one by `-log softmax_i(Z)_ij` as well. Its negatives are the augmented rows and, if given,
+    the train rows of the step, all of them: which rows will be dropped is not known before the gains are. Divide by the
+    step's number of rows for the decrease per unit of the averaged loss.
+    """
+    logits_AC, tangent_AC = at_least_float32(logits_AC), at_least_float32(tangent_AC)
+    logits_NC, tangent_NC = logits_AC, tangent_AC
+    if train_logits_TC is not None:
+        assert train_tangent_TC is not None, "train logits need their tangent"
+        logits_NC = torch.cat([logits_AC, train_logits_TC.to(logits_AC)])
+        tangent_NC = torch.cat([tangent_AC, train_tangent_TC.to(tangent_AC)])
+    column_gains_AC = (logits_NC.softmax(dim=0) * tangent_NC).sum(dim=0, keepdim=True) - tangent_AC
+    return (gains(logits_AC, tangent_AC) + column_gains_AC) / 2

@@ -122,36 +122,6 @@ def directional_derivative(
     return at_least_float32(values.detach()), at_least_float32(tangent.detach())
 
 
-def gains(logits_AK: Tensor, tangent_AK: Tensor) -> Tensor:
-    """Return gains_AK, the first-order decrease of the validation loss per row and label, Eq. (9).
-
-    Exact for cross entropy, for NT-Xent and for the first term (image to caption) of the CLIP loss. Rows with a NaN in
-    logits or tangent are NaN throughout.
-    """
-    logits_AK, tangent_AK = at_least_float32(logits_AK), at_least_float32(tangent_AK)
-    return (logits_AK.softmax(dim=1) * tangent_AK).sum(dim=1, keepdim=True) - tangent_AK
-
-
-def symmetric_gains(
-    logits_AC: Tensor, tangent_AC: Tensor, train_logits_TC: Tensor | None = None, train_tangent_TC: Tensor | None = None
-) -> Tensor:
-    """Return gains_AC for both terms of the CLIP loss: the mean of the row and the column term.
-
-    Eq. (14) generalises the first term only, for which `gains` is the answer. The loss here has both, and putting mass
-    on (i, j) changes the second one by `-log softmax_i(Z)_ij` as well. Its negatives are the augmented rows and, if given,
-    the train rows of the step, all of them: which rows will be dropped is not known before the gains are. Divide by the
-    step's number of rows for the decrease per unit of the averaged loss.
-    """
-    logits_AC, tangent_AC = at_least_float32(logits_AC), at_least_float32(tangent_AC)
-    logits_NC, tangent_NC = logits_AC, tangent_AC
-    if train_logits_TC is not None:
-        assert train_tangent_TC is not None, "train logits need their tangent"
-        logits_NC = torch.cat([logits_AC, train_logits_TC.to(logits_AC)])
-        tangent_NC = torch.cat([tangent_AC, train_tangent_TC.to(tangent_AC)])
-    column_gains_AC = (logits_NC.softmax(dim=0) * tangent_NC).sum(dim=0, keepdim=True) - tangent_AC
-    return (gains(logits_AC, tangent_AC) + column_gains_AC) / 2
-
-
 def rms(values: Tensor) -> float:
     """Return the root mean square, 0 for an empty tensor; what `previous_rms` wants."""
     return float(values.square().mean().sqrt()) if values.numel() else 0.0

@@ -10,13 +10,10 @@ Shapes: N rows (images), K classes, C caption columns ("proxy classes"), A augme
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Proxies = Literal["captions", "batch"]
 
 
 def soft_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_N: Tensor | None = None) -> Tensor:
@@ -69,51 +66,6 @@ def clip_loss(logits_NC: Tensor, assignment_NC: Tensor, weights_N: Tensor | None
     total = mass_NC.sum()
     total = torch.where(total > 0, total, torch.ones_like(total))
     return (_ordered_sum(image_losses_N) / total + _ordered_sum(caption_losses_C) / total) / 2
-
-
-def proxy_columns(caption_ids_N: Tensor, proxies: Proxies = "captions") -> tuple[Tensor, Tensor]:
-    """Return the proxy classes of a batch, as the caption id of every column, and plain FLYP's assignment of its rows.
-
-    Args:
-        caption_ids_N: an integer per row; equal captions have equal ids.
-        proxies: `captions`: every distinct caption is one column, in the order of the ids, and each row is assigned to its
-            own; `batch`: one column per row, as FLYP was published: the assignment is the identity, even where captions
-            repeat.
-
-    Returns:
-        columns_C and assignment_NC (float32).
-    """
-    if proxies == "batch":
-        return caption_ids_N, torch.eye(len(caption_ids_N), device=caption_ids_N.device)
-    columns_C = torch.unique(caption_ids_N, sorted=True)
-    return columns_C, assignment(caption_ids_N, columns_C)
-
-
-def assignment(caption_ids_N: Tensor, columns_C: Tensor) -> Tensor:
-    """Return the mass of every caption over the columns that carry it: one-hot, or equal shares where it repeats.
-
-    Returns:
-        assignment_NC, float32, rows sum to one. A caption without a column is a mistake of the caller.
-    """
-    carries_NC = (caption_ids_N[:, None] == columns_C[None, :]).to(torch.float32)
-    copies_N1 = carries_NC.sum(dim=1, keepdim=True)
-    assert bool((copies_N1 > 0).all()), "a row's caption is in no column"
-    return carries_NC / copies_N1
-
-
-def spread_over_columns(labels_AK: Tensor, captions_K: Tensor, columns_C: Tensor) -> Tensor:
-    """Return soft labels over K distinct captions as mass over C columns; columns of one caption share its mass."""
-    with torch.autocast(labels_AK.device.type, enabled=False):  # a share is no rounding matter
-        return labels_AK @ assignment(captions_K, columns_C).to(labels_AK.dtype)
-
-
-def average_over_columns(gains_AC: Tensor, captions_K: Tensor, columns_C: Tensor) -> Tensor:
-    """Return the gain of every distinct caption: the mean over the columns that share its mass.
-
-    The adjoint of `spread_over_columns`: <gains, spread(labels)> = <average(gains), labels>.
-    """
-    with torch.autocast(gains_AC.device.type, enabled=False):
-        return gains_AC @ assignment(captions_K, columns_C).to(gains_AC.dtype).T
 
 
 def nt_xent(

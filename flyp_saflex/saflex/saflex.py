@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flyp_saflex.errors import ConfigError
-from flyp_saflex.saflex.closed_form import WEIGHT_RULES, KeptRates, renormalise, soft_labels, spread
+from flyp_saflex.presets import SaflexSettings, preset
+from flyp_saflex.saflex.closed_form import KeptRates, gains, renormalise, soft_labels, spread
 from flyp_saflex.saflex.estimators import Watch, choose
-from flyp_saflex.saflex.jvp import Estimator, Parameters, directional_derivative, gains, gradient, norm
+from flyp_saflex.saflex.jvp import Estimator, Parameters, directional_derivative, gradient, norm
 from flyp_saflex.saflex.losses import at_least_float32
 from flyp_saflex.saflex.primal_cache import Products
-from flyp_saflex.saflex.settings import SaflexSettings, preset
 from flyp_saflex.saflex.validation_bank import ValidationBank
+from flyp_saflex.tables import WEIGHT_RULES
 
 _preset = preset  # `Saflex.__init__` has an argument of that name
 
