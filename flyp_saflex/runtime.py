@@ -1,7 +1,8 @@
-"""Keep freed memory in the process: a quarter of a CPU run can be page faults otherwise (floor 0; no torch).
+"""Memory allocator settings of the process: freed memory is kept for the next tensor.
 
-glibc returns every large tensor to the system when it is freed, and the next operation asks for it again, page by page.
-The measurement is in scripts/LOG.md. Does nothing on other systems, and nothing that MALLOC_* variables already set.
+By default glibc returns every large tensor to the system when it is freed, and the next operation requests the memory
+again, page by page: page faults can take a quarter of the time of a CPU run (measured in scripts/LOG.md). On other systems,
+and where the environment sets MALLOC_* variables, nothing changes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ M_MMAP_THRESHOLD = -3
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to serve large blocks from the heap and to keep what is freed; return whether it was done."""
+    """Make glibc serve large blocks from the heap and keep freed memory.
+
+    Returns:
+        Whether the settings were changed.
+    """
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     try:

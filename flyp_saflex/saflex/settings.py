@@ -1,4 +1,4 @@
-"""SAFLEX's settings and its presets (floor 2: tensors only; the options themselves are the recipe's `[saflex]` section)."""
+"""Settings of SAFLEX and their presets, named as in the recipe section `[saflex]`."""
 
 from __future__ import annotations
 
@@ -17,36 +17,41 @@ Agreement = Literal["ignore", "keep", "require"]
 
 @dataclass(frozen=True, kw_only=True)
 class SaflexSettings:
-    """What SAFLEX does; field names are those of the recipe's `[saflex]` section. See `preset` for values."""
+    """Checked settings of SAFLEX; the defaults are the preset `robust`.
+
+    Raises:
+        ConfigError: an unknown name or a value out of range.
+    """
 
     temperature: float = 0.1
-    """tau of the soft labels."""
+    """tau: temperature of the soft labels, Eq. (10)."""
     penalty: float = 1e6
-    """beta: pull of the learned label towards the one that the row came with; 1e6 retains it exactly."""
+    """beta: pull of the learned label towards the upstream label; 1e6 retains the upstream label exactly."""
     weight_rule: str = "upstream"
-    """A name in `WEIGHT_RULES`."""
+    """Name of a rule in `WEIGHT_RULES`."""
     gain_scale: GainScale = "std"
-    """Unit of the gains: as printed in the paper, or their standard deviation over the batch."""
+    """Unit of the gains: `none`: raw, as printed in the paper; `std`: their standard deviation over the batch."""
     validation_loss: str = "margin"
-    """`ce`, `margin` or `train`; for the trainer, which builds the loss function."""
+    """`ce`, `margin` or `train`; used by the trainer, which builds the loss function."""
     validation_rows: int = 256
-    """Validation rows per refresh, 0: the whole split; for the trainer."""
+    """Validation rows per refresh; 0: the whole split; used by the trainer."""
     validation_renewed: int = 16
-    """How many of them get new image features per refresh in head scope, 0: all; for the trainer (`ValidationBank`)."""
+    """Head scope: validation rows with new image features per refresh; 0: all; used by the trainer (`ValidationBank`)."""
     refresh_every: int = 4
-    """Steps between validation gradients."""
+    """Steps between refreshes of the validation gradient."""
     scope: Scope = "head"
-    """Parameters whose gradient is meant; for the trainer, which passes them."""
+    """Parameters of the validation gradient: all trained ones, or the head; used by the trainer, which passes them."""
     average: float = 0.5
-    """Decay of the validation gradient's running average; 0: the newest only."""
+    """Decay of the running average of the validation gradient; 0: no average."""
     estimator: Choice = "auto"
-    """How the directional derivative is computed; `auto`: see `estimators.choose`."""
+    """Estimator of the directional derivative; `auto`: see `estimators.choose`."""
     check_every: int = 200
-    """Calls between comparisons of an estimated derivative with the exact one, on a few rows; 0: never."""
+    """Calls between comparisons of the estimated with the exact derivative on a few rows; 0: never."""
     agreement: Agreement = "keep"
-    """Rows whose label the model itself predicts: `ignore` that, `keep` them whatever their gain, or `require` it."""
+    """Use of the model's own prediction: `ignore` it, `keep` a row whose upstream label it predicts whatever the gain, or
+    `require` that it predicts the upstream label."""
     class_balance: float = 1.0
-    """0..1: weigh kept rows so that dropping does not shift the classes' shares (`KeptRates`); 0: off."""
+    """Strength, 0..1, of the correction of class frequencies, which dropping rows shifts (`KeptRates`); 0: none."""
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[str, ...]] = {
@@ -105,7 +110,7 @@ PRESETS: dict[str, SaflexSettings] = {
 
 
 def preset(name: str = "robust", **overrides: Any) -> SaflexSettings:
-    """Return the named settings with some changed; an override of None leaves the preset's value.
+    """Return a preset with overrides; an override of None keeps the value of the preset.
 
     Raises:
         ConfigError: unknown preset or field (with the nearest name), or a value out of range.

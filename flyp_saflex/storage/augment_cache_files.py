@@ -1,6 +1,6 @@
-"""The files of a cache entry that is being written: locks, settings, rejections, appended and replaced lines (floor 1).
+"""File operations for writing a cache entry: locks, settings, rejections, appending and replacing lines.
 
-Parts of `cache_writer.py`, which says what belongs where.
+`augment_cache_writer.py` documents the layout of the files and uses these functions.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ SETTINGS, REJECTED = "settings.json", "rejected.jsonl"
 
 
 class _Id(msgspec.Struct):
-    """What has to be known of a row to merge it."""
+    """Fields of a row that merging needs."""
 
     aug_id: str | None = None
     source_id: str = ""
 
 
 def state_settings(folder: Path, settings: Mapping[str, Any], *, write: bool) -> None:
-    """Check an entry's settings.json against `settings`, and write it where there is none.
+    """Check settings.json of an entry against `settings`, and write it if it is missing.
 
     Args:
-        folder: the entry.
-        settings: what decides how its edits look; options that are not in both are not compared.
-        write: whether to write; otherwise only check.
+        folder: folder of the entry.
+        settings: options that determine the edits; options missing on either side are not compared.
+        write: whether to write a missing or incomplete file; otherwise only check.
 
     Raises:
         DataError: the entry was made with other settings, or the file cannot be read or written.
@@ -72,7 +72,7 @@ def read_rejected(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, di
     """Return the rejected edits by aug_id and the unreadable sources by source_id, of all writers.
 
     Raises:
-        DataError: a row that is no rejection.
+        DataError: a row without aug_id or source_id.
     """
     edits, sources = {}, {}
     for path in (folder / REJECTED, *sorted(folder.glob(f"{WRITERS}/*/{REJECTED}"))):
@@ -90,7 +90,11 @@ def read_rejected(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, di
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows, all or none, and flush them to disk."""
+    """Append all rows or none, and flush them to disk.
+
+    Raises:
+        OSError: the disk is full or not writable; the file is then as before.
+    """
     if not rows:
         return
     with open(path, "ab", buffering=0) as file:
@@ -107,7 +111,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def replace_lines(path: Path, lines: Sequence[bytes]) -> None:
-    """Replace a file at once; without lines it is removed, but for the manifest."""
+    """Replace the content of a file atomically; without lines, remove the file unless it is the manifest."""
     data = b"".join(line + b"\n" for line in lines)
     if not lines and path.name != MANIFEST:
         path.unlink(missing_ok=True)
@@ -117,7 +121,10 @@ def replace_lines(path: Path, lines: Sequence[bytes]) -> None:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Return the whole lines of a file, none if it is not there; what follows the last newline was cut off by a kill."""
+    """Return the complete lines of a file, none if it is missing.
+
+    Text after the last newline is an interrupted write and is left out, and so are blank lines.
+    """
     try:
         return [line for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
     except FileNotFoundError:
@@ -125,7 +132,11 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def rows_by_id(files: Sequence[Path]) -> dict[str, bytes]:
-    """Return rows as they are written, by aug_id; the first one counts."""
+    """Return the undecoded rows of several files by aug_id; the first row of an edit counts.
+
+    Raises:
+        DataError: an invalid row, or one without aug_id.
+    """
     decoder = msgspec.json.Decoder(_Id)
     rows: dict[str, bytes] = {}
     for path in files:
@@ -142,27 +153,27 @@ def rows_by_id(files: Sequence[Path]) -> dict[str, bytes]:
 
 @contextmanager
 def entry_lock(folder: Path) -> Iterator[bool]:
-    """Wait for the entry's lock, which writers hold for moments only; yield whether the file system has locks."""
+    """Hold the lock of an entry, waiting for it; yield whether the file system supports locks."""
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         locked = False
         if sys.platform != "win32":
-            with suppress(OSError):  # without locks nothing is protected from a second process
+            with suppress(OSError):  # without lock support nothing protects from a second process
                 fcntl.flock(file, fcntl.LOCK_EX)
                 locked = True
         yield locked
 
 
 def hold(path: Path) -> IO[str]:
-    """Open and lock a file until it is closed or the process ends, however it ends."""
+    """Open and lock a file; closing it, or any end of the process, releases the lock."""
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
     if sys.platform != "win32":
-        with suppress(OSError):  # a file system without locks
+        with suppress(OSError):  # a file system without lock support
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return file
 
 
 def held_by_other(path: Path) -> bool | None:
-    """Return whether a living process holds the lock; None where that cannot be known."""
+    """Return whether another running process holds the lock; None if that cannot be determined."""
     if sys.platform == "win32":
         return None
     try:
@@ -180,7 +191,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def troubles(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line."""
+    """Convert errors of the file system into a one-line `DataError`."""
     try:
         yield
     except (OSError, RunError) as error:
