@@ -1,6 +1,6 @@
-"""Finetune CLIP as it was pretrained (FLYP) and make augmented data safe to use (SAFLEX).
+"""Toolkit that finetunes CLIP with FLYP and makes augmented images safe to train on with SAFLEX.
 
-The public names below are loaded when first used, so that importing the package, and `flyp-saflex --help`, stay quick.
+Public names are imported on first use, so that `import flyp_saflex` and `flyp-saflex --help` stay fast.
 """
 
 from __future__ import annotations

@@ -22,36 +22,39 @@ class SaflexSettings:
     """Options of the method; the defaults are those of the preset `robust`."""
 
     temperature: Positive = 0.1
-    """tau of Eq. (10), softened; every preset: 0.1."""
+    """tau: temperature of the softened Eq. (10); both presets: 0.1."""
     penalty: NonNegative = 1e6
-    """beta: pull of the learned label towards the one that the row came with; 1e6 retains it exactly."""
+    """beta of Eq. (10): pull of the learned label towards the upstream label."""
     weight_rule: str = "upstream"
-    """Which rows are kept, from their gains: a name in `tables.WEIGHT_RULES` (README)."""
+    """Rule that turns the gains into weights; see the README's table of rules."""
     gain_scale: Literal["none", "std"] = "std"
-    """Unit of the gains in the labels' softmax: as printed in the paper, or their standard deviation over the batch."""
+    """Unit of the gains in the softmax of the labels: `none`: raw, as printed in the paper; `std`: their standard deviation."""
     validation_loss: Literal["ce", "margin", "train"] = "margin"
-    """Loss of the validation rows: cross entropy over the classes, its infinite-temperature limit, or the training loss."""
+    """Loss of the validation rows: cross entropy over class captions (`ce`), its infinite-temperature limit (`margin`), or the
+    training loss (`train`)."""
     validation_rows: Natural = 256
-    """Validation images per refresh, drawn in turn; 0, or more than the split has: all of it, kept in memory."""
+    """Validation images per refresh, drawn in turn; 0, or more than the split has: the whole split, kept in memory."""
     validation_renewed: Natural = 16
-    """Head scope: how many of the validation images are run through the image tower per refresh, in turn, while the others
-    keep their features of earlier refreshes; 0: all. With 16 of 256 a row's features are at most 16 refreshes old."""
+    """Head scope: validation images encoded anew per refresh, in turn; the others keep their features of earlier refreshes; 0:
+    all. With 16 of 256, features are at most 16 refreshes old."""
     refresh_every: Count = 4
     """Steps between validation gradients."""
     scope: Literal["all", "head"] = "head"
-    """Parameters whose gradient is meant: all trained ones, or image projection + text tower (or the linear head)."""
+    """Parameters of the validation gradient: all trained ones (`all`), or image projection and text tower (`head`)."""
     average: BelowOne = 0.5
-    """Decay of a running average of the validation gradient over refreshes; 0: the newest only."""
+    """Decay of the running average of the validation gradient over refreshes; 0: no average."""
     estimator: Literal["auto", "exact", "central", "one-sided"] = "auto"
-    """Directional derivative: forward-mode differentiation (`exact`), or finite differences of float32 passes. `auto`: exact
-    in head scope and in half precision, else one-sided, and exact from then on if a comparison finds that it errs."""
+    """Directional derivative: forward-mode differentiation (`exact`), or finite differences of float32 passes (`central`,
+    `one-sided`). `auto`: exact in head scope and in half precision, else one-sided; exact for the rest of the run after a
+    poor comparison (`check_every`)."""
     check_every: Natural = 200
-    """Steps (parts of steps, with `train.accumulation`) between comparisons of estimated gains with exact ones on 8 rows of
-    every process, told in metrics.jsonl as `estimator_...`; 0: never."""
+    """Steps (parts of steps, with `train.accumulation`) between comparisons of estimated and exact gains on 8 rows per process,
+    logged in metrics.jsonl as `estimator_...`; 0: never."""
     agreement: Literal["ignore", "keep", "require"] = "keep"
-    """Rows whose label the model itself predicts: `ignore` that, `keep` them whatever their gain, or `require` it."""
+    """Use of the model's own prediction: `ignore` it, `keep` a row whose upstream label it predicts whatever the gain, or
+    `require` that it predicts the upstream label."""
     class_balance: Fraction = 1.0
-    """How far kept rows are weighed so that dropping does not shift the classes' shares (`KeptRates`); 0: not, 1: wholly."""
+    """Strength of the correction of class frequencies, which dropping rows shifts; 0: none, 1: full."""
 
     def __post_init__(self) -> None:
         WEIGHT_RULES.check(self.weight_rule)

@@ -1,7 +1,7 @@
-"""Recipes: TOML file or shipped name, `--set` overrides, errors that name the key (floor 1).
+"""Recipes: TOML loading, `--set` overrides, checks of options and of their combinations.
 
-msgspec converts and checks types and ranges; what is added here is the nearest known name for a typo, overrides, and
-TOML with the fields' documentation as comments.
+msgspec converts values and checks types and ranges. This module adds overrides, the nearest known name for a typo, checks
+across options, and TOML output with the documentation of each option as a comment.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if f.name not in 
 
 
 def shipped() -> list[str]:
-    """Return the names of the recipes in the package."""
+    """Return the sorted names of the recipes shipped in the package."""
     return sorted(
         entry.name.removesuffix(".toml")
         for entry in resources.files("flyp_saflex.recipes").iterdir()
@@ -44,11 +44,15 @@ def shipped() -> list[str]:
 
 
 def load(recipe: str, overrides: Iterable[str] = ()) -> Config:
-    """Read a recipe (a shipped name or a TOML path), apply `section.field=value` overrides, check everything.
+    """Load a recipe, apply overrides and check every option.
+
+    Args:
+        recipe: name of a shipped recipe, or path of a TOML file.
+        overrides: `section.field=value`; the last one for an option wins.
 
     Raises:
-        ConfigError: unknown recipe, section or key (with the nearest name), wrong type or range, or options that
-            exclude each other.
+        ConfigError: unknown recipe, section or key (with the nearest name), wrong type or range, or options that exclude each
+            other.
     """
     path = Path(recipe)
     if recipe.endswith(".toml") or path.is_file():
@@ -73,7 +77,15 @@ def load(recipe: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def build(values: Mapping[str, Any], source: str) -> Config:
-    """Turn nested values into a checked `Config`; `source` names their origin in errors."""
+    """Convert nested values into a checked `Config`.
+
+    Args:
+        values: sections with their options, as read from TOML; a missing option takes its default.
+        source: origin of the values, named in errors.
+
+    Raises:
+        ConfigError: see `load`.
+    """
     _check_keys(values, source)
     try:
         config = msgspec.convert(_with_preset(_tuples(values)), Config)
@@ -108,13 +120,13 @@ def dumps(config: Config, *, comments: bool = False) -> str:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Return `section.field: old -> new` for every option in which two recipes differ."""
+    """Return one line `section.field: old -> new` per option that differs between two recipes."""
     a, b = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a | b) if a.get(key) != b.get(key)]
 
 
 def check(config: Config) -> list[str]:
-    """Return one line per combination of options that cannot work, naming both options and the fix."""
+    """Return one line per invalid combination of options, with both options and the fix."""
     problems = []
     train, saflex, augment = config.train, config.saflex, config.augment
     if saflex.enabled and not augment.upstream:
@@ -234,7 +246,7 @@ def _choices(where: str) -> str:
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Let a single word stand for a list of one, so that `--set augment.upstream=randaugment` works."""
+    """Convert single values of list options to lists, so that `--set augment.upstream=randaugment` works."""
     result = dict(values)
     for section, options in values.items():
         if isinstance(options, Mapping):

@@ -1,7 +1,7 @@
-"""The rows that travel between readers, cache and trainer (floor 0: text only, no tensors, no models).
+"""Records shared by dataset readers, augment cache and trainer: samples, edits, splits, datasets.
 
-A `Sample` names an image; its identity is `sample_id`, the path relative to the dataset's root, never a row number
-(adding one image must not rename the others). A `Split` says what its images may be used for.
+They hold paths and text, no pixels. A `Sample` is identified by `sample_id`, its path relative to the dataset's root, and
+never by a row number: adding one image must not rename the others. The role of a `Split` says how its images may be used.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Shift = Literal["id", "ood"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One labelled image.
+    """Labelled image of a dataset.
 
     Attributes:
         sample_id: path relative to the dataset's root, with forward slashes; unique within a dataset.
         item: the file, or a row of the dataset's `rows`.
         label: class index, 0 .. num_classes - 1.
-        domain: where the image comes from (folder, camera location, style); the empty string when unknown. It is also
-            the group of worst-group accuracy.
-        caption: the image's own caption, if the table has one; otherwise the class caption is used.
-        box: (left, top, width, height) of the object in pixels of the stored image, if known (CUB).
+        domain: origin of the image (folder, camera location, style); the empty string if unknown. Worst-group accuracy uses
+            it as the group.
+        caption: the image's own caption, if the table has one; None: the class caption is used.
+        box: bounding box (left, top, width, height) of the object in pixels of the stored image; None if unknown.
     """
 
     sample_id: str
@@ -53,14 +53,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
-    """One augmented image of the cache: the file, the label it came with (its source's) and its provenance.
+    """Augmented image of the cache: its file, its upstream label and its provenance.
 
     Attributes:
         aug_id: identity of the edit: its file name relative to the cache entry's folder.
-        path: where the file is.
-        source_id: `sample_id` of the image it was made from.
-        label: class index that it came with ("upstream" label).
-        instruction: text that made it, empty if unknown.
+        path: the image file.
+        source_id: `sample_id` of the source image.
+        label: upstream label: the class index of the source image.
+        instruction: edit prompt; empty if unknown.
         provenance: every other manifest field (model id, seed, guidance, steps, sha256 ...), unchanged.
     """
 
@@ -79,14 +79,14 @@ class Edit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """A named part of a dataset and what it may be used for.
+    """Named part of a dataset with its permitted use.
 
     Attributes:
-        name: the field's name for it (`train`, `id_val`, `test`, a domain's name ...).
-        role: `train` rows are fitted, `select` rows choose models and give SAFLEX's validation gradient, `test` rows do
-            neither.
-        shift: `id` if it shares the training split's domains, else `ood`.
-        samples: its rows, in the order of the source file.
+        name: usual name of the split (`train`, `id_val`, `test`, a domain's name ...).
+        role: `train`: the model is fitted to its rows; `select`: model selection and SAFLEX's validation gradient; `test`:
+            evaluation only.
+        shift: `id` if the split shares the domains of the training split, else `ood`.
+        samples: rows in the order of the source file.
     """
 
     name: str
@@ -98,13 +98,13 @@ class Split:
         return len(self.samples)
 
     def class_counts(self) -> Counter[int]:
-        """Number of images per class index; classes without images are absent."""
+        """Return the number of images per class index; classes without images are absent."""
         return Counter(sample.label for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A dataset as its reader found it.
+    """Dataset with its splits, class names and caption templates.
 
     Attributes:
         name: `data.name` of the recipe.
@@ -126,7 +126,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, those without images included."""
+        """Number of classes, including classes without images."""
         return len(self.class_names)
 
     @property

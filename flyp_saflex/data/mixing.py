@@ -12,7 +12,7 @@ from flyp_saflex.errors import ConfigError
 
 
 def draw_mix(num_rows: int, alpha: float, generator: torch.Generator) -> tuple[float, Tensor]:
-    """Return a lambda from Beta(alpha, alpha) and a random partner for every row.
+    """Draw a mixing weight lambda from Beta(alpha, alpha), and a random partner for every row.
 
     Raises:
         ConfigError: alpha is not above 0.
@@ -26,7 +26,7 @@ def draw_mix(num_rows: int, alpha: float, generator: torch.Generator) -> tuple[f
 
 
 def mixup(images_NCHW: Tensor, labels_NK: Tensor, lam: float, partner_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return lam * row + (1 - lam) * partner, of images and of labels."""
+    """Mix images and labels with their partners: lam * row + (1 - lam) * partner (Mixup, arXiv 1710.09412)."""
     return (
         lam * images_NCHW + (1 - lam) * images_NCHW[partner_N],
         lam * labels_NK + (1 - lam) * labels_NK[partner_N],
@@ -36,10 +36,10 @@ def mixup(images_NCHW: Tensor, labels_NK: Tensor, lam: float, partner_N: Tensor)
 def cutmix(
     images_NCHW: Tensor, labels_NK: Tensor, lam: float, partner_N: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return images with one box of area about 1 - lam taken from the partner, labels mixed by the exact area.
+    """Paste a box of the partner into every image, and mix labels by its area (CutMix, arXiv 1905.04899).
 
-    The box has the image's proportions and a uniform centre and is cut off at the border, so its area can be smaller than
-    1 - lam; the labels use what was really pasted.
+    The box has the proportions of the image, area fraction 1 - lam and a uniform centre. It is clipped at the border, so that
+    its area can be smaller than 1 - lam; the labels are mixed by the clipped area.
     """
     height, width = images_NCHW.shape[-2:]
     box_height, box_width = round(height * math.sqrt(1 - lam)), round(width * math.sqrt(1 - lam))

@@ -1,7 +1,7 @@
-"""What SAFLEX is compared with: smoothing by strength, Mixup, CutMix and plain in-batch filters (floor 2: tensors only).
+"""Baselines of SAFLEX: label smoothing by augmentation strength, Mixup, CutMix and in-batch filters.
 
-The filters return weights_A in {0, 1} and so take the place of SAFLEX's weights; mixing returns soft labels and so can be
-an upstream of SAFLEX as well. Whatever is random takes a `torch.Generator`.
+The filters return weights_A in {0, 1}, in place of SAFLEX's weights. Mixup and CutMix return soft labels, so they can also be
+an upstream of SAFLEX. Random functions take a `torch.Generator`.
 
 Shapes: N or A rows, K classes.
 """
@@ -20,18 +20,21 @@ from flyp_saflex.errors import ConfigError
 def smooth_by_strength(
     upstream_A: Tensor, strength_A: Tensor, num_classes: int, alpha: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Return labels smoothed by how strongly the row was augmented (Soft-Augmentation's idea).
+    """Smooth upstream labels by the strength of the augmentation (as in Soft Augmentation, arXiv 2211.04625).
 
-    The upstream class gets p = 1 - alpha(strength), every other class alpha / (K - 1).
+    The upstream class gets p = 1 - alpha(strength), every other class alpha(strength) / (K - 1).
 
     Args:
         upstream_A: class indices.
-        strength_A: 0 (untouched) .. 1 (strongest).
+        strength_A: strength of the augmentation, from 0 (none) to 1 (strongest).
         num_classes: K, at least 2.
-        alpha: smoothing per strength, clamped to 0 .. 1; None: `smoothing_curve`.
+        alpha: smoothing as a function of the strength, clamped to 0 .. 1; None: `smoothing_curve`.
+
+    Returns:
+        Soft labels [A, K], rows on the simplex.
 
     Raises:
-        ConfigError: fewer than two classes, which leaves no other class to smooth towards.
+        ConfigError: fewer than two classes.
     """
     if num_classes < 2:
         raise ConfigError(f"label smoothing needs at least 2 classes, found {num_classes}: add a class or do not smooth")
@@ -41,18 +44,18 @@ def smooth_by_strength(
 
 
 def smoothing_curve(strength_A: Tensor, lowest_confidence: float = 0.5, power: float = 2.0) -> Tensor:
-    """Return alpha = (1 - lowest_confidence) * strength ** power: weak augmentations leave the label alone (not tuned)."""
+    """Return alpha = (1 - lowest_confidence) * strength ** power: weak augmentations hardly change the label (not tuned)."""
     return (1 - lowest_confidence) * strength_A.clamp(0, 1) ** power
 
 
 def keep_where_argmax_agrees(logits_AK: Tensor, upstream_A: Tensor) -> Tensor:
-    """Return weight 1 where the model's own class is the label that the row came with, else 0 (NaN rows: 0)."""
+    """Return weights_A: 1 where the model predicts the upstream label, else 0; rows with a NaN get 0."""
     agrees_A = (logits_AK.argmax(dim=1) == upstream_A) & ~logits_AK.isnan().any(dim=1)
     return agrees_A.to(torch.float32)
 
 
 def keep_lowest_losses(losses_A: Tensor, fraction: float) -> Tensor:
-    """Return weight 1 for the `fraction` of rows with the lowest losses; NaN losses count as the highest.
+    """Return weights_A: 1 for the `fraction` of rows with the lowest losses, else 0; a NaN counts as the highest.
 
     Raises:
         ConfigError: the fraction is not in 0 .. 1.
@@ -61,7 +64,7 @@ def keep_lowest_losses(losses_A: Tensor, fraction: float) -> Tensor:
 
 
 def keep_at_random(num_rows: int, fraction: float, generator: torch.Generator) -> Tensor:
-    """Return weight 1 for a random `fraction` of rows, on the generator's device.
+    """Return weights_A: 1 for a random `fraction` of rows, else 0, on the generator's device.
 
     Raises:
         ConfigError: the fraction is not in 0 .. 1.
