@@ -23,10 +23,10 @@ from tqdm import tqdm
 from flyp_saflex.config import EditorConfig
 from flyp_saflex.editing.pipeline_files import Source, locate, quiet, reason
 from flyp_saflex.editing.prompt_encoder import Texts
-from flyp_saflex.editing.settings import DEFAULT_MODELS, MAX_ASPECT, Settings, output_size, resolve, scale_box, uses_instruction
+from flyp_saflex.editing.settings import DEFAULT_MODELS, MAX_ASPECT, output_size, resolve, scale_box, uses_instruction
 from flyp_saflex.errors import ConfigError, ModelError, RunError, nearest
 
-__all__ = ["DEFAULT_MODELS", "Editor", "Request", "Settings", "load_editor", "resolve", "uses_instruction"]
+__all__ = ["DEFAULT_MODELS", "Editor", "Request", "load_editor", "resolve", "uses_instruction"]
 
 SEEDLESS = "DPMSolverSDEScheduler"
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,7 +53,7 @@ class Editor:
     """A loaded pipeline.
 
     Attributes:
-        settings: what decides how an edit looks.
+        settings: the options, with the usual values of the kind filled in.
         identity: `model` (hub id or name of the folder) and `revision` (the hub's commit, or a digest of the folder).
         grid_px: sides of edits are multiples of this.
         batch_size: most edits made at once; 1 for `auto`, where a list of images may mean several sources of one edit. It is
@@ -63,9 +63,9 @@ class Editor:
 
     tell: Callable[[str], object] = staticmethod(tqdm.write)
 
-    def __init__(self, pipeline: Any, settings: Settings, identity: dict[str, str], *, batch_size: int = 8) -> None:
+    def __init__(self, pipeline: Any, settings: EditorConfig, identity: dict[str, str]) -> None:
         self.settings, self.identity, self._pipeline = settings, identity, pipeline
-        self.batch_size = 1 if settings.kind == "auto" else batch_size
+        self.batch_size = 1 if settings.kind == "auto" else settings.batch_size
         self._accepted = inspect.signature(type(pipeline).__call__).parameters
         self.grid_px = _grid_px(pipeline)
         self._options = self._fixed_options()
@@ -256,12 +256,12 @@ def load_editor(config: EditorConfig, *, device: torch.device | str = "cpu") -> 
         dtype = PRECISIONS[settings.precision]
         pipeline.to(device) if pipeline.dtype == dtype else pipeline.to(device, dtype)
         denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-        if config.compile and denoiser is not None:
+        if settings.compile and denoiser is not None:
             denoiser.compile()
-    return Editor(pipeline, settings, source.identity, batch_size=config.batch_size)
+    return Editor(pipeline, settings, source.identity)
 
 
-def _load(diffusers: Any, settings: Settings, source: Source) -> Any:
+def _load(diffusers: Any, settings: EditorConfig, source: Source) -> Any:
     """Load the pipeline class of the kind from a folder."""
     cls = {
         "auto": diffusers.DiffusionPipeline,
@@ -285,7 +285,7 @@ def _load(diffusers: Any, settings: Settings, source: Source) -> Any:
         ) from error
 
 
-def _check_channels(pipeline: Any, settings: Settings) -> None:
+def _check_channels(pipeline: Any, settings: EditorConfig) -> None:
     """Refuse a UNet that was trained for another kind; diffusers would only find out in the middle of an edit."""
     unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
     if unet is None or vae is None or settings.kind == "auto":
@@ -314,7 +314,7 @@ def _check_scheduler(diffusers: Any, name: str) -> None:
         )
 
 
-def _scheduler(diffusers: Any, own: Any, settings: Settings) -> Any:
+def _scheduler(diffusers: Any, own: Any, settings: EditorConfig) -> Any:
     """Return the scheduler of the recipe with the noise levels that the model was trained with."""
     fitting = {other.__name__ for other in own.compatibles} | {type(own).__name__}
     if "DDIMScheduler" in fitting:

@@ -12,9 +12,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from flyp_saflex.config import EditorConfig
 from flyp_saflex.editing.diffusers_editor import Request
 from flyp_saflex.editing.plan import PlannedEdit, Wording, batches_of, plan_edits
-from flyp_saflex.editing.settings import Settings, uses_instruction
+from flyp_saflex.editing.settings import uses_instruction
 from flyp_saflex.errors import DataError
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.prompting.edit_prompts import EditText
@@ -27,7 +28,7 @@ ONE_COLOUR_STD = 2.0
 class AnyEditor(Protocol):
     """What is asked of an editor; `stages.editor.Editor` is one."""
 
-    settings: Settings
+    settings: EditorConfig
 
     def edit(self, requests: Sequence[Request]) -> list[Image.Image | str]:
         """Make the edits; a text instead of an image says why it was refused."""

@@ -19,13 +19,13 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from flyp_saflex.config import Config
+from flyp_saflex.config import Config, EditorConfig
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.editing.diffusers_editor import Editor, load_editor
 from flyp_saflex.editing.edit_images import EditResult, edit_batches, read_source
 from flyp_saflex.editing.plan import PlannedEdit, batches_of, check_plan, entry_key, plan_edits, stated_settings, wordings_for
 from flyp_saflex.editing.progress import Sheets, Tally
-from flyp_saflex.editing.settings import Settings, resolve
+from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import DataError
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset
@@ -44,7 +44,7 @@ class _Work:
 
     config: Config
     dataset: Dataset
-    settings: Settings
+    settings: EditorConfig
     stated: dict[str, Any]
     folder: Path
     plan: list[PlannedEdit]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flyp_saflex.editing.settings import Settings
+from flyp_saflex.config import EditorConfig
 from flyp_saflex.errors import ConfigError, ModelError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -38,7 +38,7 @@ class Source:
     identity: dict[str, str]
 
 
-def locate(settings: Settings, loader: Any) -> Source:
+def locate(settings: EditorConfig, loader: Any) -> Source:
     """Find the folder of the model, fetching it from the hub where it is not on this machine yet.
 
     Args:
@@ -102,7 +102,7 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _fetch(settings: Settings, loader: Any) -> tuple[Path, str]:
+def _fetch(settings: EditorConfig, loader: Any) -> tuple[Path, str]:
     """Return (folder, commit) of a hub repository, fetching only what the pipeline needs."""
     revision = settings.revision or None
     try:

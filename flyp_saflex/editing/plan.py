@@ -15,12 +15,18 @@ from typing import Any
 
 import msgspec
 
-from flyp_saflex.config import Config
-from flyp_saflex.editing.settings import Settings, uses_instruction
+from flyp_saflex.config import Config, EditorConfig
+from flyp_saflex.editing.settings import uses_instruction
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.prompting.edit_prompts import EditPrompts
 from flyp_saflex.records import Dataset, Sample
 from flyp_saflex.storage.augment_cache import AugmentCache
+
+LOOK = (
+    "kind", "model", "revision", "steps", "guidance", "image_guidance", "strength", "negative_prompt", "scheduler", "size_px",
+    "precision", "safety_checker",
+)  # fmt: skip
+"""Options of `editor` that decide how an edit looks, in the order of settings.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +161,10 @@ def check_plan(config: Config, dataset: Dataset) -> None:
         )
 
 
-def stated_settings(config: Config, settings: Settings, wordings: Sequence[Wording]) -> dict[str, Any]:
+def stated_settings(config: Config, settings: EditorConfig, wordings: Sequence[Wording]) -> dict[str, Any]:
     """Return everything that decides which edits are made and how they look; batch size and sheets do not."""
     model = Path(settings.model).expanduser()
-    stated: dict[str, Any] = {"dataset": config.data.name, **asdict(settings)}
+    stated: dict[str, Any] = {"dataset": config.data.name, **{name: getattr(settings, name) for name in LOOK}}
     if model.is_dir():
         stated["model"] = model.resolve().name  # a machine's path is no property of the edits
     stated |= {

@@ -12,7 +12,7 @@ The values of `instruct-pix2pix` and `img2img` are ALIA's (arXiv 2305.16289).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from flyp_saflex.config import EditorConfig
 from flyp_saflex.errors import ConfigError
@@ -31,42 +31,15 @@ MAX_ASPECT = 8
 """Sources that are longer than this times their width (or the other way round) are not edited."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Everything that decides what an edit looks like; None where the kind has no such thing.
-
-    Attributes:
-        kind, model, revision: as in `EditorConfig`, the model filled in; an empty revision is the newest.
-        steps: denoising steps.
-        guidance, image_guidance, strength: see the module; with `auto`, None leaves the pipeline its own value.
-        negative_prompt: empty for none.
-        scheduler: class of diffusers' schedulers; empty for the model's own.
-        size_px: shorter side; 0 for the source's own.
-        precision: of the weights.
-        safety_checker: whether the model's checker is used where it has one.
-    """
-
-    kind: str
-    model: str
-    revision: str
-    steps: int
-    guidance: float | None
-    image_guidance: float | None
-    strength: float | None
-    negative_prompt: str
-    scheduler: str
-    size_px: int
-    precision: str
-    safety_checker: bool
-
-
 def uses_instruction(kind: str) -> bool:
     """Whether editors of the kind are given `EditText.instruction`; the others are given `EditText.prompt`."""
     return kind in ("instruct-pix2pix", "auto")
 
 
-def resolve(config: EditorConfig) -> Settings:
-    """Fill in what was left unset; loads nothing.
+def resolve(config: EditorConfig) -> EditorConfig:
+    """Fill in the usual values of the kind for the options left unset; loads nothing.
+
+    An option that is still None has no meaning for the kind, or (`auto`) leaves the pipeline its own value.
 
     Raises:
         ConfigError: options that do not fit the kind, or each other.
@@ -111,19 +84,13 @@ def resolve(config: EditorConfig) -> Settings:
             f"editor.strength = {strength:g} of editor.steps = {steps} is not one whole step: raise one of them "
             f"(strength at least {1 / steps:.2g})"
         )
-    return Settings(
-        kind=kind,
+    return replace(
+        config,
         model=config.model or DEFAULT_MODELS[kind],
-        revision=config.revision,
         steps=steps,
         guidance=guidance,
         image_guidance=image_guidance,
         strength=strength,
-        negative_prompt=config.negative_prompt,
-        scheduler=config.scheduler,
-        size_px=config.size_px,
-        precision=config.precision,
-        safety_checker=config.safety_checker,
     )
 
 

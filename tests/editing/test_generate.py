@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 
 from flyp_saflex import cli, recipe
+from flyp_saflex.config import EditorConfig
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.editing import generate as stage
 from flyp_saflex.editing.diffusers_editor import load_editor, resolve
@@ -221,6 +223,19 @@ def test_other_settings_make_another_entry(config, tint):
     assert len(list(home.iterdir())) == 6
     generate(config("editor.batch_size=3", "editor.sheet_every=1"))
     assert len(list(home.iterdir())) == 6, "neither changes what is made"
+
+
+def test_settings_of_an_entry_hold_every_option_that_decides_how_an_edit_looks(config, tint):
+    entry = generate(config())
+    stated = json.loads((entry / "settings.json").read_text())
+    assert list(stated) == [
+        "dataset", "kind", "model", "revision", "steps", "guidance", "image_guidance", "strength", "negative_prompt", "scheduler",
+        "size_px", "precision", "safety_checker", "seed", "per_text", "texts_per_image", "image_format", "texts", "identity",
+    ]  # fmt: skip
+    without_say = {"prompts", "batch_size", "compile", "sheet_every"}  # the texts themselves are stated
+    assert {field.name for field in dataclasses.fields(EditorConfig)} - without_say == stated.keys() & (
+        {field.name for field in dataclasses.fields(EditorConfig)}
+    )
 
 
 def test_settings_of_an_entry_cannot_change(config, tint, tmp_path):
