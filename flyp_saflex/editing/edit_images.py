@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from flyp_saflex.config import EditorConfig
-from flyp_saflex.editing.diffusers_editor import Request
+from flyp_saflex.editing.editor import Editor, Request
 from flyp_saflex.editing.plan import PlannedEdit, Wording, batches_of, plan_edits
-from flyp_saflex.editing.settings import uses_instruction
+from flyp_saflex.editing.settings import kind_of
 from flyp_saflex.errors import DataError
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.prompting.edit_prompts import EditText
@@ -23,18 +21,6 @@ from flyp_saflex.records import Sample
 
 ONE_COLOUR_STD = 2.0
 """An edit whose channels all vary less than this (of 255) shows nothing. Photographs, dark ones too, have 10 and more."""
-
-
-class AnyEditor(Protocol):
-    """What is asked of an editor; `stages.editor.Editor` is one."""
-
-    settings: EditorConfig
-
-    def edit(self, requests: Sequence[Request]) -> list[Image.Image | str]:
-        """Make the edits; a text instead of an image says why it was refused."""
-
-    def output_size(self, width_px: int, height_px: int) -> tuple[int, int]:
-        """Return (width, height) of an edit of a source of this size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +43,7 @@ class EditResult:
 
 
 def edit_dataset(
-    editor: AnyEditor,
+    editor: Editor,
     samples: Iterable[Sample],
     texts: Sequence[EditText | str],
     *,
@@ -92,10 +78,10 @@ def edit_dataset(
 
 
 def edit_batches(
-    editor: AnyEditor, batches: Iterable[Sequence[PlannedEdit]], *, box_crop: bool = False
+    editor: Editor, batches: Iterable[Sequence[PlannedEdit]], *, box_crop: bool = False
 ) -> Iterator[list[EditResult]]:
     """Make the edits batch by batch; a source that two batches in a row need is read once."""
-    needs_source = editor.settings.kind != "text2img"
+    needs_source = "image" in kind_of(editor.settings.kind).needs
     sources: dict[str, Image.Image | str] = {}
     for batch in batches:
         samples = {edit.sample.sample_id: edit.sample for edit in batch} if needs_source else {}
@@ -149,7 +135,7 @@ def flaw(image: Image.Image, size: tuple[int, int]) -> str:
 def _wording(text: EditText | str, kind: str) -> Wording:
     if isinstance(text, str):
         return Wording("", text)
-    name = "instruction" if uses_instruction(kind) else "prompt"
+    name = kind_of(kind).text
     if not getattr(text, name):
         raise DataError(f"the text for '{text.domain}' has no {name}, which an editor of the kind {kind} needs; add one")
     return Wording(text.domain, getattr(text, name))

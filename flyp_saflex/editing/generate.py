@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from flyp_saflex.config import Config, EditorConfig
 from flyp_saflex.data.registry import load_dataset
-from flyp_saflex.editing.diffusers_editor import Editor, load_editor
 from flyp_saflex.editing.edit_images import EditResult, edit_batches, read_source
+from flyp_saflex.editing.editor import Editor, load_editor
 from flyp_saflex.editing.plan import PlannedEdit, batches_of, check_plan, entry_key, plan_edits, stated_settings, wordings_for
 from flyp_saflex.editing.progress import Sheets, Tally
 from flyp_saflex.editing.settings import resolve
@@ -188,12 +188,7 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
 def _row(planned: PlannedEdit, image: Image.Image, work: _Work, editor: Editor) -> dict[str, Any]:
     """Return the manifest row of an edit: what made it, and nothing that another run would have otherwise."""
     settings = editor.settings
-    numbers = {
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "image_guidance": settings.image_guidance,
-        "strength": settings.strength,
-    }
+    numbers = {name: getattr(settings, name) for name in ("steps", "guidance", "image_guidance", "strength")}
     return {
         "file_name": planned.file_name,
         "aug_id": planned.file_name,
@@ -251,9 +246,10 @@ def _plan_line(work: _Work, made: set[str], rejected: set[str]) -> str:
     done = sum(edit.file_name in made for edit in work.plan)
     refused = sum(edit.file_name in rejected and edit.file_name not in made for edit in work.plan)
     part = f", this is part {work.index} of {work.count}" if work.count > 1 else ""
+    model = f" ({work.stated['model']})" if work.stated["model"] else ""
     return (
         f"{work.folder}: {len(work.plan)} edits of {len({edit.sample.sample_id for edit in work.plan})} images with "
-        f"{len(work.stated['texts'])} texts by {work.settings.kind} ({work.stated['model']}); {done} made, {refused} rejected, "
+        f"{len(work.stated['texts'])} texts by {work.settings.kind}{model}; {done} made, {refused} rejected, "
         f"{len(work.plan) - done - refused} to do{part}"
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from flyp_saflex.config import Config, EditorConfig
-from flyp_saflex.editing.settings import uses_instruction
+from flyp_saflex.editing.settings import EDITORS, kind_of
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.prompting.edit_prompts import EditPrompts
 from flyp_saflex.records import Dataset, Sample
@@ -120,11 +120,11 @@ def wordings_for(prompts: EditPrompts, kind: str) -> tuple[Wording, ...]:
     Raises:
         DataError: an edit of the file lacks the one that this kind needs.
     """
-    name = "instruction" if uses_instruction(kind) else "prompt"
+    name = kind_of(kind).text
     for number, edit in enumerate(prompts.edits, 1):
         if not getattr(edit, name):
             example = "put the {} in the snow" if name == "instruction" else "a photo of a {} in the snow"
-            other = "img2img" if name == "instruction" else "instruct-pix2pix"
+            other = next(known for known, entry in EDITORS.items() if entry.text != name)
             raise DataError(
                 f"{prompts.path} edit {number} has no {name}, which editor.kind = {kind} needs: add {name} = '{example}', or use "
                 f"editor.kind = {other}"
@@ -143,21 +143,22 @@ def batches_of(plan: Sequence[PlannedEdit], batch_size: int, *, index: int = 0, 
 
 
 def check_plan(config: Config, dataset: Dataset) -> None:
-    """Check that the editor's kind can do anything with the samples.
+    """Check that the samples have what the editor's kind needs.
 
     Raises:
-        ConfigError: `inpaint` without boxes, or with images that are cropped to them.
+        ConfigError: a kind that needs boxes, and images without them or cropped to them.
     """
-    if config.editor.kind != "inpaint":
+    if "box" not in kind_of(config.editor.kind).needs:
         return
     if config.data.box_crop:
         raise ConfigError(
-            "editor.kind = inpaint repaints what is around the box, and data.box_crop cuts that off: set data.box_crop=false"
+            f"editor.kind = {config.editor.kind} needs what is around the box, but data.box_crop cuts that off: set "
+            "data.box_crop=false"
         )
     if all(sample.box is None for sample in dataset.train.samples):
         raise ConfigError(
-            f"editor.kind = inpaint keeps what is in an object's box, but the images of '{dataset.name}' have none (those of cub "
-            "have): use instruct-pix2pix or img2img"
+            f"editor.kind = {config.editor.kind} needs the object's box, but the images of '{dataset.name}' have none (those of "
+            "cub have): use instruct-pix2pix or img2img"
         )
 
 
@@ -165,7 +166,7 @@ def stated_settings(config: Config, settings: EditorConfig, wordings: Sequence[W
     """Return everything that decides which edits are made and how they look; batch size and sheets do not."""
     model = Path(settings.model).expanduser()
     stated: dict[str, Any] = {"dataset": config.data.name, **{name: getattr(settings, name) for name in LOOK}}
-    if model.is_dir():
+    if settings.model and model.is_dir():
         stated["model"] = model.resolve().name  # a machine's path is no property of the edits
     stated |= {
         "seed": config.seed,

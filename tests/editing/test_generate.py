@@ -23,10 +23,11 @@ from flyp_saflex import cli, recipe
 from flyp_saflex.config import EditorConfig
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.editing import generate as stage
-from flyp_saflex.editing.diffusers_editor import load_editor, resolve
 from flyp_saflex.editing.edit_images import edit_dataset, flaw
+from flyp_saflex.editing.editor import load_editor
 from flyp_saflex.editing.generate import generate
 from flyp_saflex.editing.plan import Wording, draw_wordings, edit_seed, plan_edits
+from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import ConfigError, DataError, ModelError
 from flyp_saflex.prompting.edit_prompts import EditText
 from flyp_saflex.storage.augment_cache import AugmentCache
@@ -597,11 +598,13 @@ def test_broken_manifests(config, tint):
 
 def test_bad_recipes(config, options, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert cli.main(["generate", "folder", "--set", "editor.kind=pix2pix"]) == 2
-    assert "editor.kind: Invalid enum value 'pix2pix'" in capsys.readouterr().err
+    for more in ([], ["--dry-run"]):
+        assert cli.main(["generate", "folder", "--set", "editor.kind=pix2pix", *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "editor.kind = pix2pix: there is no such editor; did you mean 'instruct-pix2pix'?" in line
     with pytest.raises(ModelError, match=r"^editor\.model = no/such-editor"):
         generate(config("editor.model=no/such-editor"))
-    with pytest.raises(ConfigError, match="inpaint keeps what is in an object's box, but the images of 'folder' have none"):
+    with pytest.raises(ConfigError, match="inpaint needs the object's box, but the images of 'folder' have none"):
         generate(config("editor.kind=inpaint"))
     with pytest.raises(ConfigError, match="box_crop"):
         generate(config("editor.kind=inpaint", "data.box_crop=true"))
