@@ -1,11 +1,9 @@
-"""The editor: diffusers' pipelines behind one small interface, and the only file that imports diffusers (floor 3).
+"""Editors made of diffusers' pipelines; the only file that imports diffusers.
 
-    Request(image, text, seed, box) x R -> Editor.edit -> image, or the reason why there is none, x R
-
-Requests of the same output size make one batch, whatever their images and texts. An edit depends on its request alone, not on
-what else is in the batch, on the batches before, or on the device's random numbers: every request has a generator of its own
-on the CPU, for every draw, and every text is encoded once, by itself. What is left is rounding: in float32 a batch of 5 and
-batches of 1 differ by at most 2 of 255 (tests/stages/test_editor.py; 0 or 1 with 16 schedulers on small random models).
+Requests of the same output size form one batch. An edit depends on its request alone, not on its batch, on the batches before,
+or on the device's random numbers: every request has its own generator on the CPU for all of its noise, and every text is
+encoded once, by itself. Only rounding remains: in float32 a batch of 5 and batches of 1 differ by at most 2 of 255
+(tests/editing/test_diffusers_editor.py; 0 or 1 with 16 schedulers on small random models).
 """
 
 from __future__ import annotations
@@ -31,15 +29,15 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 class DiffusersEditor:
-    """A loaded pipeline.
+    """A loaded pipeline of diffusers as an `Editor`.
 
     Attributes:
         settings: the options, with the usual values of the kind filled in.
         identity: `model` (hub id or name of the folder) and `revision` (the hub's commit, or a digest of the folder).
         grid_px: sides of edits are multiples of this.
-        batch_size: most edits made at once; 1 for `auto`, where a list of images may mean several sources of one edit. It is
-            halved where so many do not fit into the GPU's memory, and stays so.
-        tell: called with a line about that.
+        batch_size: most edits per call of the pipeline; 1 for kinds that go one by one. It is halved, for good, when a batch
+            does not fit into the GPU's memory.
+        tell: function that is called with a line about each halving.
     """
 
     tell: Callable[[str], object] = staticmethod(tqdm.write)
@@ -55,24 +53,24 @@ class DiffusersEditor:
             raise ConfigError(f"editor.negative_prompt: {too_long}")
 
     def output_size(self, width_px: int, height_px: int) -> tuple[int, int]:
-        """Return (width, height) of an edit of a source; without a source edits are squares."""
+        """Return (width, height) in pixels of an edit of a source; kinds without a source make squares."""
         if not self._kind.needs:
             width_px = height_px = self.settings.size_px
         return output_size(width_px, height_px, size_px=self.settings.size_px, grid_px=self.grid_px)
 
     def edit(self, requests: Sequence[Request]) -> list[Image.Image | str]:
-        """Make the edits.
+        """Make the edits, in batches of equal output size.
 
         Args:
             requests: any number, in any mix of sizes.
 
         Returns:
-            Per request an RGB image of `output_size`, or a text that says why there is none: the safety checker flagged
-            it, `inpaint` has no box, the source is too long and thin, or the text too long for the text encoder.
+            Per request an RGB image of `output_size`, or the reason why there is none: the safety checker flagged the
+            image, there is no usable box, the source is too long and thin, or the text is too long for the text encoder.
 
         Raises:
-            RunError: not even one edit fits into the GPU's memory.
-            ModelError: an `auto` pipeline cannot be called with an image and a text.
+            RunError: a single edit does not fit into the GPU's memory.
+            ModelError: the pipeline of `auto` cannot be called with an image and a text.
         """
         outcomes: dict[int, Image.Image | str] = {}
         rows_of_size: dict[tuple[int, int], list[int]] = {}
@@ -99,7 +97,7 @@ class DiffusersEditor:
         return [outcomes[row] for row in range(len(requests))]
 
     def _halve(self, count: int, size: tuple[int, int]) -> None:
-        """Make fewer edits at once from now on: `count` of them did not fit."""
+        """Halve the batch size after a batch of `count` edits did not fit into memory."""
         if count == 1:
             raise RunError(
                 f"an edit of {size[0]} x {size[1]} px does not fit into the GPU's memory: lower editor.size_px, or set "
@@ -176,7 +174,7 @@ class DiffusersEditor:
         return images, list(getattr(output, "nsfw_content_detected", None) or [False] * count)
 
     def _fixed_options(self) -> dict[str, Any]:
-        """Return the arguments that are the same for every batch, by the pipeline's names."""
+        """Return the arguments that are the same for every batch, by their names in the pipeline's call."""
         settings, name = self.settings, type(self._pipeline).__name__
         for needed in ("prompt", *(["image"] if "image" in self._kind.needs else [])):
             if needed not in self._accepted:
@@ -206,17 +204,20 @@ class DiffusersEditor:
         return {argument: value for argument, (_, value) in options.items() if value is not None} | {"output_type": "pil"}
 
     def _guidance_name(self) -> str:
-        """Return the argument that `editor.guidance` means: where `true_cfg_scale` is on by default, the other one is unused."""
+        """Return the argument of `editor.guidance`: `true_cfg_scale` where it is on by default, else `guidance_scale`."""
         true_cfg = self._accepted.get("true_cfg_scale")
         return "true_cfg_scale" if true_cfg is not None and (true_cfg.default or 0) > 1 else "guidance_scale"
 
 
 def load(settings: EditorConfig, *, device: torch.device | str = "cpu") -> DiffusersEditor:
-    """Load a pipeline; see `editor.load_editor`.
+    """Load a pipeline as an editor.
 
     Args:
         settings: the options with the usual values of the kind filled in.
         device: device of the pipeline.
+
+    Raises:
+        ConfigError, ModelError: see `editor.load_editor`.
     """
     kind = kind_of(settings.kind)
     with quiet():
@@ -256,7 +257,7 @@ def _load(diffusers: Any, settings: EditorConfig, kind: EditorKind, source: Sour
 
 
 def _check_channels(pipeline: Any, settings: EditorConfig, kind: EditorKind) -> None:
-    """Refuse a UNet that was trained for another kind; diffusers would only find out in the middle of an edit."""
+    """Refuse a UNet that was trained for another kind; diffusers would fail in the middle of an edit."""
     unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
     if unet is None or vae is None or not kind.unet_channels:
         return
@@ -272,7 +273,7 @@ def _check_channels(pipeline: Any, settings: EditorConfig, kind: EditorKind) -> 
 
 
 def _grid_px(pipeline: Any) -> int:
-    """Return what sides have to be multiples of: the autoencoder's scale. UNets fit odd latents; transformers pack them."""
+    """Return the grid of output sides in pixels: the autoencoder's scale, times the patch of a transformer (UNets have none)."""
     scale = int(getattr(pipeline, "vae_scale_factor", 8))
     transformer = getattr(pipeline, "transformer", None)
     patch = getattr(transformer.config, "patch_size", 1) if transformer is not None else 1
@@ -281,7 +282,7 @@ def _grid_px(pipeline: Any) -> int:
 
 @contextmanager
 def _without_bars(diffusers: Any) -> Iterator[None]:
-    """Keep the libraries from drawing a bar per file that they read."""
+    """Hide the progress bars that the libraries draw for every file."""
     from transformers.utils import logging
 
     shown = [library for library in (diffusers.utils.logging, logging) if library.is_progress_bar_enabled()]
@@ -301,7 +302,7 @@ def _resized(image: Image.Image | None, size: tuple[int, int]) -> Image.Image:
 
 
 def _repaint_mask(request: Request, size: tuple[int, int]) -> Image.Image:
-    """Return white where to repaint and black where to keep."""
+    """Return the mask of a request: white is repainted, black (the box) is kept."""
     assert request.image is not None
     assert request.box is not None
     mask = Image.new("L", size, 255)

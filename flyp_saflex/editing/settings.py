@@ -158,9 +158,9 @@ def _value(config: EditorConfig, kind: EditorKind, name: str) -> Any:
 
 
 def output_size(width_px: int, height_px: int, *, size_px: int, grid_px: int) -> tuple[int, int]:
-    """Return (width, height) with the shorter side at `size_px` (0: as it is), both rounded to the grid, at least one cell.
+    """Return (width, height) of an edit: the source scaled to a shorter side of `size_px`, and rounded to the grid.
 
-    The aspect ratio is kept up to that rounding.
+    With `size_px` = 0 nothing is scaled. A side is at least one cell of the grid; the aspect ratio is kept up to rounding.
     """
     scale = size_px / min(width_px, height_px) if size_px else 1.0
     width, height = (max(1, round(side * scale / grid_px)) * grid_px for side in (width_px, height_px))

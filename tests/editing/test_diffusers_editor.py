@@ -1,3 +1,5 @@
+"""Editors of diffusers: what an edit depends on, sizes, kinds, safety checker, options and weights."""
+
 from __future__ import annotations
 
 import functools
@@ -412,7 +414,7 @@ def test_folders_that_hold_no_pipeline(tiny_editor: Callable[..., Path], tmp_pat
 
 
 def test_a_hub_id_without_a_network(tiny_editor: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier download left is used, and the commit is the revision; otherwise one line says what to do."""
+    """An earlier download is used, and its commit is the revision; otherwise one line says what to do."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

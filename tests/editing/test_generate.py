@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 
 class TintEditor:
-    """An editor of no time: colours the source by text and seed, and, as rounding does, a little by its company in the batch."""
+    """An instant editor: colours the source by text and seed, and one pixel by its batch, as rounding does."""
 
     def __init__(self, config, *, seconds: float = 0.0, refuse=lambda text: None) -> None:
         self.settings, self.identity = resolve(config), {"model": "tint", "revision": "1"}
@@ -116,7 +116,7 @@ def tint(monkeypatch: pytest.MonkeyPatch):
 
 
 def tree(entry: Path) -> dict[str, bytes]:
-    """Everything in an entry but sheets, whose names count what one process made, and the lock."""
+    """Files of an entry, without the lock and the sheets, whose names depend on the process."""
     return {
         str(path.relative_to(entry)): path.read_bytes()
         for path in sorted(entry.rglob("*"))
@@ -284,7 +284,7 @@ def test_jpeg_limit_and_sheets(config, tint):
 
 
 def kill_and_restart(run, kills: int, killer) -> int:
-    """Start a run again and again and kill it so many times, then let it end; return how often a kill came in time."""
+    """Start a run and kill it `kills` times, then let it end; return how many kills came in time."""
     in_time = 0
     for number in range(kills):
         pid = forked(lambda number=number: (killer(number), run()))
@@ -294,7 +294,7 @@ def kill_and_restart(run, kills: int, killer) -> int:
 
 
 def kill_at_write(left: int, *, before: bool) -> None:
-    """Have this process killed before or after its `left`-th call that writes for good."""
+    """Kill this process before or after its `left`-th call of fsync, replace or rmtree."""
 
     def deadly(real):
         def call(*args, **kwargs):
@@ -387,7 +387,7 @@ def test_processes_at_the_same_time_equal_one(config, tint, tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_shares_the_work(options, config, tiny_editor, tmp_path):
-    """Through the command line, with real diffusers in two processes, which share job 1 of 2: parts 2 and 3 of 4."""
+    """Real diffusers through the command line: two processes share job 1 of 2, parts 2 and 3 of 4."""
     options = [*options, f"editor.model={tiny_editor('instruct-pix2pix')}"]
     whole = tree(generate(recipe.load("folder", [*options, f"cache.root={tmp_path / 'one'}"])))
     sets = [part for option in options for part in ("--set", option)]
@@ -432,7 +432,7 @@ def test_a_signal_stops_after_the_batch(config, tint, capsys):
         generate(config())
     entry = next((Path(config().cache.root) / "folder").iterdir())
     assert len(loaded[0].requests) == len(rows(entry)) == 5
-    assert "is not finished: the same command goes on" in capsys.readouterr().out
+    assert "is not finished: run the same command again to continue" in capsys.readouterr().out
     tint()
     assert len(rows(generate(config()))) == 36
     assert len(loaded[1].requests) == 31
@@ -680,7 +680,7 @@ def test_inpaint_and_the_library(config, tiny_editor):
 
 
 def test_the_batch_size_changes_no_edit_beyond_rounding(config, tiny_editor, tmp_path):
-    """In float32 a batch of 16 sums in another order than batches of 1: at most 2 of 255, measured 1."""
+    """Batches of 16 and 1 sum in another order: in float32 at most 2 of 255, measured 1."""
     options = [f"editor.model={tiny_editor('instruct-pix2pix')}"]
     one = generate(config(*options, "editor.batch_size=1"), limit=6)
     many = generate(config(*options, "editor.batch_size=16", f"cache.root={tmp_path / 'many'}"), limit=6)
