@@ -125,9 +125,9 @@ class PromptsConfig:
 class EditorConfig:
     """Diffusion editor (command `generate`); an unset option takes the default of its `kind`."""
 
-    kind: Literal["instruct-pix2pix", "img2img", "text2img", "inpaint", "auto"] = "instruct-pix2pix"
+    kind: str = "instruct-pix2pix"
     """`instruct-pix2pix`: follows an instruction; `img2img`: SDEdit; `text2img`: from text alone; `inpaint`: around the box;
-    `auto`: any newer instruction editor, called with image and instruction."""
+    `auto`: any newer instruction editor, called with image and instruction (or another name in the table `EDITORS`)."""
     model: str = ""
     """Diffusers model (hub id or folder); empty: the default of `kind`, for example `timbrooks/instruct-pix2pix`."""
     revision: str = ""

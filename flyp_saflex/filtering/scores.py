@@ -1,6 +1,6 @@
-"""Running the models of the command `filter` over edits and their sources (floor 3, a part of filter.py).
+"""Model outputs of the command `filter` for edits and their sources.
 
-Shapes: N edits, S sources, K classes, D embedding, T texts, V images behind the thresholds.
+Shapes: N edits, S sources, K classes, D embedding, T texts, V held-out images for the thresholds.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from flyp_saflex.tasks.task import Predictor
 
 @dataclass(slots=True)
 class Scores:
-    """What is found out about edits; a row of an unreadable edit is NaN.
+    """Scores of edits; the rows of unreadable edits are NaN.
 
     Attributes:
-        similarity_N: cosine to the source; NaN too if that cannot be read.
-        log_odds_N: semantic score, empty if that filter is not run.
-        probabilities_NK: of the run's model, empty if the confidence filter is not run.
-        unreadable: reason by position.
+        similarity_N: cosine to the source, -1..1; NaN also if the source cannot be read.
+        log_odds_N: score of the semantic filter; empty if it is not run.
+        probabilities_NK: class probabilities from the run's model; empty if the confidence filter is not run.
+        unreadable: reason by position of the edit.
     """
 
     similarity_N: NDArray[np.float64]
@@ -52,7 +52,7 @@ def load_filter_clip(config: Config, device: torch.device) -> Clip:
     """Load the model that compares edits with texts and sources.
 
     Raises:
-        ModelError: its weights cannot be had.
+        ModelError: its weights cannot be loaded.
     """
     try:
         return load_clip(*model_of(config), device=device)
@@ -64,7 +64,7 @@ def load_filter_clip(config: Config, device: torch.device) -> Clip:
 
 
 def thresholds(config: Config, checked: Checked, model: ClipTask, state: PartialState) -> NDArray[np.float64]:
-    """Return threshold_K from the run's probabilities of the held-out images."""
+    """Return threshold_K from the probabilities of the run's model on the held-out images."""
     assert checked.thresholds_from is not None, "the confidence filter has a split"
     samples = checked.thresholds_from.samples[state.process_index :: state.num_processes]
     loader = _loader(config, model.clip, state, max_unreadable=config.data.max_unreadable)
@@ -77,7 +77,11 @@ def thresholds(config: Config, checked: Checked, model: ClipTask, state: Partial
 
 
 def score_edits(config: Config, checked: Checked, clip: Clip, model: ClipTask | None, state: PartialState) -> Scores:
-    """Score the edits, every process those of its share of the sources; the first process gets all of them."""
+    """Score the edits; every process scores its share of the sources, and all get the whole.
+
+    Raises:
+        DataError: no edit can be read.
+    """
     sources = list(dict.fromkeys(edit.source_id for edit in checked.edits))
     mine = set(sources[state.process_index :: state.num_processes])
     share = [position for position, edit in enumerate(checked.edits) if edit.source_id in mine]
@@ -105,7 +109,10 @@ def score_edits(config: Config, checked: Checked, clip: Clip, model: ClipTask | 
 def _score(
     config: Config, checked: Checked, edits: Sequence[Edit], clip: Clip, model: ClipTask | None, state: PartialState
 ) -> Scores:
-    """Score some edits in this process; every edit and every source is read once (twice if two models preprocess differently)."""
+    """Score some edits in this process.
+
+    Every image is read once; edits are read twice if the two models preprocess differently.
+    """
     embed, name = _embedder(clip), model_of(config)[0]
     loader = _loader(config, clip, state)
     if model is None:
@@ -148,7 +155,7 @@ def _score(
 
 
 def _loader(config: Config, clip: Clip, state: PartialState, *, max_unreadable: float = 1.0) -> ImageLoader:
-    """Return a reader; unreadable edits are scored `keep = false`, so by default any number of them is allowed."""
+    """Return a loader; unreadable edits get `keep = false`, so by default any number of them is allowed."""
     return ImageLoader(
         ImageReader(clip.preprocess, clip.config["preprocess_cfg"], scaled=config.data.decoding == "scaled"),
         batch_size=config.filter.batch_size,
@@ -166,7 +173,7 @@ def _variant(model: ClipTask) -> Variant:
 
 
 def _embedder(clip: Clip) -> Variant:
-    """Return what gives the predictor of normalised image embeddings."""
+    """Return a variant whose predictor gives normalised image embeddings."""
     device, tower = next(clip.model.parameters()).device, ImageTower(clip.model.visual)
 
     @torch.no_grad()
