@@ -8,6 +8,7 @@
     UPSTREAMS        augment.upstream        Upstream: a pool of edits, an operation per item, or a mix over the batch
     WEIGHT_RULES     saflex.weight_rule      function: gains, labels, upstream labels, penalty -> weights
     METRICS          train.select_metric     Metric: title, unit, direction, function of Scores
+    EDITORS          editor.kind             EditorKind: usual values, inputs, loader (editing/settings.py)
 
 An entry may be the object itself or "module:attribute" within the package, imported when it is first used: the ground stays
 free of torch, and a name is checked before anything is loaded.
@@ -117,6 +118,8 @@ class Metric:
     """One number about a model on a split."""
 
     title: str
+    short: str
+    """Head of its column in the table that `evaluate` prints."""
     compute: Callable[[Scores], float | None] | str
     """Function of the scores, or "module:attribute"; None: it has no value there."""
     is_fraction: bool = True
@@ -130,11 +133,17 @@ class Metric:
         compute = _imported(self.compute) if isinstance(self.compute, str) else self.compute
         return compute(scores)
 
-    def text(self, value: float | None) -> str:
-        """Return a value as reports print it: percent with one decimal, or three digits behind the point; `-` for None."""
+    @property
+    def unit(self) -> str:
+        """Unit of values in reports: percent for a fraction, else none."""
+        return "percent" if self.is_fraction else ""
+
+    def text(self, value: float | None, *, sign: bool = False) -> str:
+        """Format a value or a difference: percent with one decimal, or three digits behind the point; `-` for None."""
         if value is None:
             return "-"
-        return f"{100 * value:.1f}" if self.is_fraction else f"{value:.3f}"
+        plus = "+" if sign else ""
+        return f"{100 * value:{plus}.1f}" if self.is_fraction else f"{value:{plus}.3f}"
 
     def better(self, value: float, than: float) -> bool:
         """Return whether a value is better than another one."""
@@ -204,10 +213,18 @@ WEIGHT_RULES: Table[WeightRule] = Table(
 METRICS: Table[Metric] = Table(
     "train.select_metric",
     {
-        "accuracy": Metric(title="Accuracy", compute="evaluation.metrics:accuracy_of"),
-        "macro_f1": Metric(title="Macro-F1", compute="evaluation.metrics:macro_f1_of"),
-        "worst_group_accuracy": Metric(title="Worst-group accuracy", compute="evaluation.metrics:worst_group_of"),
-        "ece": Metric(title="Calibration error", compute="evaluation.metrics:ece_of", larger_is_better=False, in_report=False),
+        "accuracy": Metric(title="Accuracy", short="accuracy", compute="evaluation.metrics:accuracy_of"),
+        "macro_f1": Metric(title="Macro-F1", short="macro-F1", compute="evaluation.metrics:macro_f1_of"),
+        "worst_group_accuracy": Metric(
+            title="Worst-group accuracy", short="worst group", compute="evaluation.metrics:worst_group_of"
+        ),
+        "ece": Metric(
+            title="Calibration error",
+            short="ECE",
+            compute="evaluation.metrics:ece_of",
+            larger_is_better=False,
+            in_report=False,
+        ),
     },
 )
 CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, UPSTREAMS, WEIGHT_RULES, METRICS)

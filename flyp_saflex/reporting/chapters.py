@@ -11,7 +11,8 @@ from flyp_saflex.reporting.gallery import FATES, PER_FATE, Decision, Fate, Galle
 from flyp_saflex.reporting.html import NOTHING, Markup, cell, details, element, join, listing, paragraph, section, table
 from flyp_saflex.reporting.plots import glyph
 from flyp_saflex.reporting.runs import Run, by_recipe, confusions, mean_details
-from flyp_saflex.reporting.tables import METRICS, SHIFTS, Block, Cell, blocks, difference_text, is_baseline, value_text
+from flyp_saflex.reporting.tables import SHIFTS, Block, Cell, blocks, difference_text, is_baseline, value_text
+from flyp_saflex.tables import METRICS
 
 MOST_ROWS = 60
 MOST_CONFUSIONS = 12
@@ -30,7 +31,7 @@ def results_chapter(found: Sequence[Cell], remarks: Sequence[str], baseline: str
     parts: list[object] = [
         listing(list(remarks), "remarks"),
         paragraph(
-            "In percent: mean ± standard deviation over n seeds. Differences from",
+            "Mean ± standard deviation over n seeds, in percent (calibration and losses: as they are). Differences from",
             element("b", baseline),
             "in points, paired by seed, with 95 % t-intervals;",
             element("b", "bold"),
@@ -56,7 +57,7 @@ def _result_tables(found: Sequence[Cell], baseline: str, names: Sequence[str]) -
         pair = sorted((block for block in made if block.metric == metric), key=lambda block: block.shift != "ood")
         tables = [_result_table(block, baseline, names) for block in pair]
         side_by_side = all(len(block.splits) == 1 for block in pair)
-        parts += [element("h3", METRICS[metric]), element("div", join(tables), class_="tables" if side_by_side else None)]
+        parts += [element("h3", METRICS[metric].title), element("div", join(tables), class_="tables" if side_by_side else None)]
     return parts
 
 
@@ -88,12 +89,12 @@ def _values(one: Cell, is_reference: bool) -> list[Markup]:
     if is_reference:
         text, sure = "baseline", False
     else:
-        text, sure = difference_text(change).replace("-", "\N{MINUS SIGN}"), _excludes_zero(change)
+        text, sure = difference_text(change, one.metric).replace("-", "\N{MINUS SIGN}"), _excludes_zero(change)
         if change is not None and change.n != one.summary.n:
             text += f" ({change.n} pairs)"
     muted = "muted" if is_reference or change is None else None
     return [
-        cell(value_text(one.summary)),
+        cell(value_text(one.summary, one.metric)),
         cell(one.summary.n, class_="muted"),
         cell(element("b", text) if sure else text, class_=muted),
     ]

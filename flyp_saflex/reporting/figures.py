@@ -9,8 +9,10 @@ from typing import Any
 from flyp_saflex.reporting.html import Markup, element, figure, join, paragraph, plain, section
 from flyp_saflex.reporting.plots import Path2D, curves, glyph, mean_curve, scatter
 from flyp_saflex.reporting.runs import Run, by_recipe
+from flyp_saflex.tables import METRICS
 
-SCATTERED = {"accuracy": "Accuracy", "macro_f1": "Macro-F1"}
+SCATTERED = ("accuracy", "macro_f1")
+"""Metrics with a plot of OOD against ID."""
 MOST_SPLITS = 3
 QUANTITIES = {
     "loss": ("loss", False, "Training loss. Comparable between conditions only if they train on the same images and weights."),
@@ -35,7 +37,8 @@ def scatter_chapter(runs: Sequence[Run]) -> Markup:
         return section("scatter", title, paragraph("No figure: the runs were not evaluated both in and out of distribution."))
     figures, swept = [], False
     for split in ood_splits[:MOST_SPLITS]:
-        for metric, words in SCATTERED.items():
+        for metric in SCATTERED:
+            words = METRICS[metric].title
             paths: dict[int, list[Path2D]] = {}
             for number, seeds in enumerate(groups.values()):
                 found = [path for run in seeds if (path := path_of(run.results, id_split, split, metric)) is not None]

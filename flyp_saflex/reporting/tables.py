@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flyp_saflex.evaluation.statistics import Interval, Summary, paired_difference, summarise
+from flyp_saflex.tables import METRICS
 
 Kind = Literal["finetuned", "wise"]
 
-METRICS = {"accuracy": "Accuracy", "macro_f1": "Macro-F1", "worst_group_accuracy": "Worst-group accuracy"}
 SHIFTS = {"id": "in distribution (ID)", "ood": "out of distribution (OOD)"}
 
 
@@ -25,7 +25,7 @@ class Cell:
     """One condition on one split in one metric, over its seeds.
 
     Attributes:
-        metric: key of `METRICS`.
+        metric: name in `tables.METRICS`.
         shift: `id` or `ood`.
         split: name of the split.
         role: `select` or `test`.
@@ -54,7 +54,7 @@ class Block:
     """Cells of one metric and one shift, the content of one table.
 
     Attributes:
-        metric: key of `METRICS`.
+        metric: name in `tables.METRICS`.
         shift: key of `SHIFTS`.
         splits: role by name, in reporting order.
         lines: (name of the condition, its cells by split), finetuned models first.
@@ -68,7 +68,7 @@ class Block:
     @property
     def title(self) -> str:
         """Title: metric and shift."""
-        return f"{METRICS[self.metric]}, {SHIFTS[self.shift]}"
+        return f"{METRICS[self.metric].title}, {SHIFTS[self.shift]}"
 
     @property
     def columns(self) -> list[str]:
@@ -102,7 +102,7 @@ def cells(results: Sequence[dict[str, Any]], baseline: str) -> list[Cell]:
                 group[result["seed"]] = row["wise_alpha"], row
     recipes = list(dict.fromkeys(result["recipe"] for result in results))
     found = []
-    for metric in METRICS:
+    for metric in (name for name in METRICS if METRICS[name].in_report):
         for shift in SHIFTS:
             for split in (name for row_shift, name in splits if row_shift == shift):
                 for recipe in recipes:
@@ -170,18 +170,29 @@ def tables(found: Sequence[Cell], baseline: str) -> list[Table]:
     made = []
     for block in blocks(found):
         header = ("", *block.columns)
+        is_fraction = METRICS[block.metric].is_fraction
+        unit, points = ("percent, ", " in points") if is_fraction else ("", "")
         values = [
-            (name, *(value_text(line[split].summary, count=True) if split in line else "-" for split in block.splits))
+            (
+                name,
+                *(value_text(line[split].summary, block.metric, count=True) if split in line else "-" for split in block.splits),
+            )
             for name, line in block.lines
         ]
-        made.append(Table(f"{block.title}: percent, mean ± standard deviation (n seeds)", header, tuple(values)))
+        made.append(Table(f"{block.title}: {unit}mean ± standard deviation (n seeds)", header, tuple(values)))
         changes = [
-            (name, *(difference_text(line[split].difference, count=True) if split in line else "-" for split in block.splits))
+            (
+                name,
+                *(
+                    difference_text(line[split].difference, block.metric, count=True) if split in line else "-"
+                    for split in block.splits
+                ),
+            )
             for name, line in block.lines
             if not is_baseline(line, baseline)
         ]
         if changes:
-            title = f"{block.title}: difference from {baseline} in points, paired by seed [95 % t-interval] (n pairs)"
+            title = f"{block.title}: difference from {baseline}{points}, paired by seed [95 % t-interval] (n pairs)"
             made.append(Table(title, header, tuple(changes)))
     return made
 
@@ -191,18 +202,21 @@ def is_baseline(line: dict[str, Cell], baseline: str) -> bool:
     return all((cell.recipe, cell.kind) == (baseline, "finetuned") for cell in line.values())
 
 
-def value_text(summary: Summary, *, count: bool = False) -> str:
-    """Return mean and standard deviation in percent; with `count` also n in brackets."""
-    spread = "" if summary.deviation is None else f" ± {100 * summary.deviation:.1f}"
-    return f"{100 * summary.mean:.1f}{spread}" + (f" ({summary.n})" if count else "")
+def value_text(summary: Summary, metric: str, *, count: bool = False) -> str:
+    """Return mean and standard deviation in the metric's unit; with `count` also n in brackets."""
+    unit = METRICS[metric]
+    spread = "" if summary.deviation is None else f" ± {unit.text(summary.deviation)}"
+    return f"{unit.text(summary.mean)}{spread}" + (f" ({summary.n})" if count else "")
 
 
-def difference_text(change: Interval | None, *, count: bool = False) -> str:
-    """Return a difference in points with its interval; with `count` also the number of pairs in brackets."""
+def difference_text(change: Interval | None, metric: str, *, count: bool = False) -> str:
+    """Return a difference with its interval in the metric's unit; with `count` also the number of pairs in brackets."""
     if change is None:
         return "no shared seed"
-    ends = "" if change.low is None or change.high is None else f" [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
-    return f"{100 * change.mean:+.1f}{ends}" + (f" ({change.n})" if count else "")
+    unit = METRICS[metric]
+    known = change.low is not None and change.high is not None
+    ends = f" [{unit.text(change.low, sign=True)}, {unit.text(change.high, sign=True)}]" if known else ""
+    return f"{unit.text(change.mean, sign=True)}{ends}" + (f" ({change.n})" if count else "")
 
 
 def _has_groups(found: Sequence[Cell], shift: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 from flyp_saflex.errors import RunError
 from flyp_saflex.storage.files import atomic_write, write_json
+from flyp_saflex.tables import METRICS, Metric
 
 Row = dict[str, Any]
 
@@ -93,7 +94,8 @@ class Results:
         rows = [row for row in self.rows if row["split"] == split and row.get(metric) is not None]
         if len(rows) < 2 or rows[0]["role"] != "select":
             return None
-        return float(max(rows, key=lambda row: (row[metric], row["wise_alpha"]))["wise_alpha"])
+        sign = 1 if METRICS[metric].larger_is_better else -1
+        return float(max(rows, key=lambda row: (sign * row[metric], row["wise_alpha"]))["wise_alpha"])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of results.json."""
@@ -130,27 +132,21 @@ class Results:
             pq.write_table(pa.table(dict(columns)), file)
 
     def table(self, splits: Sequence[str]) -> str:
-        """Return the rows of the given splits as a text table, in percent."""
-        head = ("split", "role", "shift", "alpha", "images", "accuracy", "95 %", "macro-F1", "95 %", "worst group", "ECE")
+        """Return the rows of the given splits as a text table; fractions in percent."""
+        shown = [row for row in self.rows if row["split"] in splits]
+        with_interval = {name for name in METRICS if any(f"{name}_interval" in row for row in shown)}
+        head = ["split", "role", "shift", "alpha", "images"]
+        for name in METRICS:
+            head += [METRICS[name].short, *(["95 %"] if name in with_interval else [])]
         lines = [head]
-        for row in self.rows:
-            if row["split"] in splits:
-                mark = "*" if row["wise_alpha"] == self.chosen_alpha else ""
-                lines.append(
-                    (
-                        row["split"],
-                        row["role"],
-                        row["shift"],
-                        f"{row['wise_alpha']:g}{mark}",
-                        str(row["n"]),
-                        percent(row["accuracy"]),
-                        _interval(row.get("accuracy_interval")),
-                        percent(row["macro_f1"]),
-                        _interval(row.get("macro_f1_interval")),
-                        percent(row["worst_group_accuracy"]),
-                        percent(row["ece"]),
-                    )
-                )
+        for row in shown:
+            mark = "*" if row["wise_alpha"] == self.chosen_alpha else ""
+            line = [row["split"], row["role"], row["shift"], f"{row['wise_alpha']:g}{mark}", str(row["n"])]
+            for name in METRICS:
+                line.append(METRICS[name].text(row.get(name)))
+                if name in with_interval:
+                    line.append(_interval(row.get(f"{name}_interval"), METRICS[name]))
+            lines.append(line)
         text = align(lines)
         unreadable = {row["split"]: row["unreadable"] for row in self.rows if row["split"] in splits and row.get("unreadable")}
         if self.chosen_alpha is not None:
@@ -175,8 +171,8 @@ def align(lines: Sequence[Sequence[str]], *, left: int = 3, separator: str = "  
     return "\n".join(text)
 
 
-def _interval(interval: Sequence[float] | None) -> str:
-    return "-" if interval is None else f"{100 * interval[0]:.1f}..{100 * interval[1]:.1f}"
+def _interval(interval: Sequence[float] | None, metric: Metric) -> str:
+    return "-" if interval is None else f"{metric.text(interval[0])}..{metric.text(interval[1])}"
 
 
 def _same(old: Row, new: Row) -> bool:
