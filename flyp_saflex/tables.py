@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flyp_saflex.config import DataConfig
+    from flyp_saflex.editing.settings import EditorKind
     from flyp_saflex.evaluation.metrics import Scores
     from flyp_saflex.records import Dataset
     from flyp_saflex.saflex.objectives import Objective
@@ -66,6 +67,12 @@ class Table(MutableMapping[str, Entry], Generic[Entry]):
         """
         if name not in self._entries:
             raise ConfigError(f"{self.option} = {name!r}: expected one of {', '.join(self)}{nearest(name, self)}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an entry, or the default where there is no such name."""
+        if name not in self:
+            return default
+        return self[name]
 
     def __setitem__(self, name: str, entry: Entry | str) -> None:
         self._entries[name] = entry
@@ -227,5 +234,15 @@ METRICS: Table[Metric] = Table(
         ),
     },
 )
-CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, UPSTREAMS, WEIGHT_RULES, METRICS)
+EDITORS: Table[EditorKind] = Table(
+    "editor.kind",
+    {
+        "instruct-pix2pix": "editing.settings:INSTRUCT_PIX2PIX",
+        "img2img": "editing.settings:IMG2IMG",
+        "text2img": "editing.settings:TEXT2IMG",
+        "inpaint": "editing.settings:INPAINT",
+        "auto": "editing.settings:AUTO",
+    },
+)
+CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, UPSTREAMS, WEIGHT_RULES, METRICS, EDITORS)
 """Tables whose names are values of an option: `recipe.py` checks these options."""

@@ -155,7 +155,7 @@ def _add_pictures(made: Gallery, data: DataConfig, seed: int) -> None:
         source = samples.get(edit.source_id if edit else decision.identity)
         decision.instruction = edit.instruction if edit else ""
         decision.edit = thumbnail(edit.path) if edit else ""
-        decision.source = thumbnail(source.path) if source else ""
+        decision.source = thumbnail(source.path) if source and isinstance(source.item, Path) else ""
     without = sum(not (decision.source or decision.edit) for decision in chosen)
     if without and not made.remarks:
         made.remarks.append(f"{without} of {len(chosen)} images cannot be read any more; only their decisions are shown.")

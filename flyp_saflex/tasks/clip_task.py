@@ -46,6 +46,7 @@ class ClipTask(Task):
     """
 
     files: ClassVar[tuple[str, ...]] = ("model/open_clip_config.json", "model/open_clip_model.safetensors")
+    has_captions = True
     network: ClipNetwork
 
     def __init__(self, clip: Clip, network: ClipNetwork, dataset: Dataset, config: Config) -> None:

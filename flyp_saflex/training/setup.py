@@ -104,6 +104,12 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
     method = METHODS[train.method]
     torch.manual_seed(derived_seed(config.seed, "model") % 2**63)  # only linear heads and random models draw from it
     task = TASKS[method.task].build(TaskInputs(config=config, dataset=dataset))
+    objective = OBJECTIVES[method.objective]
+    if objective.over == "captions" and not task.has_captions:
+        raise ConfigError(
+            f"train.method = {train.method} needs captions, but its task '{method.task}' has none: give the method "
+            "an objective over classes (tables.METHODS)"
+        )
     source = task.source(config.data, [sample for split in dataset.splits.values() for sample in split.samples])
     notes += source.notes
     _check_two_passes(config, task, notes)
@@ -121,7 +127,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
         config=config,
         dataset=dataset,
         task=task,
-        objective=OBJECTIVES[method.objective],
+        objective=objective,
         source=source,
         edits=edits,
         plan=plan,
