@@ -14,6 +14,7 @@ from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import Source
+from flyp_saflex.presets import PRESETS
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.saflex import Saflex
@@ -121,7 +122,8 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
         num_augmented=round(augment.per_train * train.batch_size) if upstreams else 0,
         balanced=train.balanced_sampling,
     )
-    if config.saflex.enabled and config.saflex.validation_renewed and config.saflex.scope != "head":
+    usual = PRESETS[config.saflex.preset].validation_renewed
+    if config.saflex.enabled and config.saflex.validation_renewed not in (0, usual) and config.saflex.scope != "head":
         notes.append("saflex.validation_renewed has no effect with saflex.scope=all: every image's own gradient is taken")
     return Setup(
         config=config,

@@ -62,7 +62,7 @@ def test_usual_values_are_of_options_that_exist_and_may_be_left_unset() -> None:
         ({"kind": "auto"}, "editor.kind = auto has no usual model: set editor.model"),
         (
             {"kind": "pix2pix"},
-            "editor.kind = 'pix2pix': expected one of instruct-pix2pix, img2img, text2img, inpaint, auto; did you mean 'instruct-pix2pix'?",
+            "expected one of instruct-pix2pix, img2img, text2img, inpaint, auto; did you mean 'instruct-pix2pix'?",
         ),
         ({"kind": "text2img", "size_px": 0}, "editor.size_px = 0 keeps the source's size"),
         ({"image_guidance": 0.5}, "expected at least 1"),
