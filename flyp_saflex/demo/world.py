@@ -33,7 +33,7 @@ HOME = dict(
 )
 """The place where training sees a species; whatever is at home together has to be told apart by its looks."""
 AT_HOME = 0.9
-"""Part of a species' training bursts that is taken at its own place."""
+"""Part of a species' bursts that training's cameras take at its own place; the rest is at any of their places."""
 EMPTY_PART = 0.2
 RARER = 0.76
 """Each species is this much as frequent as the one before."""
@@ -42,7 +42,7 @@ SPLITS = {"train": 1 / 3, "id_val": 1 / 12, "id_test": 1 / 8, "val": 1 / 8, "tes
 ANIMAL_SIZE = 0.45
 """Mean height or width of an animal, whichever is larger, as a part of the picture: most pass at a distance."""
 CAMERAS_PER_PLACE = 4
-FOLDER = "iwildcam_v2.0"
+FOLDER, RELEASE = "iwildcam_v2.0", "RELEASE_v2.0.txt"
 COLUMNS = (
     "split", "location_remapped", "location", "sequence_remapped", "seq_id", "seq_num_frames", "frame_num", "filename",
     "image_id", "datetime", "category_id", "y",
@@ -65,10 +65,16 @@ class Shot:
         return CLASSES.index(self.scene.species or EMPTY)
 
 
-def plan(num_images: int, seed: int, *, animal_size: float = ANIMAL_SIZE) -> list[Shot]:
-    """Return every picture of a world without drawing one; `animal_size` is the mean, as a part of the picture.
+def plan(num_images: int, seed: int, *, animal_size: float = ANIMAL_SIZE, at_home: float = AT_HOME) -> list[Shot]:
+    """Return every picture of a world without drawing one.
 
     Every class has at least one burst in every split, so `num_images` is at least 400.
+
+    Args:
+        num_images: pictures in all five splits together.
+        seed: the same one gives the same plan.
+        animal_size: the mean, as a part of the picture.
+        at_home: part of a species' bursts that training's cameras take at its own place, 0..1; 1: nowhere else.
 
     Raises:
         DataError: `num_images` is too small for that.
@@ -85,7 +91,7 @@ def plan(num_images: int, seed: int, *, animal_size: float = ANIMAL_SIZE) -> lis
     for split, size in sizes.items():
         left = size
         most = 4 if size >= 4 * len(CLASSES) else 2  # so that the first burst of every class fits
-        for label, places in _visits(split, rng):
+        for label, places in _visits(split, at_home, rng):
             frames = min(left, int(rng.integers(1, most + 1)))
             place, camera = places[int(rng.integers(len(places)))]
             scenes = _burst(CLASSES[label] if label else None, place, camera, frames, animal_size, rng)
@@ -105,7 +111,7 @@ def _cameras() -> dict[str, tuple[int, ...]]:
     return {place: tuple(range(n * CAMERAS_PER_PLACE, (n + 1) * CAMERAS_PER_PLACE)) for n, place in enumerate(places)}
 
 
-def _visits(split: str, rng: np.random.Generator) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+def _visits(split: str, at_home: float, rng: np.random.Generator) -> Iterator[tuple[int, list[tuple[str, int]]]]:
     """Yield class and possible (place, camera) of one burst after another, without end; first each class once."""
     cameras = _cameras()
     frequency = RARER ** np.arange(len(SPECIES))
@@ -115,7 +121,7 @@ def _visits(split: str, rng: np.random.Generator) -> Iterator[tuple[int, list[tu
     while True:
         label = first.pop() if first else int(rng.choice(len(CLASSES), p=frequency))
         home = HOME.get(CLASSES[label])
-        chosen = home if home is not None and home in places and rng.random() < AT_HOME else str(rng.choice(places))
+        chosen = home if home is not None and home in places and rng.random() < at_home else str(rng.choice(places))
         yield label, [(chosen, camera) for camera in cameras[chosen]]
 
 
@@ -158,7 +164,9 @@ def _burst(
     ]
 
 
-def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px: int = 64) -> Path:
+def write_world(
+    folder: Path, *, num_images: int = 2000, seed: int = 0, size_px: int = 64, at_home: float = AT_HOME
+) -> Path:
     """Draw a world and write it as WILDS' iWildCam v2.0.
 
     Writes `folder/iwildcam_v2.0/` (`metadata.csv`, `categories.csv`, `RELEASE_v2.0.txt`, `train/*.jpg`), and beside them
@@ -170,6 +178,8 @@ def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px:
         num_images: pictures in all five splits together, 400 or more.
         seed: the same one gives the same files.
         size_px: side of a picture.
+        at_home: part of a species' bursts that training's cameras take at its own place, 0..1; 1: a world in which the place
+            tells the species, everywhere but in `val` and `test`.
 
     Returns:
         The folder `iwildcam_v2.0`. The release file, without which `wilds` does not open it, is written last.
@@ -177,7 +187,7 @@ def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px:
     Raises:
         DataError: `num_images` is too small.
     """
-    shots = plan(num_images, seed)
+    shots = plan(num_images, seed, at_home=at_home)
     root = folder / FOLDER
     (root / "train").mkdir(parents=True, exist_ok=True)
     (root / "prompts").mkdir(exist_ok=True)
@@ -200,8 +210,15 @@ def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px:
     names = ("empty\t" + EMPTY, *SPECIES)
     (root / "prompts" / "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     (root / "prompts" / "templates.txt").write_text("\n".join(TEMPLATES) + "\n", encoding="utf-8")
-    (root / "RELEASE_v2.0.txt").write_text(f"drawn: {num_images} images, seed {seed}, {size_px} px\n", encoding="utf-8")
+    release = release_text(num_images=num_images, seed=seed, size_px=size_px, at_home=at_home)
+    (root / RELEASE).write_text(release, encoding="utf-8")
     return root
+
+
+def release_text(*, num_images: int, seed: int, size_px: int, at_home: float) -> str:
+    """Return the release file of a world: the arguments that it is drawn with."""
+    bias = "" if at_home == AT_HOME else f", at home {at_home:g}"
+    return f"drawn: {num_images} images, seed {seed}, {size_px} px{bias}\n"
 
 
 def _row(shot: Shot, image_id: str, seed: int, location: int) -> Mapping[str, object]:
