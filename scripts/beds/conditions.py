@@ -20,7 +20,7 @@ from flyp_saflex.demo.corruption import write_entry
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.records import Dataset, Sample
 from flyp_saflex.storage.augment_cache import AugmentCache
-from flyp_saflex.storage.run_folder import atomic_write
+from flyp_saflex.storage.files import atomic_write
 from flyp_saflex.training.sampling import derived_seed
 
 Pixels = NDArray[np.float32]
