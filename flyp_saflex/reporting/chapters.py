@@ -1,4 +1,4 @@
-"""The page's chapters without figures: results, gallery, mistakes, what was run (floor 3, part of report; no torch)."""
+"""Chapters of the page without figures: results, gallery, mistakes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FATE_NOTES: dict[Fate, str] = {
 
 
 def results_chapter(found: Sequence[Cell], remarks: Sequence[str], baseline: str, names: Sequence[str]) -> Markup:
-    """Return the tables of values and differences: a table per metric and shift, never two of either in one.
+    """Return the tables of values and differences, one table per metric and shift.
 
-    Splits that select stand apart, folded, as long as there are others: a choice was made on them.
+    Splits of role `select` are folded away if there are others: weights or alpha were chosen on them.
     """
     parts: list[object] = [
         listing(list(remarks), "remarks"),
@@ -104,7 +104,7 @@ def _excludes_zero(change: Interval | None) -> bool:
 
 
 def gallery_chapter(galleries: Sequence[Gallery]) -> Markup:
-    """Return what was decided about single images, in three groups per run."""
+    """Return SAFLEX's decisions about single images, in three groups per run."""
     title = "What SAFLEX did with augmented images"
     if not galleries:
         return section(
@@ -124,7 +124,7 @@ def gallery_chapter(galleries: Sequence[Gallery]) -> Markup:
         parts += [element("h3", f"{made.run.recipe}, seed {made.run.seed}"), paragraph(f"{total} augmented images: {shares}.")]
         if made.repeated:
             made.remarks.append(
-                "Random operations came on top (augment.upstream), so what was trained on looked a little different."
+                "Random operations followed (augment.upstream), so the images that were trained on looked a little different."
             )
         parts.append(listing(made.remarks, "remarks"))
         names = made.run.class_names
@@ -177,13 +177,11 @@ def _name(label: int | None, names: Mapping[int, str]) -> str:
 
 
 def mistakes_chapter(runs: Sequence[Run]) -> Markup:
-    """Return the most frequent confusions, and tables per class and per domain, of every split that is tested on."""
+    """Return the most frequent confusions and the tables per class and domain, for every test split."""
     groups = by_recipe(runs)
     id_split, ood_splits = scatter_splits(runs)
     parts: list[object] = [
-        paragraph(
-            "Finetuned models (alpha = 1), means over seeds. Bars are there for the eye; numbers are percent.", class_="note"
-        )
+        paragraph("Finetuned models (alpha = 1), means over seeds, in percent. Bars show the same numbers.", class_="note")
     ]
     for split in [*ood_splits, *([id_split] if id_split else [])]:
         found = [

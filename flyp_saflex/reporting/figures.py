@@ -1,4 +1,4 @@
-"""The page's chapters with figures: ID against OOD with the WiSE-FT paths, and training over steps (floor 3, part of report)."""
+"""Chapters of the page with figures: ID against OOD with WiSE-FT paths, and training curves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUANTITIES = {
 
 
 def legend(names: Sequence[str]) -> Markup:
-    """Return the conditions with their colours and markers."""
+    """Return the list of conditions with their colours and markers."""
     items = (element("li", join([Markup(glyph(number)), element("span", name)], "")) for number, name in enumerate(names))
     return element("ul", join(items), class_="legend")
 
@@ -67,7 +67,7 @@ def scatter_chapter(runs: Sequence[Run]) -> Markup:
 
 
 def scatter_splits(runs: Sequence[Run]) -> tuple[str, list[str]]:
-    """Return the ID split and the OOD splits that are drawn: of role `test` if there are any, else of role `select`."""
+    """Return the ID split and the OOD splits to draw: of role `test` if any, else of role `select`."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for run in runs:
         for row in run.results["results"]:
@@ -77,7 +77,7 @@ def scatter_splits(runs: Sequence[Run]) -> tuple[str, list[str]]:
 
 
 def path_of(results: Mapping[str, Any], id_split: str, ood_split: str, metric: str) -> Path2D | None:
-    """Return a run's way through alpha in one panel; None if it was not evaluated on both splits at alpha = 1."""
+    """Return a run's path over alpha in one panel; None without results on both splits at alpha = 1."""
     values = {
         split: {
             row["wise_alpha"]: row[metric] for row in results["results"] if row["split"] == split and row.get(metric) is not None
@@ -93,7 +93,7 @@ def path_of(results: Mapping[str, Any], id_split: str, ood_split: str, metric: s
 
 
 def curves_chapter(runs: Sequence[Run]) -> Markup:
-    """Return loss, learning rate, share kept and label entropy over steps, as far as they were logged."""
+    """Return the curves of loss, learning rate, kept fraction and label entropy, as far as they were logged."""
     groups = by_recipe(runs)
     figures, missing = [], []
     for quantity, (y_label, percent, caption) in QUANTITIES.items():
@@ -121,7 +121,7 @@ def curves_chapter(runs: Sequence[Run]) -> Markup:
 
 
 def split_number(splits: Sequence[str], split: str) -> int:
-    """Return the place of a split: part of the identifiers in its figures."""
+    """Return the position of a split, which goes into the identifiers of its figures."""
     return list(splits).index(split)
 
 

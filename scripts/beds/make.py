@@ -14,24 +14,28 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from conditions import write_condition_edits, write_test_domain
+from styles import write_style_edits
+
 from flyp_saflex import recipe, runtime
 from flyp_saflex.assets import TINY_EDITOR
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.demo.biased_cameras import NUM_IMAGES, biased_world, write_rendered_edits
 from flyp_saflex.editing.generate import generate
-from flyp_saflex.errors import UserError
+from flyp_saflex.errors import DataError, UserError
+from flyp_saflex.records import Dataset
 
 HERE = Path(__file__).resolve().parent
+WriteEdits = Callable[..., Path]
+"""Writes one entry: `write(dataset, root, key, seed=..., rate=...)`."""
 
 
 def biased_cameras(options: argparse.Namespace) -> None:
     """Write the worlds and the rendered edits."""
     for seed in options.seeds:
-        config = _in_world(options, seed)
-        dataset = load_dataset(config.data, seed=seed)
-        for rate in options.rates:
-            say(write_rendered_edits(dataset, Path(config.cache.root), f"seed{seed}-rate{rate:g}", seed=seed, rate=rate))
+        dataset = load_dataset(_in_world(options, seed).data, seed=seed)
+        _every_rate(options, dataset, seed, write_rendered_edits)
 
 
 def biased_cameras_editor(options: argparse.Namespace) -> None:
@@ -48,9 +52,67 @@ def _in_world(options: argparse.Namespace, seed: int, *overrides: str) -> Config
     return recipe.load(str(HERE / "biased-cameras.toml"), [*places, *overrides])
 
 
+def camera_trap_conditions(options: argparse.Namespace) -> None:
+    """Write the test set, a link to the photographs beside it, and the edits."""
+    root = options.out / "data"
+    _link(_photographs(options), root / "photo")
+    photographs = [f"data.root={root}", "data.test_domains=[]"]
+    held_out = _photo_dataset("camera-trap-conditions", *photographs, "data.shots=0").splits["id_test"]
+    print(f"{root / 'conditions'}: {write_test_domain(held_out.samples, root / 'conditions')} photographs", flush=True)
+    for seed in options.seeds:
+        dataset = _photo_dataset("camera-trap-conditions", *photographs, f"seed={seed}")
+        _every_rate(options, dataset, seed, write_condition_edits)
+
+
+def pacs(options: argparse.Namespace) -> None:
+    """Write the edits; the data is used where it is."""
+    root = _photographs(options).parent
+    for seed in options.seeds:
+        dataset = _photo_dataset("pacs", f"data.root={root}", "data.test_domains=[]", f"seed={seed}")
+        _every_rate(options, dataset, seed, write_style_edits)
+
+
+def _photo_dataset(bed: str, *overrides: str) -> Dataset:
+    config = recipe.load(str(HERE / f"{bed}.toml"), overrides)
+    return load_dataset(config.data, seed=config.seed)
+
+
+def _photographs(options: argparse.Namespace) -> Path:
+    """Return the folder of the photographs.
+
+    Raises:
+        DataError: none is given, or it is not there.
+    """
+    if options.data is None or not (options.data / "photo").is_dir():
+        found = "not given" if options.data is None else f"{options.data}, which has no folder photo/"
+        raise DataError(f"--data is {found}; expected a folder with photo/<class>/*.jpg, such as PACS")
+    return options.data.absolute() / "photo"
+
+
+def _link(target: Path, link: Path) -> None:
+    """Make a link unless it is there.
+
+    Raises:
+        DataError: it leads elsewhere.
+    """
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(target, target_is_directory=True)
+    if link.resolve() != target.resolve():
+        raise DataError(f"{link} leads to {link.resolve()}, not to {target}; give another --out, or the same --data as before")
+
+
+def _every_rate(options: argparse.Namespace, dataset: Dataset, seed: int, write: WriteEdits) -> None:
+    """Write the entries of one seed."""
+    for rate in options.rates:
+        say(write(dataset, options.out / "edits", f"seed{seed}-rate{rate:g}", seed=seed, rate=rate))
+
+
 BEDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "biased-cameras": biased_cameras,
     "biased-cameras-editor": biased_cameras_editor,
+    "camera-trap-conditions": camera_trap_conditions,
+    "pacs": pacs,
 }
 
 
@@ -87,6 +149,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the bed; runs/beds/BED if not given")
     parser.add_argument("--seeds", type=numbers, default=numbers("0-4"), help="such as 0-4,7")
     parser.add_argument("--rates", type=fractions, default=fractions("0,0.25,0.5,0.75"), help="parts of the edits to corrupt")
+    parser.add_argument("--data", type=Path, help="the other beds: folder with photo/<class>/*.jpg; for pacs also the styles")
     parser.add_argument("--num-images", type=int, default=NUM_IMAGES, help="biased cameras: pictures of a world, 400 or more")
     options = parser.parse_args()
     options.out = options.out or Path("runs/beds") / options.bed.removesuffix("-editor")
