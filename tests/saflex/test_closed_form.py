@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flyp_saflex.saflex.closed_form import soft_labels
-from flyp_saflex.saflex.jvp import gains
+from flyp_saflex.saflex.closed_form import gains, soft_labels
 from flyp_saflex.saflex.saflex import Saflex
 
 RETAINED = 1e6  # a penalty that retains labels, see the robust preset
