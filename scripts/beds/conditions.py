@@ -17,6 +17,7 @@ from photographs import edit_of
 from PIL import Image, ImageDraw, ImageFilter
 
 from flyp_saflex.demo.corruption import write_entry
+from flyp_saflex.errors import DataError
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.records import Dataset, Sample
 from flyp_saflex.storage.augment_cache import AugmentCache
@@ -135,18 +136,28 @@ def write_test_domain(photos: Sequence[Sample], folder: Path) -> int:
     Args:
         photos: held-out ones, with `sample_id` = `<domain>/<class>/<name>`.
         folder: the domain's, for `data.test_domains`.
+
+    Raises:
+        DataError: the folder holds other pictures, which could show photographs that are trained on.
     """
+    wanted: dict[Path, tuple[Sample, str]] = {}
     for photo in photos:
-        home = folder / Path(photo.sample_id).parts[1]
-        home.mkdir(parents=True, exist_ok=True)
-        for name, operation in FAMILIES.items():
-            path = home / f"{Path(photo.sample_id).stem}-{name}.jpg"
-            if not path.is_file():
-                generator = np.random.default_rng(derived_seed("test", photo.sample_id, name))
-                image = operation(read_image(photo.path), generator.uniform(*TEST_SEVERITY), generator)
-                with atomic_write(path, "wb") as file:
-                    image.save(file, "JPEG", quality=90)
-    return len(photos) * len(FAMILIES)
+        name = Path(photo.sample_id)
+        wanted |= {folder / name.parts[1] / f"{name.stem}-{family}.jpg": (photo, family) for family in FAMILIES}
+    there = set(folder.rglob("*.jpg"))
+    if other := sorted(there - wanted.keys()):
+        raise DataError(
+            f"{folder} holds {len(other)} pictures that are not of these held-out photographs (first: {other[0].name}); "
+            "the photographs or the recipe's split have changed: remove the folder, or give another --out"
+        )
+    for path, (photo, family) in wanted.items():
+        if path not in there:
+            generator = np.random.default_rng(derived_seed("test", photo.sample_id, family))
+            image = FAMILIES[family](read_image(photo.path), generator.uniform(*TEST_SEVERITY), generator)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path, "wb") as file:
+                image.save(file, "JPEG", quality=90)
+    return len(wanted)
 
 
 def write_condition_edits(dataset: Dataset, root: Path, key: str, *, seed: int, rate: float) -> Path:
