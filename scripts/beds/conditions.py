@@ -38,11 +38,11 @@ def night(image: Image.Image, severity: float, generator: np.random.Generator) -
     grain = generator.standard_normal(pixels.shape[:2], dtype=np.float32)
     middle = generator.uniform(-0.2, 0.2, size=2)
     rows, columns = _grid(pixels, middle)
-    flash = np.clip(1.1 - 0.65 * (rows**2 + columns**2), 0.05, None)
-    grey = 255 * (pixels @ GREY / 255) ** 1.6 * flash
+    flash = np.clip(1.0 - 0.75 * (rows**2 + columns**2), 0.05, None)
+    grey = 255 * (pixels @ GREY / 255) ** 1.8 * flash
     pixels += min(1.0, 2 * severity) * ((pixels @ GREY)[:, :, None] - pixels)
     pixels += severity * (grey[:, :, None] - pixels)
-    return _image(pixels + 34 * severity * grain[:, :, None])
+    return _image(pixels + 40 * severity * grain[:, :, None])
 
 
 def fog(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
@@ -51,7 +51,7 @@ def fog(image: Image.Image, severity: float, generator: np.random.Generator) -> 
     height, width = pixels.shape[:2]
     banks = _smooth_noise(generator, height, width, cells=4)
     depth = np.linspace(1.25, 0.75, height, dtype=np.float32)[:, None]
-    clear = np.exp(-2.3 * severity * depth * np.clip(1 + 0.35 * banks, 0.3, None))[:, :, None]
+    clear = np.exp(-2.9 * severity * depth * np.clip(1 + 0.35 * banks, 0.3, None))[:, :, None]
     return _image(pixels * clear + MIST * (1 - clear))
 
 
@@ -99,9 +99,9 @@ def foliage(image: Image.Image, severity: float, generator: np.random.Generator)
 
 
 def tight_crop(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-    """A window somewhere in the picture, down to a third of each side: the animal is too close, or half gone."""
+    """A window somewhere in the picture, down to a fifth of each side: the animal is too close, half gone, or gone."""
     at_x, at_y = generator.random(2)
-    part = 1 - severity * 2 / 3
+    part = 1 - 0.8 * severity
     width, height = (side * part for side in image.size)
     left, top = at_x * (image.width - width), at_y * (image.height - height)
     return image.resize(image.size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
