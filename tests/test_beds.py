@@ -16,6 +16,8 @@ from flyp_saflex import recipe
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.demo.corruption import CLEAN, read_truth
 from flyp_saflex.demo.scene import Scene, render
+from flyp_saflex.errors import DataError
+from flyp_saflex.records import Sample
 from flyp_saflex.storage.augment_cache import AugmentCache
 
 BEDS = Path(__file__).resolve().parents[1] / "scripts" / "beds"
@@ -133,6 +135,14 @@ def test_the_tested_conditions_show_photographs_that_nothing_is_trained_on(
         assert dataset.splits["conditions"].shift == "ood"
         edits = AugmentCache.open(tmp_path / "edits", "folder", f"seed{seed}-rate0").check_against(dataset)
         assert {edit.source_id for edit in edits} == {sample.sample_id for sample in dataset.train.samples}
+
+
+def test_tested_pictures_of_another_split_are_refused(tmp_path: Path) -> None:
+    scenes()[0].save(tmp_path / "0.jpg")
+    photo = Sample(sample_id="photo/fox/0.jpg", item=tmp_path / "0.jpg", label=0)
+    assert conditions.write_test_domain([photo], tmp_path / "conditions") == 6
+    with pytest.raises(DataError, match=r"6 pictures that are not of these held-out photographs"):
+        conditions.write_test_domain([], tmp_path / "conditions")
 
 
 def test_other_photographs_in_the_same_folder_are_refused(

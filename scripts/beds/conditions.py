@@ -17,6 +17,7 @@ from photographs import edit_of
 from PIL import Image, ImageDraw, ImageFilter
 
 from flyp_saflex.demo.corruption import write_entry
+from flyp_saflex.errors import DataError
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.records import Dataset, Sample
 from flyp_saflex.storage.augment_cache import AugmentCache
@@ -37,11 +38,11 @@ def night(image: Image.Image, severity: float, generator: np.random.Generator) -
     grain = generator.standard_normal(pixels.shape[:2], dtype=np.float32)
     middle = generator.uniform(-0.2, 0.2, size=2)
     rows, columns = _grid(pixels, middle)
-    flash = np.clip(1.1 - 0.65 * (rows**2 + columns**2), 0.05, None)
-    grey = 255 * (pixels @ GREY / 255) ** 1.6 * flash
+    flash = np.clip(1.0 - 0.75 * (rows**2 + columns**2), 0.05, None)
+    grey = 255 * (pixels @ GREY / 255) ** 1.8 * flash
     pixels += min(1.0, 2 * severity) * ((pixels @ GREY)[:, :, None] - pixels)
     pixels += severity * (grey[:, :, None] - pixels)
-    return _image(pixels + 34 * severity * grain[:, :, None])
+    return _image(pixels + 40 * severity * grain[:, :, None])
 
 
 def fog(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
@@ -50,7 +51,7 @@ def fog(image: Image.Image, severity: float, generator: np.random.Generator) -> 
     height, width = pixels.shape[:2]
     banks = _smooth_noise(generator, height, width, cells=4)
     depth = np.linspace(1.25, 0.75, height, dtype=np.float32)[:, None]
-    clear = np.exp(-2.3 * severity * depth * np.clip(1 + 0.35 * banks, 0.3, None))[:, :, None]
+    clear = np.exp(-2.9 * severity * depth * np.clip(1 + 0.35 * banks, 0.3, None))[:, :, None]
     return _image(pixels * clear + MIST * (1 - clear))
 
 
@@ -98,9 +99,9 @@ def foliage(image: Image.Image, severity: float, generator: np.random.Generator)
 
 
 def tight_crop(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-    """A window somewhere in the picture, down to a third of each side: the animal is too close, or half gone."""
+    """A window somewhere in the picture, down to a fifth of each side: the animal is too close, half gone, or gone."""
     at_x, at_y = generator.random(2)
-    part = 1 - severity * 2 / 3
+    part = 1 - 0.8 * severity
     width, height = (side * part for side in image.size)
     left, top = at_x * (image.width - width), at_y * (image.height - height)
     return image.resize(image.size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
@@ -135,18 +136,28 @@ def write_test_domain(photos: Sequence[Sample], folder: Path) -> int:
     Args:
         photos: held-out ones, with `sample_id` = `<domain>/<class>/<name>`.
         folder: the domain's, for `data.test_domains`.
+
+    Raises:
+        DataError: the folder holds other pictures, which could show photographs that are trained on.
     """
+    wanted: dict[Path, tuple[Sample, str]] = {}
     for photo in photos:
-        home = folder / Path(photo.sample_id).parts[1]
-        home.mkdir(parents=True, exist_ok=True)
-        for name, operation in FAMILIES.items():
-            path = home / f"{Path(photo.sample_id).stem}-{name}.jpg"
-            if not path.is_file():
-                generator = np.random.default_rng(derived_seed("test", photo.sample_id, name))
-                image = operation(read_image(photo.path), generator.uniform(*TEST_SEVERITY), generator)
-                with atomic_write(path, "wb") as file:
-                    image.save(file, "JPEG", quality=90)
-    return len(photos) * len(FAMILIES)
+        name = Path(photo.sample_id)
+        wanted |= {folder / name.parts[1] / f"{name.stem}-{family}.jpg": (photo, family) for family in FAMILIES}
+    there = set(folder.rglob("*.jpg"))
+    if other := sorted(there - wanted.keys()):
+        raise DataError(
+            f"{folder} holds {len(other)} pictures that are not of these held-out photographs (first: {other[0].name}); "
+            "the photographs or the recipe's split have changed: remove the folder, or give another --out"
+        )
+    for path, (photo, family) in wanted.items():
+        if path not in there:
+            generator = np.random.default_rng(derived_seed("test", photo.sample_id, family))
+            image = FAMILIES[family](read_image(photo.path), generator.uniform(*TEST_SEVERITY), generator)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path, "wb") as file:
+                image.save(file, "JPEG", quality=90)
+    return len(wanted)
 
 
 def write_condition_edits(dataset: Dataset, root: Path, key: str, *, seed: int, rate: float) -> Path:
