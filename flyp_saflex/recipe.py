@@ -23,7 +23,7 @@ import tomli_w
 
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, nearest
-from flyp_saflex.presets import PRESETS, SaflexSettings, with_preset
+from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings, with_preset
 from flyp_saflex.tables import CHOICES
 
 if sys.version_info >= (3, 11):
@@ -225,7 +225,7 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in what the section `saflex` leaves to its preset."""
     given = dict(values.get("saflex", {}))
     known = {field.name for field in dataclasses.fields(SaflexSettings)}
-    filled = with_preset(given.get("preset", "robust"), {key: value for key, value in given.items() if key in known})
+    filled = with_preset(given.get("preset", DEFAULT), {key: value for key, value in given.items() if key in known})
     return values | {"saflex": {key: value for key, value in given.items() if key not in known} | filled}
 
 

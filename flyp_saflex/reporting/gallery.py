@@ -111,12 +111,12 @@ def gallery(run: Run, *, per_fate: int = PER_FATE) -> Gallery | None:
 
 
 def last_decisions(rows: Iterable[Mapping[str, Any]]) -> list[Decision]:
-    """Return the last decision about every image, ordered by first visit; rows without a gain are no decisions."""
+    """Return the last decision about every image, ordered by first visit; rows without a learned label are no decisions."""
     found: dict[str, Decision] = {}
     for row in rows:
-        if not {"id", "label", "weight", "gain"} <= row.keys():
+        if not {"id", "label", "weight", "learned_label"} <= row.keys():
             continue
-        top = row.get("learned_label", row["label"])
+        top = row["learned_label"]
         soft = [(label, float(share)) for label, share in row.get("soft_labels", ())] or [(top, 1.0)]
         before = found.get(row["id"])
         now = Decision(str(row["id"]), int(row["label"]), float(row["weight"]), soft)

@@ -151,6 +151,11 @@ def gains(logits_AK: Tensor, tangent_AK: Tensor) -> Tensor:
     return (logits_AK.softmax(dim=1) * tangent_AK).sum(dim=1, keepdim=True) - tangent_AK
 
 
+def probability_gains(logits_AK: Tensor, gains_AK: Tensor) -> Tensor:
+    """Return p_k Pi_k, the gains if f in Eq. (9) is read as probabilities; they sum to zero over the labels of a row."""
+    return at_least_float32(logits_AK).softmax(dim=1) * gains_AK
+
+
 def symmetric_gains(
     logits_AC: Tensor, tangent_AC: Tensor, train_logits_TC: Tensor | None = None, train_tangent_TC: Tensor | None = None
 ) -> Tensor:

@@ -77,11 +77,13 @@ class Task:
     Attributes:
         files: files of a finished run that the task is loaded from.
         has_captions: whether objectives over captions (proxy classes) can be used.
+        gives_evidence: whether its pretrained weights can judge edits (`edit_evidence`).
         input_size_px: side of the square images that the model takes; 0: it takes no images.
     """
 
     files: ClassVar[tuple[str, ...]] = (f"model/{WEIGHTS}",)
     has_captions: ClassVar[bool] = False
+    gives_evidence: ClassVar[bool] = False
     input_size_px: int = 0
 
     def __init__(self, network: Network, dataset: Dataset) -> None:
@@ -165,6 +167,10 @@ class Task:
         """Return the caption id of a row: its class, where a task has no captions."""
         return item.label
 
+    def caption_of_class(self, label: int, seed: int) -> int:
+        """Return a caption id of a class, in a template that the seed picks."""
+        return label
+
     def class_caption(self, labels_V: Tensor) -> Tensor:
         """Return the caption ids of classes, for validation rows."""
         return labels_V
@@ -192,6 +198,20 @@ class Task:
     def class_of(self, label: int, over: Over) -> int | None:
         """Return the class of a label of the batch's label space; None for a caption that names no class."""
         return label
+
+    def edit_evidence(
+        self, kinds: Sequence[str], edits: Sequence[Edit], loader: ImageLoader, *, rank: int = 0, num_processes: int = 1
+    ) -> dict[str, Tensor]:
+        """Return scores [N, K] of cached edits by kind of evidence, from the weights in place.
+
+        Args:
+            kinds: names in `tables.EVIDENCE`.
+            edits: N of them, made from training samples.
+            loader: of the model's inputs.
+            rank: this process, which reads its share of the images.
+            num_processes: how many there are.
+        """
+        raise NotImplementedError
 
     # Training
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -133,12 +133,28 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
         source=source,
         edits=edits,
         plan=plan,
-        saflex=Saflex(config.saflex.settings) if config.saflex.enabled else None,
+        saflex=_saflex(config, task, edits, notes),
         on_train=_operations([UPSTREAMS[name] for name in augment.on_train], task),
         on_augmented=_operations(upstreams, task),
         mix=next((upstream.mix for upstream in upstreams if upstream.mix is not None), None),
         notes=notes,
     )
+
+
+def _saflex(config: Config, task: Task, edits: tuple[Edit, ...] | None, notes: list[str]) -> Saflex | None:
+    """Return SAFLEX with the settings that can be used here."""
+    settings = config.saflex.settings
+    if not config.saflex.enabled:
+        return None
+    if settings.evidence and (edits is None or not task.gives_evidence):
+        reason = (
+            "augment.upstream=cache" if edits is None else f"a CLIP, and train.method={config.train.method} has none"
+        )
+        notes.append(f"saflex.evidence has no effect without {reason}: gains decide, as in saflex.preset=robust")
+        usual, robust = PRESETS[config.saflex.preset], PRESETS["robust"]
+        left = {field.name for field in fields(settings) if getattr(settings, field.name) == getattr(usual, field.name)}
+        settings = replace(settings, evidence=(), **{name: getattr(robust, name) for name in left - {"evidence"}})
+    return Saflex(settings)
 
 
 def _operations(upstreams: Sequence[Upstream], task: Task) -> list[ItemOperation]:
