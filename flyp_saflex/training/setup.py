@@ -147,9 +147,7 @@ def _saflex(config: Config, task: Task, edits: tuple[Edit, ...] | None, notes: l
     if not config.saflex.enabled:
         return None
     if settings.evidence and (edits is None or not task.gives_evidence):
-        reason = (
-            "augment.upstream=cache" if edits is None else f"a CLIP, and train.method={config.train.method} has none"
-        )
+        reason = "augment.upstream=cache" if edits is None else f"a CLIP, and train.method={config.train.method} has none"
         notes.append(f"saflex.evidence has no effect without {reason}: gains decide, as in saflex.preset=robust")
         usual, robust = PRESETS[config.saflex.preset], PRESETS["robust"]
         left = {field.name for field in fields(settings) if getattr(settings, field.name) == getattr(usual, field.name)}
