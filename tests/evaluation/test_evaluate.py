@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flyp_saflex import recipe
-from flyp_saflex.clip.model import ImageTower, load_clip, save_clip
+from flyp_saflex.clip.image_tower import ImageTower
+from flyp_saflex.clip.model import load_clip, save_clip
 from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import ConfigError, DataError, ModelError, RunError
