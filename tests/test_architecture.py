@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flyp_saflex"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "config", "records", "runtime", "recipe",  # the ground: options, rows, TOML
+    "errors", "ranges", "tables", "presets", "config", "records", "runtime", "recipe",  # the ground: names, options, rows, TOML
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets
     "tasks", "step", "evaluation", "training",  # a model's step, its scores, the loop
@@ -22,7 +22,7 @@ ORDER = (
     "cli", "__main__",
 )  # fmt: skip
 """A room imports only from rooms before it. `assets` and `recipes` are data, open to all."""
-LIGHT = ("errors", "config", "records", "runtime", "recipe", "storage", "cli", "__init__", "__main__")
+LIGHT = (*ORDER[: ORDER.index("recipe") + 1], "storage", "cli", "__init__", "__main__")
 """The ground, what lies on disk and the command line start at once: no heavy library at module level."""
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pandas", "numpy", "pyarrow", "sklearn", "open_clip"}
 HEAVY |= {"wilds", "matplotlib"}
