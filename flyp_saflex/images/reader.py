@@ -1,8 +1,8 @@
-"""From an image's file to the tensor that the model takes (floor 2).
+"""Image readers: from a file to the tensor that the model takes.
 
     exact    the whole image is decoded and goes through the model's own transform
     scaled   a JPEG is decoded smaller, but to at least 2.25 times what the model sees; the difference is at most 1/255 on
-             average, PSNR >= 50 dB on photographs, 46 dB where they are sharp to the last pixel (test_image_reader.py)
+             average, PSNR >= 50 dB on photographs, 46 dB where they are sharp to the last pixel (tests/images/test_reader.py)
     resized  a copy made once by `flyp-saflex data RECIPE --materialise` is read instead of the file
 
 An image that is too small for that, or no JPEG, is the same to the last bit in the first two. A preprocessing that is not the
@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from flyp_saflex.config import DataConfig
-from flyp_saflex.images.decode import Box, read_picture
+from flyp_saflex.errors import DataError
+from flyp_saflex.images.decode import Box, read_bytes, read_picture
 from flyp_saflex.images.picture import Picture
 from flyp_saflex.images.preprocessing import Preprocessing
 from flyp_saflex.images.resized_copies import ResizedImages
@@ -101,8 +102,8 @@ class ImageReader:
         if self.resized is not None and (known := self.resized.key(path)):
             return known
         try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError:
+            return hashlib.sha256(read_bytes(path)).hexdigest()
+        except DataError:
             return ""
 
 

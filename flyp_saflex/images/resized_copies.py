@@ -1,4 +1,4 @@
-"""Copies of a dataset's images at a small size, in a few large files (floor 2).
+"""Copies of a dataset's images at a small size, in a few large files.
 
     settings.json     dataset, shorter side, JPEG quality
     shard-00000.bin   the copies' bytes, one behind the other; a new file after 64 MiB
