@@ -213,7 +213,7 @@ def _samples(root: Folder, folder: Folder, keys: Sequence[str], domain: str, acc
             )
         for path in images:
             sample_id = spelt(str(path)[start:].replace(os.sep, "/"))
-            samples.append(Sample(sample_id=sample_id, path=path, label=labels[name], domain=domain))
+            samples.append(Sample(sample_id=sample_id, item=path, label=labels[name], domain=domain))
     if folder.images and not samples:
         raise DataError(
             f"{what} '{folder.name}' in {root} holds {len(folder.images)} images without class folders; "

@@ -73,7 +73,7 @@ def read_table(config: DataConfig) -> Dataset:
     for reason, count in table.left_out.items():
         account.leave_out(reason, count)
     rows = [
-        (part, Sample(sample_id=sample_id, path=root / sample_id, label=label, domain=domain, caption=caption or None))
+        (part, Sample(sample_id=sample_id, item=root / sample_id, label=label, domain=domain, caption=caption or None))
         for part, sample_id, label, domain, caption in compress(
             zip(parts, sample_ids, labels, domains, captions, strict=True), used
         )

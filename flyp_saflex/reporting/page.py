@@ -1,7 +1,7 @@
-"""The report as one self-contained page: no script, no network, light and dark (floor 3, part of report; no torch).
+"""The report as one self-contained HTML page: no script, no network, light and dark.
 
-A content security policy forbids the page to load anything, so that "self-contained" is enforced by the browser as well.
-Nothing on the page depends on the time or the machine it is made on: the same runs give the same bytes.
+A content security policy forbids the page to load anything, so the browser enforces "self-contained" as well. The page does
+not depend on time or machine: the same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flyp_saflex.reporting.runs import Run, by_recipe, read_runs, unlike_seeds
 from flyp_saflex.reporting.tables import Cell
 
 MOST_GALLERIES = 3
-"""Runs whose images are shown: the first seed of so many conditions that learned weights."""
+"""Most runs with a gallery: the first seed of each of so many conditions that learned weights."""
 CHAPTERS = {
     "results": "Results",
     "scatter": "ID against OOD",
@@ -34,13 +34,13 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(results: Mapping[Path, dict[str, Any]], found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
-    """Return the whole page.
+    """Return the page as HTML.
 
     Args:
         results: results.json by run folder.
-        found: the cells of `report_tables`.
-        remarks: what a reader must know about them.
-        baseline: recipe that the others are compared with.
+        found: cells from `tables.cells`.
+        remarks: remarks from `tables.notes`.
+        baseline: recipe that the other ones are compared with.
     """
     runs = read_runs(results)
     names = list(by_recipe(runs))

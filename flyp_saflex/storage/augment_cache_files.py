@@ -1,6 +1,6 @@
-"""The files of a cache entry that is being written: locks, settings, rejections, appended and replaced lines (floor 1).
+"""File operations for writing a cache entry: locks, settings, rejections, appending and replacing lines.
 
-Parts of `cache_writer.py`, which says what belongs where.
+`augment_cache_writer.py` documents the layout of the files and uses these functions.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ SETTINGS, REJECTED = "settings.json", "rejected.jsonl"
 
 
 class _Id(msgspec.Struct):
-    """What has to be known of a row to merge it."""
+    """Fields of a row that merging needs."""
 
     aug_id: str | None = None
     source_id: str = ""
 
 
 def state_settings(folder: Path, settings: Mapping[str, Any], *, write: bool) -> None:
-    """Check an entry's settings.json against `settings`, and write it where there is none.
+    """Check settings.json of an entry against `settings`, and write it if it is missing.
 
     Args:
-        folder: the entry.
-        settings: what decides how its edits look; options that are not in both are not compared.
-        write: whether to write; otherwise only check.
+        folder: folder of the entry.
+        settings: options that determine the edits; options missing on either side are not compared.
+        write: whether to write a missing or incomplete file; otherwise only check.
 
     Raises:
         DataError: the entry was made with other settings, or the file cannot be read or written.
@@ -66,7 +66,7 @@ def read_rejected(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, di
     """Return the rejected edits by aug_id and the unreadable sources by source_id, of all writers.
 
     Raises:
-        DataError: a row that is no rejection.
+        DataError: a row without aug_id or source_id.
     """
     edits, sources = {}, {}
     for path in (folder / REJECTED, *sorted(folder.glob(f"{WRITERS}/*/{REJECTED}"))):
@@ -84,7 +84,11 @@ def read_rejected(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, di
 
 
 def rows_by_id(files: Sequence[Path]) -> dict[str, bytes]:
-    """Return rows as they are written, by aug_id; the first one counts."""
+    """Return the undecoded rows of several files by aug_id; the first row of an edit counts.
+
+    Raises:
+        DataError: an invalid row, or one without aug_id.
+    """
     decoder = msgspec.json.Decoder(_Id)
     rows: dict[str, bytes] = {}
     for path in files:
@@ -106,7 +110,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def troubles(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line."""
+    """Convert errors of the file system into a one-line `DataError`."""
     try:
         yield
     except (OSError, RunError) as error:

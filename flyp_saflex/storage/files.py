@@ -21,10 +21,10 @@ if sys.platform != "win32":
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; on a clean exit flush it to disk and rename it, otherwise remove it.
+    """Open a temporary file that replaces `path` on a clean exit and is removed on an error.
 
     Raises:
-        RunError: the folder is read-only, missing or the disk is full; `path` is then as it was before.
+        RunError: the folder is missing or read-only, or the disk is full; `path` is then as before.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,14 +40,14 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` atomically as indented JSON."""
     with atomic_write(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
 
 
 def mend_tail(path: Path) -> None:
-    """Cut off what a killed writer left after the last newline, so that the next row starts on a line of its own."""
+    """Remove the incomplete last line that a killed writer left, so that the next row starts on a new line."""
     if not path.is_file() or not path.stat().st_size:
         return
     with open(path, "r+b") as file:
@@ -59,7 +59,11 @@ def mend_tail(path: Path) -> None:
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows, all or none, and flush them to disk."""
+    """Append all rows or none, and flush them to disk.
+
+    Raises:
+        OSError: the disk is full or not writable; the file is then as before.
+    """
     if not rows:
         return
     with open(path, "ab", buffering=0) as file:
@@ -76,7 +80,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def replace_lines(path: Path, lines: Sequence[bytes], *, keep_empty: bool = False) -> None:
-    """Replace a file at once; without lines it is removed, unless `keep_empty`."""
+    """Replace the content of a file atomically; without lines, remove the file unless it is the manifest."""
     data = b"".join(line + b"\n" for line in lines)
     if not lines and not keep_empty:
         path.unlink(missing_ok=True)
@@ -86,7 +90,10 @@ def replace_lines(path: Path, lines: Sequence[bytes], *, keep_empty: bool = Fals
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Return the whole lines of a file, none if it is not there; what follows the last newline was cut off by a kill."""
+    """Return the complete lines of a file, none if it is missing.
+
+    Text after the last newline is an interrupted write and is left out, and so are blank lines.
+    """
     try:
         return [line for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
     except FileNotFoundError:
@@ -95,7 +102,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 @contextmanager
 def entry_lock(folder: Path) -> Iterator[bool]:
-    """Wait for the entry's lock, which writers hold for moments only; yield whether the file system has locks."""
+    """Hold the lock of an entry, waiting for it; yield whether the file system supports locks."""
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         locked = False
         if sys.platform != "win32":
@@ -106,7 +113,7 @@ def entry_lock(folder: Path) -> Iterator[bool]:
 
 
 def hold(path: Path) -> IO[str]:
-    """Open and lock a file until it is closed or the process ends, however it ends."""
+    """Open and lock a file; closing it, or any end of the process, releases the lock."""
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
     if sys.platform != "win32":
         with suppress(OSError):  # a file system without locks
@@ -115,7 +122,7 @@ def hold(path: Path) -> IO[str]:
 
 
 def held_by_other(path: Path) -> bool | None:
-    """Return whether a living process holds the lock; None where that cannot be known."""
+    """Return whether another running process holds the lock; None if that cannot be determined."""
     if sys.platform == "win32":
         return None
     try:
