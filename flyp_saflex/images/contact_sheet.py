@@ -85,7 +85,7 @@ def draw_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:
 
 
 def fit(image: Image.Image, side_px: int) -> Image.Image:
-    """Return an RGB picture whose longer side is at most `side_px`, enlarged by a whole factor if that leaves it within."""
+    """Return an RGB picture whose longer side is at most `side_px`; small ones are enlarged by a whole factor."""
     factor = side_px // max(image.size)
     if factor >= 1:
         return image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

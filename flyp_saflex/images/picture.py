@@ -41,7 +41,7 @@ class Picture:
 
     @property
     def whole(self) -> bool:
-        """Whether every pixel of the image is at hand."""
+        """True if every pixel of the image is at hand."""
         return self.pixels.size == self.size and self.window == (0, 0, *self.size)
 
     def image(self) -> Image.Image:

@@ -38,7 +38,7 @@ MARGIN = 2.25
 
 
 class Source(Protocol):
-    """Reader of samples: a file, a row of an array, or a row of a table becomes what the model takes.
+    """Reader of samples: files, rows of an array or rows of a table become model inputs.
 
     Attributes:
         notes: what a person should know about it.
@@ -134,7 +134,7 @@ class ImageReader:
 
     @property
     def scaled(self) -> bool:
-        """Whether JPEGs are decoded smaller where that is enough."""
+        """True if JPEGs are decoded smaller where that is enough."""
         return self._scaled and self._usual is not None
 
     def read(self, item: Sample | Edit, *, box_crop: bool = False) -> Picture:

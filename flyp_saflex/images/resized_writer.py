@@ -49,7 +49,7 @@ CHUNK = 64
 
 @dataclass
 class Made:
-    """What was done.
+    """Counts of what was done.
 
     Attributes:
         kept: copies that were there and whose source is unchanged.
