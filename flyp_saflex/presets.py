@@ -75,7 +75,7 @@ class SaflexSettings:
 
     @property
     def needs_gains(self) -> bool:
-        """Whether a decision depends on gains: if not, no validation gradient is taken."""
+        """True if a decision depends on gains; otherwise no validation gradient is taken."""
         retained = self.penalty >= RETAINED
         return not (self.weight_rule in ("all", "evidence") and retained and self.agreement == "ignore")
 

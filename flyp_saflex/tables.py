@@ -1,4 +1,6 @@
-"""Every point of extension, by name. A new dataset, metric, loss or editor is one module, one line here and one test.
+"""Points of extension by name: a new dataset, metric, loss or editor is one line here.
+
+Beside that line it is one module and one test.
 
     table            option                  an entry is
     DATASETS         data.name               reader: DataConfig -> Dataset
@@ -118,7 +120,7 @@ class Method:
 
     @property
     def only_head(self) -> bool:
-        """Whether nothing but a linear head is ever trained."""
+        """True if nothing but a linear head is ever trained."""
         return all(phase.only_head for phase in self.phases)
 
 

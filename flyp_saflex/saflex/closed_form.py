@@ -159,7 +159,10 @@ def gains(logits_AK: Tensor, tangent_AK: Tensor) -> Tensor:
 
 
 def probability_gains(logits_AK: Tensor, gains_AK: Tensor) -> Tensor:
-    """Return p_k Pi_k, the gains if f in Eq. (9) is read as probabilities; they sum to zero over the labels of a row."""
+    """Return p_k Pi_k, the gains with f of Eq. (9) read as probabilities.
+
+    They sum to zero over the labels of a row.
+    """
     return at_least_float32(logits_AK).softmax(dim=1) * gains_AK
 
 

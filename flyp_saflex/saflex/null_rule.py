@@ -111,7 +111,7 @@ def null_rule(scores_NK: Tensor, own_N: Tensor, *, min_edits: int = MIN_EDITS, n
 
 
 def standardise(scores_NK: Tensor, own_NK: Tensor, usable_NK: Tensor) -> Tensor:
-    """Shift and scale every label's scores to mean 0 and variance 1 over the edits that did not come with it.
+    """Standardise every label's scores over the edits that did not come with it.
 
     Mean and variance of a label are shrunk towards those of all labels together (`SHRINKAGE`). Scores that are not usable
     become 0.

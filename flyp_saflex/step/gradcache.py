@@ -113,7 +113,7 @@ def surrogates(
     gradient: Outputs,
     rows_at_once: int,
 ) -> list[Callable[[], Tensor]]:
-    """Return functions whose values' gradients add up to that of the loss; each makes one forward pass of a few rows.
+    """Return functions whose gradients add up to that of the loss, one forward pass each.
 
     The last one touches every trained parameter, as DistributedDataParallel expects of the pass that it averages after.
 

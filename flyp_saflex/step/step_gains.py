@@ -79,7 +79,7 @@ def step_gains(
 
 
 def products_for(forward: Callable[..., Outputs], network: Network, saflex: Saflex | None, rows: Rows) -> Products | None:
-    """Return what the coming training pass is to leave for the exact derivative; None if it is of no use there.
+    """Return the cache of the coming pass's matrix products; None if the exact derivative cannot use them.
 
     It is where the pass is the network's own (not a compiler's, which rounds differently), equals the one in evaluation mode,
     is in full precision and is not made in order to be forgotten and computed again.

@@ -95,7 +95,10 @@ class ManifestReader:
         return found[0]
 
     def rows(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Read a file at once; return an iterator over (line number, row) that skips a truncated last line with a note."""
+        """Read a file at once; yield (line number, row).
+
+        A last line that a kill cut off is skipped with a note.
+        """
         try:
             lines = path.read_bytes().split(b"\n")
         except FileNotFoundError:  # rows of a writer that were merged in the meantime

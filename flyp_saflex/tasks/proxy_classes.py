@@ -40,7 +40,7 @@ def proxy_space(rows: Rows, caption_tokens_ML: Tensor, same_M: Tensor, proxies: 
 
 
 def proxy_columns(caption_ids_N: Tensor, proxies: Proxies = "captions") -> tuple[Tensor, Tensor]:
-    """Return the proxy classes of a batch, as the caption id of every column, and plain FLYP's assignment of its rows.
+    """Return the proxy classes of a batch and the assignment of its rows in plain FLYP.
 
     Args:
         caption_ids_N: an integer per row; equal captions have equal ids.
