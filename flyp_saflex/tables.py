@@ -1,4 +1,4 @@
-"""Every point of extension, by name. A new dataset, metric, loss or editor is one module, one line here and one test.
+"""Points of extension by name: a new dataset, metric or loss is one module, one line here, one test.
 
     table            option                  an entry is
     DATASETS         data.name               reader: DataConfig -> Dataset
@@ -109,7 +109,7 @@ class Method:
 
     @property
     def only_head(self) -> bool:
-        """Whether nothing but a linear head is ever trained."""
+        """True if nothing but a linear head is ever trained."""
         return all(phase.only_head for phase in self.phases)
 
 

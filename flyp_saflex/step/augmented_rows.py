@@ -81,12 +81,12 @@ class AugmentedRows:
 
     @property
     def reads_logits(self) -> bool:
-        """Whether the filter looks at logits."""
+        """True if the filter looks at logits."""
         return self.upstream_filter in READS_LOGITS
 
     @property
     def reads_features(self) -> bool:
-        """Whether gains start from the pooled features of the training pass (head scope)."""
+        """True if gains start from the pooled features of the training pass (head scope)."""
         return self.saflex is not None and self.saflex.settings.scope == "head"
 
     def decide(

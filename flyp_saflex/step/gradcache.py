@@ -113,9 +113,9 @@ def surrogates(
     gradient: Outputs,
     rows_at_once: int,
 ) -> list[Callable[[], Tensor]]:
-    """Return functions whose values' gradients add up to that of the loss; each makes one forward pass of a few rows.
+    """Return functions whose gradients add up to that of the loss.
 
-    The last one touches every trained parameter, as DistributedDataParallel expects of the pass that it averages after.
+    Each makes one forward pass of a few rows. The last one touches every trained parameter, as DistributedDataParallel expects of the pass that it averages after.
 
     Args:
         forward: the network, possibly wrapped.

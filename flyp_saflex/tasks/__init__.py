@@ -1,1 +1,1 @@
-"""What a training step needs of a model: inputs, label space, logits, parameters, save and load."""
+"""Tasks: inputs, label space, logits, parameters, save and load of a model in training."""

@@ -20,7 +20,7 @@ from flyp_saflex.tasks.network import Network, Outputs
 
 
 class ClipNetwork(Network):
-    """A CLIP model with its image tower cut behind the frozen blocks, and a linear head where the method has one.
+    """CLIP model with its image tower cut behind the frozen blocks, and a linear head if there is one.
 
     Args:
         model: open_clip's module; its parameters are shared, so saving `model` saves what was trained.

@@ -286,7 +286,7 @@ class LinearClipTask(ClipTask):
 
 
 def frozen_blocks(config: Config, clip: Clip) -> int:
-    """Return behind how many image blocks the recipe cuts the tower: all of them where the image tower is not trained."""
+    """Return the number of frozen image blocks: all of them where the image tower is not trained."""
     train = config.train
     whole = train.freeze_image or METHODS[train.method].only_head
     return num_blocks(clip.model.visual) if whole else train.freeze_image_blocks

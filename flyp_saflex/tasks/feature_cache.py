@@ -60,7 +60,7 @@ def open_feature_cache(
 
 
 class LoweredImages:
-    """What an `ImageLoader` reads, behind a frozen lower image tower: computed once for all that is evaluated on it.
+    """Activations of an `ImageLoader`'s images behind a frozen lower image tower, shared by all variants of a model.
 
     Args:
         loader: reads and preprocesses images.

@@ -37,7 +37,7 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class TaskInputs:
-    """What a task is built from.
+    """Inputs that a task is built from.
 
     Attributes:
         config: the recipe.
@@ -54,7 +54,7 @@ class TaskInputs:
 
 @dataclass(frozen=True)
 class Processes:
-    """How tensors meet across processes; the defaults serve a single one.
+    """Communication of tensors among processes; the defaults serve a single one.
 
     Attributes:
         gather: concatenation of every process's tensor, without gradient.
@@ -246,7 +246,10 @@ class Task:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return the autocast context of a precision; float32 for `no`, and for `fp16` on a CPU, where it only loses digits."""
+    """Return the autocast context of a precision.
+
+    Float32 for `no`, and for `fp16` on a CPU, where half precision only loses digits.
+    """
     if precision == "no" or (precision == "fp16" and device.type == "cpu"):
         return nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
