@@ -67,6 +67,10 @@ class Table(MutableMapping[str, Entry], Generic[Entry]):
         if name not in self._entries:
             raise ConfigError(f"{self.option} = {name!r}: expected one of {', '.join(self)}{nearest(name, self)}")
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an entry, or the default where there is no such name."""
+        return self[name] if name in self else default  # the inherited one expects a KeyError
+
     def __setitem__(self, name: str, entry: Entry | str) -> None:
         self._entries[name] = entry
 

@@ -64,6 +64,7 @@ def test_an_entry_is_imported_when_it_is_first_used_or_given_as_an_object(monkey
     assert table["mine"] is thing
     monkeypatch.undo()
     assert "mine" not in table
+    assert table.get("mine", 3) == 3
 
 
 def test_a_metric_knows_its_unit_and_direction() -> None:

@@ -115,7 +115,8 @@ def surrogates(
 ) -> list[Callable[[], Tensor]]:
     """Return functions whose gradients add up to that of the loss.
 
-    Each makes one forward pass of a few rows. The last one touches every trained parameter, as DistributedDataParallel expects of the pass that it averages after.
+    Each makes one forward pass of a few rows. The last one touches every trained parameter, as DistributedDataParallel expects
+    of the pass that it averages after.
 
     Args:
         forward: the network, possibly wrapped.
