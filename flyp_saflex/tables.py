@@ -69,7 +69,9 @@ class Table(MutableMapping[str, Entry], Generic[Entry]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return an entry, or the default where there is no such name."""
-        return self[name] if name in self else default  # the inherited one expects a KeyError
+        if name not in self:  # the inherited one expects a KeyError
+            return default
+        return self[name]
 
     def __setitem__(self, name: str, entry: Entry | str) -> None:
         self._entries[name] = entry
