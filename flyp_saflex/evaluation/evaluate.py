@@ -1,8 +1,8 @@
-"""Evaluate a run: every split, every WiSE-FT alpha, each image decoded once (floor 3).
+"""Evaluation of a run: every split, every WiSE-FT alpha, each image decoded once.
 
 Reads RUN/config.toml and RUN/model, writes RUN/results.json, RUN/details.json and RUN/predictions/<split>.parquet after
-every split, so that what an interrupted evaluation finished stays. `evaluate_split` is the part without files: an
-experiment calls it with the variants of many runs. Under accelerate every process takes its share of a split.
+every split, so that an interrupted evaluation keeps the finished splits. `evaluate_split` is the part without files, also for
+the variants of many runs. Under accelerate every process takes its share of a split.
 
 Shapes: N images, K classes, D embedding.
 """
@@ -205,7 +205,12 @@ def select_split(config: Config, dataset: Dataset, *, choose: bool) -> str:
 
 
 def splits_to_evaluate(dataset: Dataset, names: Sequence[str], *, first: str = "") -> list[Split]:
-    """Return the named splits, or all but those trained on; `first`, which picks alpha, comes first if it is among them.
+    """Return the named splits, or all but those trained on, in order.
+
+    Args:
+        dataset: its splits.
+        names: of the splits; empty: all but those trained on.
+        first: split that picks alpha, and therefore comes first; empty: none.
 
     Raises:
         DataError: a name is unknown; says the nearest.

@@ -1,4 +1,4 @@
-"""Metrics of one split: accuracy, macro-F1, worst group, calibration, bootstrap intervals .
+"""Metrics of one split: accuracy, macro-F1, worst group, calibration, bootstrap intervals.
 
 Macro-F1 follows WILDS: the mean F1 over the classes that occur among the labels. Everything is a function of labels and
 predictions or logits, in fractions of 0..1, so that the trainer, `evaluate` and an experiment's own script share it.

@@ -1,6 +1,6 @@
-"""From a split's logits to what is written about it: a row, tables, predictions (floor 2; numpy, no files).
+"""Scores of a model on a split: results row, tables per class and group, predictions. Numpy only, no files.
 
-The trainer scores its select split with the same function as `evaluate` and experiment scripts.
+Training scores its select split with the same functions as `evaluate` and experiment scripts.
 
 Shapes: N images that could be read, K classes.
 """

@@ -1,4 +1,4 @@
-"""Statistics over seeds: mean, spread, paired differences (floor 2; numbers only, no tensors, no files).
+"""Statistics over seeds: mean, spread, paired differences.
 
 `report` and experiment scripts import these, so that every published number is computed in one place.
 """

@@ -1,4 +1,4 @@
-"""WiSE-FT (arXiv 2109.01903): weights between the pretrained and the finetuned model .
+"""WiSE-FT (arXiv 2109.01903): weights between the pretrained and the finetuned model.
 
 theta(alpha) = (1 - alpha) * theta_pretrained + alpha * theta_finetuned
 """
@@ -37,7 +37,9 @@ def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
 
 @torch.no_grad()
 def set_weights(model: nn.Module, pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], alpha: float) -> None:
-    """Put `interpolate(...)` into a model in place, one tensor at a time, so that no third copy of the model is held.
+    """Interpolate two states into a model in place.
+
+    One tensor at a time, so that no third copy of the model is held.
 
     Raises:
         ModelError: the states differ from each other, or from the model, in a name or a shape.

@@ -1,7 +1,7 @@
 """SAFLEX (arXiv 2410.02512): weights and soft labels of augmented rows, in closed form from their gains.
 
 Weights and labels are chosen so that the next step lowers the validation loss most, to first order (Eq. 3-4). This is a linear
-program that separates over rows (Theorem 1): `jvp.py` computes its coefficients, `closed_form.py` solves it, `settings.py` has
+program that separates over rows (Theorem 1): `jvp.py` computes its coefficients, `closed_form.py` solves it, `presets.py` has
 the options, and this module the object for a training loop.
 
 Use in a training loop; the model is any function of named parameters:

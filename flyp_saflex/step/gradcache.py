@@ -113,9 +113,10 @@ def surrogates(
     gradient: Outputs,
     rows_at_once: int,
 ) -> list[Callable[[], Tensor]]:
-    """Return functions whose gradients add up to that of the loss, one forward pass each.
+    """Return functions whose gradients add up to that of the loss.
 
-    The last one touches every trained parameter, as DistributedDataParallel expects of the pass that it averages after.
+    Each makes one forward pass of a few rows. The last one touches every trained parameter, as DistributedDataParallel expects
+    of the pass that it averages after.
 
     Args:
         forward: the network, possibly wrapped.

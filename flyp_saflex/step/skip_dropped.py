@@ -55,7 +55,7 @@ def loss_of_kept(step: StepLoss, rows: Rows, space: LabelSpace, generator: torch
 
 
 class Selecting:
-    """Choice between deciding first and training on all augmented rows.
+    """Decision whether a step weighs augmented rows before it trains on them.
 
     `auto` follows a running average of the part that is kept: on below `ON_BELOW`, off above `BREAK_EVEN`. It sees the rows
     of all processes, so that all of them come to the same verdict.
@@ -72,7 +72,7 @@ class Selecting:
 
     @property
     def on(self) -> bool:
-        """True if the next part of a step decides first."""
+        """True if the next part of a step selects first."""
         return self.mode == "always" or (self.mode == "auto" and self._on)
 
     def update(self, weights_A: Tensor) -> None:

@@ -79,10 +79,10 @@ def step_gains(
 
 
 def products_for(forward: Callable[..., Outputs], network: Network, saflex: Saflex | None, rows: Rows) -> Products | None:
-    """Return the cache of the coming pass's matrix products; None if the exact derivative cannot use them.
+    """Return an empty store for the products of the coming training pass; None if the derivative cannot use them.
 
-    It is where the pass is the network's own (not a compiler's, which rounds differently), equals the one in evaluation mode,
-    is in full precision and is not made in order to be forgotten and computed again.
+    The exact derivative can where the pass is the network's own (not a compiler's, which rounds differently), equals the one in
+    evaluation mode, is in full precision and is not made in order to be forgotten and computed again.
 
     Args:
         forward: the network, possibly wrapped.

@@ -1,1 +1,1 @@
-"""Tasks, a training step's view of a model: inputs, label space, logits, parameters, save and load."""
+"""Tasks: inputs, label space, logits, parameters, save and load of a model in training."""

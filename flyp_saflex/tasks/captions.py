@@ -10,7 +10,7 @@ from flyp_saflex.records import Dataset, Edit, Sample
 
 @dataclass
 class Captions:
-    """Every caption that can occur in training, by id.
+    """Captions that can occur in training, by id.
 
     Class k in template m has the id k * num_templates + m; the own captions of samples follow.
     """

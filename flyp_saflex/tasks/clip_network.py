@@ -20,7 +20,7 @@ from flyp_saflex.tasks.network import Network, Outputs
 
 
 class ClipNetwork(Network):
-    """CLIP with its image tower cut behind the frozen blocks, and perhaps a linear head.
+    """CLIP model with its image tower cut behind the frozen blocks, and a linear head if there is one.
 
     Args:
         model: open_clip's module; its parameters are shared, so saving `model` saves what was trained.

@@ -60,7 +60,7 @@ def open_feature_cache(
 
 
 class LoweredImages:
-    """Activations of an `ImageLoader`'s images behind frozen blocks, for all models that share them.
+    """Activations of an `ImageLoader`'s images behind a frozen lower image tower, shared by all variants of a model.
 
     Args:
         loader: reads and preprocesses images.

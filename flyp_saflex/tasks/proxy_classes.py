@@ -40,7 +40,7 @@ def proxy_space(rows: Rows, caption_tokens_ML: Tensor, same_M: Tensor, proxies: 
 
 
 def proxy_columns(caption_ids_N: Tensor, proxies: Proxies = "captions") -> tuple[Tensor, Tensor]:
-    """Return the proxy classes of a batch and the assignment of its rows in plain FLYP.
+    """Return the proxy classes of a batch and plain FLYP's assignment of its rows to them.
 
     Args:
         caption_ids_N: an integer per row; equal captions have equal ids.
@@ -49,7 +49,7 @@ def proxy_columns(caption_ids_N: Tensor, proxies: Proxies = "captions") -> tuple
             repeat.
 
     Returns:
-        columns_C and assignment_NC (float32).
+        columns_C, the caption id of every column, and assignment_NC (float32).
     """
     if proxies == "batch":
         return caption_ids_N, torch.eye(len(caption_ids_N), device=caption_ids_N.device)

@@ -37,7 +37,7 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class TaskInputs:
-    """Ingredients of a task.
+    """Inputs that a task is built from.
 
     Attributes:
         config: the recipe.
@@ -54,7 +54,7 @@ class TaskInputs:
 
 @dataclass(frozen=True)
 class Processes:
-    """Exchange of tensors between processes; the defaults serve a single one.
+    """Communication of tensors among processes; the defaults serve a single one.
 
     Attributes:
         gather: concatenation of every process's tensor, without gradient.
@@ -267,7 +267,7 @@ class Task:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Return the autocast context of a precision.
 
-    Float32 for `no`, and for `fp16` on a CPU, where it only loses digits.
+    Float32 for `no`, and for `fp16` on a CPU, where half precision only loses digits.
     """
     if precision == "no" or (precision == "fp16" and device.type == "cpu"):
         return nullcontext()

@@ -1,4 +1,4 @@
-"""How a step meets the other processes: gathering, and averaging gradients once (floor 3, shared by stages)."""
+"""Several processes: accelerator, gathering of features with gradient, one averaging of gradients per step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flyp_saflex.tasks.task import Processes
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
-    """Return how the tensors of a step meet: not at all in a single process."""
+    """Return the communication of tensors in a step: none in a single process."""
     if accelerator.num_processes == 1:
         return Processes()
     return Processes(
@@ -86,5 +86,5 @@ def make_accelerator(config: Config, path: Path) -> Accelerator:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what trained, in words that mean something in a report: the GPU's name, or the kind of device."""
+    """Return the name of a device for reports: that of the GPU, or the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -46,7 +46,7 @@ class ModelSelection:
 
     @property
     def exhausted(self) -> bool:
-        """Whether early stopping has waited long enough."""
+        """True if early stopping has waited long enough."""
         return self.patience > 0 and self.waited >= self.patience
 
     @property
@@ -54,12 +54,15 @@ class ModelSelection:
         return self.folder / "best.safetensors"
 
     def evaluate(self, step: int, *, candidate: bool, keeper: bool) -> dict[str, Any] | None:
-        """Return a metrics row of the weights as they are, and keep them if they are the best; None without a split.
+        """Evaluate the weights as they are, and keep them if they are the best.
 
         Args:
             step: steps taken.
             candidate: may these weights be chosen (a linear probe before finetuning may not).
             keeper: whether this process writes the file.
+
+        Returns:
+            A row for metrics.jsonl; None without a split.
         """
         if self.split is None:
             return None

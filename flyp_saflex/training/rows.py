@@ -1,4 +1,4 @@
-"""From a batch of the reader to the rows of a step, and SAFLEX's validation rows."""
+"""Rows of a step, built from a batch of the reader, and SAFLEX's validation rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEEP_BYTES = 2 * 2**30
 
 
 class RowBuilder:
-    """Labels and captions for the inputs of a batch, and the mix of its augmented rows if the recipe says so."""
+    """Labels and captions of a batch's inputs, and the mix of its augmented rows if asked for."""
 
     def __init__(self, setup: Setup, device: torch.device, decisions: Decisions | None = None) -> None:
         self.setup, self.device, self.decisions = setup, device, decisions

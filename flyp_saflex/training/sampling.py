@@ -1,7 +1,7 @@
-"""Which images make up which step, as a pure function of the seed and the step (floor 2).
+"""Sampling: the images of every step, as a pure function of the seed and the step.
 
-Nothing here keeps a state: the rows of step s can be asked for at any time, in any process, so a resumed run sees the
-same rows, with the same random crops, as an undisturbed one. A *row* is a training image, an augmented image or a
+Nothing here keeps a state: the rows of a step can be asked for at any time, in any process, so a resumed run sees the same
+rows, with the same random crops, as an undisturbed one. A *row* is a training image, an augmented image or a
 validation image; its random operations are seeded from (seed, stream, position), never from a global generator.
 """
 
@@ -65,7 +65,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image of a step: where it comes from, and the seed of its random operations."""
+    """One image of a step: its kind, its index, and the seed of its random operations."""
 
     kind: str  # "train", "augmented" or "validation"
     index: int

@@ -27,9 +27,9 @@ class Phase:
         return self.start + self.steps
 
     def rate(self, step: int, warmup_steps: int, floor: float) -> float:
-        """Return the learning rate of a step as a part of the peak: linear warm-up, then a cosine down to `floor`.
+        """Return the learning rate of a step as a fraction of the peak: linear warm-up, then a cosine.
 
-        The warm-up is at most a tenth of the phase.
+        The cosine ends at `floor`. The warm-up is at most a tenth of the phase.
         """
         warmup = min(warmup_steps, self.steps // 10)
         done = step - self.start

@@ -22,7 +22,7 @@ from PIL import Image
 from flyp_saflex import cli, recipe
 from flyp_saflex.config import EditorConfig
 from flyp_saflex.data.registry import load_dataset
-from flyp_saflex.editing import generate as stage
+from flyp_saflex.editing import generate as module
 from flyp_saflex.editing.edit_images import edit_dataset, flaw
 from flyp_saflex.editing.editor import load_editor
 from flyp_saflex.editing.generate import generate
@@ -108,7 +108,7 @@ def tint(monkeypatch: pytest.MonkeyPatch):
             loaded.append(TintEditor(config, **options))
             return loaded[-1]
 
-        monkeypatch.setattr(stage, "load_editor", load)
+        monkeypatch.setattr(module, "load_editor", load)
         return loaded
 
     install()
@@ -355,7 +355,7 @@ def test_ten_kills_of_a_real_editor_are_invisible(config, tiny_editor, tmp_path,
     """At random moments of a run of real diffusers, from its first line on."""
     options = [f"editor.model={tiny_editor('instruct-pix2pix')}", "editor.steps=12"]
     editor = load_editor(config(*options).editor)
-    monkeypatch.setattr(stage, "load_editor", lambda *_, **__: editor)
+    monkeypatch.setattr(module, "load_editor", lambda *_, **__: editor)
     started = time.monotonic()
     whole = tree(generate(config(*options, f"cache.root={tmp_path / 'undisturbed'}")))
     longest_s = (time.monotonic() - started) / 5  # ten kills fall into one run's time
