@@ -342,6 +342,8 @@ class SaflexConfig:
     select: Literal["auto", "always", "never"] = "auto"
     """Decide about augmented rows first and train on the kept ones only: the same step, cheaper where few are kept. `auto`
     does so while a running average of the kept part is below what pays. Also for the filters of `augment.filter`."""
+    permute_gains: bool = False
+    """A control: every augmented row is decided about with the gains of another row of the step."""
     class_balance: Fraction | None = None
     """How far kept rows are weighed so that dropping does not shift the classes' shares; 0: not, 1: wholly."""
 
@@ -363,6 +365,31 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """The command `compare`: conditions, seeds, and the measure of its verdict."""
+
+    seeds: Annotated[tuple[int, ...], Meta(min_length=1)] = (0, 1, 2, 3, 4)
+    """Seeds of every condition; differences are paired by seed."""
+    baseline: str = ""
+    """Condition that the report's tables compare with; empty: the one without edits, else the first."""
+    metric: Literal["accuracy", "macro_f1", "worst_group_accuracy"] = "accuracy"
+    """Metric of the verdict."""
+    split: str = ""
+    """Test split of the verdict; empty: the mean over the test splits out of distribution, or in distribution without any."""
+    common: tuple[str, ...] = ()
+    """Overrides `section.field=value` of every condition. In overrides `{seed}` stands for the seed, and `{kept}` for the mean
+    part of the augmented rows that SAFLEX kept with the same seed."""
+    conditions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Overrides by condition. A name starts with the part it plays in the verdict: `zero-shot`, `no-edits`,
+    `no-edits-same-rows`, `trusted`, `filter`, `saflex`, `validation-trained`, `permuted` or `oracle`. Empty: the usual ones."""
+    edits: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Overrides by set of edits: each condition with augmented rows is run on every set, as `condition @ set`, and every set
+    has a verdict of its own. Empty: the edits of the recipe."""
+    keep: Literal["results", "models", "all"] = "models"
+    """Large files that stay in the folder of an evaluated run: none, its model, or its checkpoints as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole recipe."""
 
@@ -380,3 +407,4 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     saflex: SaflexConfig = field(default_factory=SaflexConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)

@@ -84,6 +84,21 @@ def build(values: Mapping[str, Any], source: str) -> Config:
     return config
 
 
+def override(config: Config, overrides: Iterable[str], source: str) -> Config:
+    """Return the recipe with some `section.field=value` applied, checked; `source` names their origin in errors.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    values = _without_none(dataclasses.asdict(config))
+    for text in overrides:
+        try:
+            _apply(values, text)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {str(error).removeprefix('--set ')}") from None
+    return build(values, source)
+
+
 def dumps(config: Config, *, comments: bool = False) -> str:
     """Return the recipe as TOML; unset options are left out, `comments` adds each field's documentation."""
     text = tomli_w.dumps(_without_none(dataclasses.asdict(config)))
@@ -91,8 +106,10 @@ def dumps(config: Config, *, comments: bool = False) -> str:
         return text
     docs, section, lines = _field_docs(), "Config", []
     for line in text.splitlines():
-        if header := re.match(r"\[(\w+)\]", line):
-            section = type(getattr(config, header[1])).__name__
+        if header := re.match(r"\[(\w+)(?:\.(\w+))?\]", line):
+            section = "" if header[2] else type(getattr(config, header[1])).__name__  # the keys of a table are the user's names
+            if header[2]:
+                lines.append(f"# {docs[type(getattr(config, header[1])).__name__, header[2]]}")
         elif (key := re.match(r"(\w+) =", line)) and (doc := docs.get((section, key[1]))):
             lines.append(f"# {doc}")
         lines.append(line)
@@ -213,10 +230,14 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     for section, options in values.items():
         if isinstance(options, Mapping):
             default = getattr(Config(), section)
-            result[section] = {
-                name: _listed(item) if isinstance(getattr(default, name), tuple) else item for name, item in options.items()
-            }
+            result[section] = {name: _as_declared(item, getattr(default, name)) for name, item in options.items()}
     return result
+
+
+def _as_declared(item: Any, default: Any) -> Any:
+    if isinstance(default, dict) and isinstance(item, Mapping):
+        return {name: _listed(value) for name, value in item.items()}
+    return _listed(item) if isinstance(default, tuple) else item
 
 
 def _listed(item: Any) -> Any:

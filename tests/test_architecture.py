@@ -18,7 +18,7 @@ ORDER = (
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets
     "tasks", "step", "evaluation", "training",  # a model's step, its scores, the loop
-    "prompting", "editing", "filtering", "reporting", "demo",  # the other commands
+    "prompting", "editing", "filtering", "reporting", "comparison", "demo",  # the other commands
     "cli", "__main__",
 )  # fmt: skip
 """A room imports only from rooms before it. `assets` and `recipes` are data, open to all."""

@@ -45,6 +45,8 @@ class SaflexSettings:
     """Calls between comparisons of an estimated derivative with the exact one, on a few rows; 0: never."""
     agreement: Agreement = "keep"
     """Rows whose label the model itself predicts: `ignore` that, `keep` them whatever their gain, or `require` it."""
+    permute_gains: bool = False
+    """A control: every row is decided about with the gains of another row; for the trainer, which knows the rows."""
     class_balance: float = 1.0
     """0..1: weigh kept rows so that dropping does not shift the classes' shares (`KeptRates`); 0: off."""
 

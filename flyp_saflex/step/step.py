@@ -326,6 +326,8 @@ class StepLoss:
                 rows_at_once=0 if head else self.rows_at_once,
             )
         upstream_AK = columns.upstream_NK[columns.augmented_N]
+        if saflex.settings.permute_gains:
+            gains_AK = baselines.permuted_gains(gains_AK, upstream_AK, result.ids_A)
         classes_A = self.processes.gather(rows.labels_N)[columns.augmented_N]
         agrees_A = columns.inverse_C[logits_AC.argmax(dim=1)] == upstream_AK.argmax(dim=1)
         result.weights_A, labels_AK = saflex.solve(gains_AK, upstream_AK, keep_A=keep_A, agrees_A=agrees_A, classes_A=classes_A)

@@ -67,7 +67,8 @@ def train(config: Config, path: Path, *, resume: bool = False, limit: int | None
             state = open_run(run, config, accelerator, limit=limit)
             return _Trainer(job, run, accelerator, phases, {"limit": limit}).fit(state)
         finally:
-            accelerator.end_training()
+            for tracker in accelerator.trackers:  # not `end_training`, which parts the processes: they may train again
+                tracker.finish()
 
 
 class _Trainer:
