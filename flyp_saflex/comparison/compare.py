@@ -78,7 +78,7 @@ def compare(
         print(f"note: {note}")
     needed = estimate.disk_bytes(config, pending, limit)
     if dry_run:
-        _tell_plan(config, units, ours, pending, finished, limit, needed, out, state)
+        _tell_plan(config, conditions, everything, ours, pending, finished, limit, needed, out, state)
         return []
     estimate.check_disk(out, needed)
     if state.is_main_process:
@@ -152,7 +152,8 @@ def _select_split(config: Config) -> str:
 
 def _tell_plan(
     config: Config,
-    units: Sequence[Sequence[PlannedRun]],
+    conditions: Sequence[Condition],
+    everything: Sequence[PlannedRun],
     ours: Sequence[PlannedRun],
     pending: Sequence[PlannedRun],
     finished: Sequence[PlannedRun],
@@ -165,8 +166,8 @@ def _tell_plan(
     expected, source = estimate.hours(config, pending, finished, limit)
     if not state.is_main_process:
         return
-    print(estimate.table(config, units, finished, limit))
-    total = sum(len(unit) for unit in units)
+    print(estimate.table(config, conditions, everything, finished, limit))
+    total = len(everything)
     share = f", {len(ours)} of them in this shard" if len(ours) < total else ""
     print(f"{total} runs{share}; {len(pending)} to do, about {_duration(expected)} one after another (from {source})")
     free = estimate.free_bytes(out)

@@ -17,7 +17,7 @@ from pathlib import Path
 from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
 
-from flyp_saflex.comparison.conditions import splits_of
+from flyp_saflex.comparison.conditions import Condition, splits_of
 from flyp_saflex.comparison.runs import PlannedRun, evaluation_seconds, step_seconds
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
@@ -58,15 +58,20 @@ def load_of(config: Config, limit: int | None = None) -> Load:
     return Load(steps, train_options.batch_size + augmented, sum(n for name, n in sizes.items() if name != "train"))
 
 
-def table(base: Config, units: Sequence[Sequence[PlannedRun]], finished: Sequence[PlannedRun], limit: int | None) -> str:
+def table(
+    base: Config,
+    conditions: Sequence[Condition],
+    everything: Sequence[PlannedRun],
+    finished: Sequence[PlannedRun],
+    limit: int | None,
+) -> str:
     """Return the conditions with role, runs, finished runs, steps and rows per step as text."""
     lines = [("condition", "role", "runs", "finished", "steps", "rows per step")]
-    names = list(dict.fromkeys(run.condition.name for unit in units for run in unit))
-    for name in names:
-        runs = [run for unit in units for run in unit if run.condition.name == name]
+    for condition in conditions:
+        runs = [run for run in everything if run.condition == condition]
         load = load_of(runs[0].config(base), limit)
         done = sum(run in finished for run in runs)
-        lines.append((name, runs[0].condition.role or "-", str(len(runs)), str(done), str(load.steps), str(load.rows)))
+        lines.append((condition.name, condition.role or "-", str(len(runs)), str(done), str(load.steps), str(load.rows)))
     return align(lines, left=2)
 
 
@@ -78,6 +83,8 @@ def hours(base: Config, pending: Sequence[PlannedRun], finished: Sequence[Planne
         (seconds / load_of(run.config(base), limit).rows) for run in finished if (seconds := step_seconds(run.path)) is not None
     ]
     source = f"{len(known)} finished runs" if known else f"{TIMED_STEPS} timed steps"
+    if not known and base.train.frozen_cache:
+        source += " without train.frozen_cache, so at most"
     row_seconds = statistics.median(known) if known else _timed(base, pending, limit)
     evaluated = evaluation_seconds([run.path for run in finished])
     total = 0.0
