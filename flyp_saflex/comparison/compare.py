@@ -42,7 +42,13 @@ from flyp_saflex.training.train import train
 
 
 def compare(
-    config: Config, out: Path, *, shard: tuple[int, int] = (0, 1), limit: int | None = None, dry_run: bool = False
+    config: Config,
+    out: Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    limit: int | None = None,
+    dry_run: bool = False,
+    conclude: bool = True,
 ) -> list[str]:
     """Run what is left of a comparison, and once all of it is finished write the report and the verdict.
 
@@ -52,6 +58,7 @@ def compare(
         shard: (i, n): take every n-th unit of runs, from the i-th.
         limit: at most this many images of each split, in all runs: a quick look.
         dry_run: check everything, print runs, steps, hours and disk, write nothing.
+        conclude: False: leave report and verdict to a later call with more conditions.
 
     Returns:
         The verdict's paragraphs; empty after a dry run, and while other jobs have runs to finish.
@@ -85,11 +92,11 @@ def compare(
         _write(out / "compare.toml", recipe.dumps(config))
     for number, run in enumerate(pending, start=1):
         if state.is_main_process:
-            print(f"[{number}/{len(pending)}] {run.label}", flush=True)
+            print(f"run {number} of {len(pending)}: {run.label}", flush=True)
         _run(run, config, out, limit, state)
     left = [run for run in everything if not is_finished(run, config)]
     state.wait_for_everyone()
-    if not state.is_main_process:
+    if not state.is_main_process or not conclude:
         return []
     if left:
         print(f"{len(everything) - len(left)} of {len(everything)} runs are finished: the job that finishes the last one reports")
