@@ -1,6 +1,6 @@
-"""Finetune CLIP as it was pretrained (FLYP) and make augmented data safe to use (SAFLEX).
+"""Toolkit that finetunes CLIP with FLYP and makes augmented images safe to train on with SAFLEX.
 
-The public names below are loaded when first used, so that importing the package, and `flyp-saflex --help`, stay quick.
+Public names are imported on first use, so that `import flyp_saflex` and `flyp-saflex --help` stay fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _HOMES = {
     "load_recipe": "recipe:load",
     "load_dataset": "data.registry",
     "load_clip": "clip.model",
-    "load_editor": "editing.diffusers_editor",
+    "load_editor": "editing.editor",
     "Saflex": "saflex.saflex",
     "clip_loss": "saflex.losses",
     "edit_dataset": "editing.edit_images",
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from flyp_saflex.clip.model import load_clip as load_clip
     from flyp_saflex.config import Config as Config
     from flyp_saflex.data.registry import load_dataset as load_dataset
-    from flyp_saflex.editing.diffusers_editor import load_editor as load_editor
     from flyp_saflex.editing.edit_images import edit_dataset as edit_dataset
+    from flyp_saflex.editing.editor import load_editor as load_editor
     from flyp_saflex.errors import UserError as UserError
     from flyp_saflex.evaluation.evaluate import evaluate as evaluate
     from flyp_saflex.recipe import load as load_recipe  # noqa: F401 - in __all__ by way of _HOMES

@@ -1,4 +1,4 @@
-"""`python -m flyp_saflex`, which is also what `accelerate launch -m flyp_saflex` runs."""
+"""Entry point of `python -m flyp_saflex` and of `accelerate launch -m flyp_saflex`."""
 
 from flyp_saflex.cli import main
 

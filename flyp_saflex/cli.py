@@ -1,6 +1,9 @@
-"""The command line: one function per command; a stage is imported inside its handler (floor 4).
+"""Command line: one function per command.
 
-Exit codes: 0 done, 2 the user's mistake (one line, no traceback), 1 a failure of ours, 130 after Ctrl-C.
+Each function imports the code of its command when it is called, so that `--help` loads no heavy library. Its
+docstring is the help text of the command.
+
+Exit codes: 0 success, 1 internal error (with a traceback), 2 mistake of the user (one line), 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex train RECIPE -
 def data(arguments: argparse.Namespace, config: Config) -> None:
     """Check a dataset: counts per split, class and domain, image sizes, unreadable files, duplicates across splits.
 
-    With --materialise, write small copies of its images once, which training and evaluation then read.
+    With --materialise, write resized copies of its images once; training and evaluation then read the copies.
     """
     from flyp_saflex.data.describe import describe
 
@@ -28,14 +31,14 @@ def data(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def prompts(arguments: argparse.Namespace, config: Config) -> None:
-    """Caption training images, summarise their domains, and write edit texts to prompts/DATASET.NAME.toml."""
+    """Caption training images, summarise their domains, and write edit prompts to prompts/DATASET.NAME.toml."""
     from flyp_saflex.prompting.prompts import prompts as run
 
     run(config, force=arguments.force, limit=arguments.limit, dry_run=arguments.dry_run)
 
 
 def generate(arguments: argparse.Namespace, config: Config) -> None:
-    """Edit the training images with a diffusion model into the augment cache; the same command goes on after a stop."""
+    """Edit the training images with a diffusion model into the augment cache; run the command again to resume."""
     shard = parse_shard(arguments.shard)
     from flyp_saflex.editing.generate import generate as run
 
@@ -43,14 +46,14 @@ def generate(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def filter(arguments: argparse.Namespace, config: Config) -> None:
-    """Score the edits of the cache with ALIA's semantic and confidence filters; nothing is deleted."""
+    """Score the edits of the cache with ALIA's semantic and confidence filters; no edit is deleted."""
     from flyp_saflex.filtering.filter import filter_edits
 
     filter_edits(config, limit=arguments.limit, dry_run=arguments.dry_run)
 
 
 def train(arguments: argparse.Namespace, config: Config) -> None:
-    """Finetune, and keep checkpoints, metrics and the model in a run folder."""
+    """Finetune a model, and write checkpoints, metrics and the model to a run folder."""
     from flyp_saflex.training.train import train as run
 
     path = arguments.run_dir or Path("runs") / f"{config.recipe}-seed{config.seed}"
@@ -58,7 +61,7 @@ def train(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Evaluate a run on every split of its dataset, and with WiSE-FT between the pretrained and the finetuned weights."""
+    """Evaluate a run on every split of its dataset, optionally with WiSE-FT weights between pretrained and finetuned."""
     alphas = None if arguments.wise_alphas is None else parse_alphas(arguments.wise_alphas)
     from flyp_saflex.evaluation.evaluate import evaluate as run
 
@@ -73,7 +76,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Compare runs: mean, spread and n over seeds, paired differences; as text, or as a page with plots and a gallery."""
+    """Compare runs over seeds (mean, spread, n, paired differences) as text, or as a page with plots and gallery."""
     from flyp_saflex.reporting.report import report as run
 
     run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline)
@@ -89,17 +92,17 @@ def compare(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    """Show the whole idea in minutes on images that are drawn here: no download, no GPU."""
+    """Run the whole method in minutes on synthetic images, without download or GPU."""
     from flyp_saflex.demo.demo import demo as run
 
     run(arguments.out, seeds=arguments.seeds)
 
 
 def parse_alphas(text: str) -> tuple[float, ...]:
-    """Parse `0,0.5,1` into numbers in 0..1.
+    """Parse comma-separated alphas such as `0,0.5,1`.
 
     Raises:
-        UserError: something else was given.
+        UserError: an entry is not a number in 0..1.
     """
     try:
         alphas = tuple(float(part) for part in text.split(","))
@@ -111,10 +114,10 @@ def parse_alphas(text: str) -> tuple[float, ...]:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Parse `i/n`, with i in 0..n-1.
+    """Parse a shard `i/n` into (index, count), with 0 <= i < n.
 
     Raises:
-        UserError: something else was given.
+        UserError: the text has another form, or i is not below n.
     """
     index, _, count = text.partition("/")
     if index.isdecimal() and count.isdecimal() and int(index) < int(count):
@@ -123,7 +126,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+    """Build the argument parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="flyp-saflex",
         description="Finetune CLIP with FLYP, make augmented data safe with SAFLEX, evaluate out of distribution.",
@@ -134,14 +137,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="set an option; repeatable")
-    shared.add_argument("--limit", type=int, metavar="N", help="use at most N images of each split (a quick look)")
-    shared.add_argument("--dry-run", action="store_true", help="run all checks, do no work")
+    shared.add_argument("--limit", type=int, metavar="N", help="use at most N images of each split (for a quick test)")
+    shared.add_argument("--dry-run", action="store_true", help="run all checks, then stop")
 
     with_recipe = argparse.ArgumentParser(add_help=False, parents=[shared])
     with_recipe.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or the path of a .toml file")
     with_recipe.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE-seedN)")
-    with_recipe.add_argument("--resume", action="store_true", help="go on where the run in the folder stopped")
-    with_recipe.add_argument("--print-config", action="store_true", help="print every option with its meaning and stop")
+    with_recipe.add_argument("--resume", action="store_true", help="resume the interrupted run in the folder")
+    with_recipe.add_argument("--print-config", action="store_true", help="print every option with its meaning, then stop")
 
     def add(handler: object, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         name, doc = handler.__name__, (handler.__doc__ or "").strip()  # type: ignore[attr-defined]
@@ -150,29 +153,29 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     command = add(demo, [])
-    command.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to (default: demo)")
+    command.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="output folder (default: demo)")
     command.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat everything with N seeds (default: 1)")
     command = add(data, [with_recipe])
     command.add_argument(
-        "--materialise", action="store_true", help="write resized copies into data.materialised; the same command goes on"
+        "--materialise", action="store_true", help="write resized copies into data.materialised; run again to resume"
     )
     command = add(prompts, [with_recipe])
-    command.add_argument("--force", action="store_true", help="replace a file that is there")
+    command.add_argument("--force", action="store_true", help="overwrite an existing file")
     command = add(generate, [with_recipe])
     command.add_argument("--shard", default="0/1", metavar="I/N", help="make the I-th of N parts (job arrays), I from 0")
     add(filter, [with_recipe])
     add(train, [with_recipe])
     command = add(evaluate, [shared])
-    command.add_argument("run", type=Path, metavar="RUN", help="run folder that train wrote")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder written by train")
     command.add_argument("--split", action="append", default=[], metavar="S", help="evaluate this split only; repeatable")
-    command.add_argument("--wise-alphas", metavar="A,B,...", help="WiSE-FT sweep, for example 0,0.1,...,1 written out")
+    command.add_argument("--wise-alphas", metavar="A,B,...", help="alphas of a WiSE-FT sweep, for example 0,0.25,0.5,0.75,1")
     command = add(compare, [with_recipe])
     command.add_argument("--shard", default="0/1", metavar="I/N", help="run the I-th of N parts (job arrays), I from 0")
     command = add(report, [])
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that evaluate has been run on")
-    command.add_argument("--out", type=Path, metavar="FILE", help="write here; report.html is a page of one file")
-    command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, else md")
-    command.add_argument("--baseline", metavar="NAME", help="recipe that the others are compared with, paired by seed")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that have been evaluated")
+    command.add_argument("--out", type=Path, metavar="FILE", help="output file; FILE.html is a self-contained page")
+    command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, or md")
+    command.add_argument("--baseline", metavar="NAME", help="recipe to compare the others with, paired by seed")
     return parser
 
 

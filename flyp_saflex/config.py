@@ -1,59 +1,50 @@
-"""Every option, once: its name, type, range, default and meaning (imports no torch).
+"""Options of a recipe: name, type, range, default and meaning, one dataclass per section.
 
-`recipe.py` turns a TOML file with these sections into a `Config` and says which combinations cannot work. A string under a
-field documents it (`--print-config`).
+`recipe.py` converts a TOML file with these sections into a `Config` and checks combinations of options. The string under a
+field is its documentation; `--print-config` prints it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
-from msgspec import Meta
-
-Positive = Annotated[float, Meta(gt=0)]
-NonNegative = Annotated[float, Meta(ge=0)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
-Count = Annotated[int, Meta(ge=1)]
-Natural = Annotated[int, Meta(ge=0)]
-
-LINEAR_METHODS = ("ce-linear", "linear-probe", "lp-ft")
-"""Values of `train.method` whose classes are columns of a linear head instead of captions."""
-
-WeightRule = Literal["upstream", "sum", "label", "soft", "all"]
-Upstream = Literal["cache", "randaugment", "autoaugment", "augmix", "trivialaugment", "random-crop", "flip", "mixup", "cutmix"]
+from flyp_saflex.comparing import CompareConfig
+from flyp_saflex.presets import SaflexSettings
+from flyp_saflex.ranges import Count, Fraction, Natural, NonNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, and how they are split."""
+    """Dataset: reader, splits and image decoding."""
 
-    name: Literal["folder", "table", "iwildcam", "iwildcam-mini", "cub"] = "folder"
-    """Which reader. `folder`: root/<domain>/<class>/* or root/<split>/<class>/*; `table`: a CSV, TSV or Parquet file."""
+    name: str = "folder"
+    """Reader, a name in `tables.DATASETS`: `folder` (root/<domain>/<class>/* or root/<split>/<class>/*), `table` (a CSV, TSV or
+    Parquet file), `iwildcam`, `iwildcam-mini`, `cub`."""
     root: str = ""
-    """The dataset's folder (for `iwildcam`: the folder that holds, or is, `iwildcam_v2.0`)."""
+    """Folder of the dataset (`iwildcam`: the folder `iwildcam_v2.0` or its parent)."""
     train_domains: tuple[str, ...] = ()
-    """`folder` and `table` with domains: the domains to train on. Held-out parts of them give `id_val` and `id_test`."""
+    """`folder` and `table` with domains: training domains. Held-out parts of them are `id_val` and `id_test`."""
     select_domains: tuple[str, ...] = ()
-    """Domains that may select a model or give SAFLEX's validation gradient (OOD splits of role `select`)."""
+    """Domains for model selection and for SAFLEX's validation gradient (OOD splits of role `select`)."""
     test_domains: tuple[str, ...] = ()
-    """Domains that are only tested on (OOD splits of role `test`)."""
+    """Domains for evaluation only (OOD splits of role `test`)."""
     select_fraction: Fraction = 0.1
-    """Part of each class of the training domains held out as `id_val`."""
+    """Fraction of each class of the training domains held out as `id_val`."""
     select_per_class: Natural = 0
-    """Images per class held out as `id_val`; 0: use `select_fraction`."""
+    """Images per class held out as `id_val`; 0: `select_fraction` of them."""
     test_fraction: Fraction = 0.2
-    """Part of each class of the training domains held out as `id_test`."""
+    """Fraction of each class of the training domains held out as `id_test`."""
     split_seed: int = 0
-    """Seed of the held-out parts. Apart from `seed`, so that every seed is tested on the same images."""
+    """Seed of the held-out parts; separate from `seed`, so that all seeds are tested on the same images."""
     shots: Natural = 0
     """Training images per class (few-shot), drawn with `seed`; 0: all of them."""
     add_to_train: tuple[str, ...] = ()
-    """`select` splits whose images, all of them, are trained on as well; they can then select nothing."""
+    """Splits of role `select` to train on as well, as a whole; they can then select no model and give no validation gradient."""
     table: str = ""
-    """`table`: the file. Image paths in it are relative to `root`."""
+    """`table`: the table file; image paths in it are relative to `root`."""
     path_column: str = "path"
-    """`table`: column of the image's path."""
+    """`table`: column of the image path."""
     label_column: str = "label"
     """`table`: column of the class, a name or an index."""
     split_column: str = ""
@@ -61,138 +52,139 @@ class DataConfig:
     domain_column: str = ""
     """`table`: column of the domain; empty: the file has none."""
     caption_column: str = ""
-    """`table`: column of a caption per image; empty: class captions are used."""
+    """`table`: column with a caption per image; empty: class captions are used."""
     prompts: str = ""
     """Folder with `classes.txt` and `templates.txt`; empty: the dataset's own, or the folder names and `a photo of a {}.`"""
     box_crop: bool = False
-    """`cub`: crop every image to its bounding box before anything else."""
+    """`cub`: crop every image to its bounding box first."""
     max_unreadable: Fraction = 0.01
-    """Unreadable images are skipped and counted; above this part of a split the run stops."""
+    """Largest fraction of unreadable images per split: up to it they are skipped and counted, above it the run stops."""
     workers: Natural = 0
-    """Processes that read images; 0: read in the main process."""
+    """Worker processes that read images; 0: the main process reads them."""
     decoding: Literal["scaled", "exact"] = "scaled"
-    """`scaled`: large JPEGs are decoded at a half or a quarter of their size, but at least twice what the model sees (PSNR of
-    photographs: 50 dB and more), for training, evaluation and filters; `exact`: whole."""
+    """`scaled`: decode large JPEGs at a half or a quarter of their size, at least twice the model's image size (PSNR of
+    photographs: 50 dB or more), in training, evaluation and filters; `exact`: decode at full size."""
     materialised: str = ""
-    """Folder of resized copies that training and evaluation read instead of the files; `data RECIPE --materialise` makes them."""
+    """Folder of resized copies, read in training and evaluation instead of the files; `data RECIPE --materialise` writes them."""
     materialised_px: Count = 256
-    """Shorter side of the copies, no less than the model's image size: 8/7 of it is usual (224: 256, 336: 384)."""
+    """Shorter side of the copies in pixels, at least the model's image size; usually 8/7 of it (224: 256, 336: 384)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The CLIP model to start from."""
+    """Pretrained CLIP model."""
 
     name: str = "ViT-B-16"
-    """Any open_clip model: `ViT-B-16`, `hf-hub:org/name`, or `local-dir:/path` with `open_clip_config.json` in it."""
+    """open_clip model: `ViT-B-16`, `hf-hub:org/name`, or `local-dir:/path`, a folder with `open_clip_config.json`."""
     pretrained: str = "openai"
-    """Pretrained tag or checkpoint file. Empty for `hf-hub:` and `local-dir:`, which carry their own weights."""
+    """Pretrained tag or checkpoint file; empty for `hf-hub:` and `local-dir:`, which include their weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Where edited images are kept."""
+    """Cache of edited images."""
 
     root: str = "augment_cache"
     """Folder of augmented images: <root>/<data.name>/<key>/metadata.jsonl and images/."""
     key: str = ""
-    """Entry to read or to make; empty: the only one there, and for `generate` a name made from the editor's settings."""
+    """Entry to read or write; empty: the only entry, and for `generate` a name derived from the editor's settings."""
     scores: str = "scores.jsonl"
-    """Scores beside the manifest, keyed by `aug_id`, read by `augment.filter = "scores"`."""
+    """File of filter scores beside the manifest, keyed by `aug_id`; read with `augment.filter = "scores"`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """The command `prompts`: from captions of the training images to edit texts (ALIA, arXiv 2305.16289)."""
+    """Edit prompts from captions of the training images (command `prompts`; ALIA, arXiv 2305.16289)."""
 
     name: str = "auto"
-    """The file written is prompts/<data.name>.<name>.toml."""
+    """Name of the prompt file: prompts/<data.name>.<name>.toml."""
     captioner: str = "Salesforce/blip-image-captioning-large"
     """Image captioning model of transformers (hub id or folder); unused if `captions` is given."""
     captioner_revision: str = ""
     """Revision of the hub's repository; empty: the newest."""
     captions: str = ""
-    """Your own captions: a CSV with the columns `path` and `caption`, or only `caption`."""
+    """CSV file of captions with the columns `path` and `caption`, or only `caption`; replaces the captioner."""
     num_captions: Count = 200
-    """Training images that are captioned, drawn with `seed`, every class alike as far as possible."""
+    """Training images to caption, drawn with `seed`, balanced over classes as far as possible."""
     llm: str = "Qwen/Qwen2.5-7B-Instruct"
-    """Instruction-tuned chat model of transformers (hub id or folder) that summarises the captions."""
+    """Chat model of transformers (hub id or folder) that summarises the captions."""
     llm_revision: str = ""
     """Revision of the hub's repository; empty: the newest."""
     max_domains: Count = 8
-    """At most this many domain descriptions."""
+    """Largest number of domain descriptions."""
     attempts: Count = 3
-    """How often the model is asked at most: again, with the reasons, while an answer has malformed lines or no line at all."""
+    """Largest number of requests: an answer with malformed lines or no lines is requested again, with the reasons."""
     max_new_tokens: Count = 512
-    """Longest answer of the language model."""
+    """Largest length of an answer of the language model, in tokens."""
     batch_size: Count = 16
-    """Images captioned at once."""
+    """Images per captioning batch."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of both models' weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditorConfig:
-    """The command `generate`: the diffusion editor; an option left unset has the usual value of its `kind`."""
+    """Diffusion editor (command `generate`); an unset option takes the default of its `kind`."""
 
-    kind: Literal["instruct-pix2pix", "img2img", "text2img", "inpaint", "auto"] = "instruct-pix2pix"
+    kind: str = "instruct-pix2pix"
     """`instruct-pix2pix`: follows an instruction; `img2img`: SDEdit; `text2img`: from text alone; `inpaint`: around the box;
-    `auto`: any newer instruction editor, called with image and instruction."""
+    `auto`: any newer instruction editor, called with image and instruction (or another name in the table `EDITORS`)."""
     model: str = ""
-    """Diffusers model (hub id or folder); empty: the usual one of `kind`, for example `timbrooks/instruct-pix2pix`."""
+    """Diffusers model (hub id or folder); empty: the default of `kind`, for example `timbrooks/instruct-pix2pix`."""
     revision: str = ""
     """Revision of the hub's repository; empty: the newest."""
     prompts: str = ""
-    """File of edit texts, its path or name (`iwildcam.alia`); empty: the only one for the dataset."""
+    """File of edit prompts, as a path or a name (`iwildcam.alia`); empty: the only file for the dataset."""
     negative_prompt: str = ""
-    """What should not be in the picture."""
+    """Negative prompt: content to avoid in the image."""
     steps: Count | None = None
-    """Denoising steps; unset: 20 for instructions, 50 for the others."""
+    """Denoising steps; unset: 20 for instruction editors, 50 for the others."""
     guidance: NonNegative | None = None
-    """Classifier-free guidance of the text; unset: 5 for `instruct-pix2pix`, 7.5 for the others, `auto`: the pipeline's own."""
+    """Guidance scale of the text; unset: 5 for `instruct-pix2pix`, the pipeline's default for `auto`, 7.5 for the others."""
     image_guidance: NonNegative | None = None
-    """`instruct-pix2pix`: guidance of the source image; unset: 1.3."""
+    """`instruct-pix2pix`: guidance scale of the source image; unset: 1.3."""
     strength: Fraction | None = None
-    """`img2img` and `inpaint`: how much noise the source gets, 1 all; unset: 0.5 and 1."""
+    """`img2img` and `inpaint`: noise added to the source image, 0 (none) to 1 (full); unset: 0.5 and 1."""
     scheduler: str = ""
-    """Class of diffusers' schedulers (`DDIMScheduler`, `DPMSolverMultistepScheduler` ...); empty: the model's own."""
+    """Class name of a diffusers scheduler (`DDIMScheduler`, `DPMSolverMultistepScheduler` ...); empty: the model's own."""
     size_px: Natural = 512
-    """Shorter side of what the editor sees and writes, rounded to its grid; 0: the source's own size."""
+    """Shorter side of the editor's input and output in pixels, rounded to the model's grid; 0: size of the source."""
     batch_size: Count = 8
-    """Edits made at once, of different images and texts; changes no edit beyond rounding, and is halved until it fits into the
-    GPU's memory."""
+    """Edits per batch, of different images and prompts. It changes edits only by rounding, and is halved until the batch fits
+    into GPU memory."""
     per_text: Count = 1
-    """Edits of every image with every text, each with its own noise."""
+    """Edits per image and prompt, each with its own noise."""
     texts_per_image: Natural = 0
-    """Texts drawn for every image, with `seed`; 0: all of them."""
+    """Prompts drawn per image, with `seed`; 0: all."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the editor's weights; `fp16` or `bf16` on a GPU."""
     compile: bool = False
     """Compile the denoiser (`torch.compile`): slow to start, then faster."""
     safety_checker: bool = True
-    """Use the model's safety checker where it has one; what it blacks out is rejected, not written."""
+    """Use the model's safety checker if it has one; images that it blacks out are rejected and not written."""
     image_format: Literal["png", "jpg"] = "png"
-    """Format of the edits on disk; `jpg` has quality 95 and a quarter of the size."""
+    """File format of the edits; `jpg` has quality 95 and a quarter of the size of `png`."""
     sheet_every: Natural = 200
-    """Edits between contact sheets in `sheets/` of the cache entry; 0: one at the end."""
+    """Edits between contact sheets in `sheets/` of the cache entry; 0: one sheet at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """The command `filter`: ALIA's filters as scores beside the cache; `augment.filter = "scores"` makes training read them."""
+    """ALIA's filters (command `filter`): scores beside the cache, used in training with `augment.filter = "scores"`."""
 
     use: tuple[Literal["semantic", "confidence"], ...] = ("semantic", "confidence")
     """Filters to run."""
     drop: tuple[Literal["semantic", "unchanged", "corrupted"], ...] = ("semantic", "unchanged", "corrupted")
-    """Verdicts that make `keep` false: shows no object of the dataset; hardly changed; no longer shows its class."""
+    """Verdicts that set `keep` to false: the edit shows no object of the dataset (`semantic`), hardly differs from its source
+    (`unchanged`), or no longer shows its class (`corrupted`)."""
     run: str = ""
     """`confidence`: run folder of a model trained on the clean images."""
     threshold_split: str = "id_val"
-    """`confidence`: split of role `select` whose mean confidence per class is the threshold."""
+    """`confidence`: split of role `select`; its mean confidence per class is the threshold."""
     model: str = ""
     """`semantic`: CLIP model; empty: `model.name` and `model.pretrained`."""
     pretrained: str = ""
-    """`semantic`: its pretrained tag."""
+    """`semantic`: pretrained tag of `filter.model`."""
     batch_size: Count = 256
     """Images per forward pass."""
     sheet_rows: Natural = 12
@@ -201,68 +193,69 @@ class FilterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What is done to training images, and what makes the augmented rows."""
+    """Augmentation of the training rows, and source and filter of the augmented rows."""
 
-    upstream: tuple[Upstream, ...] = ()
-    """What makes the augmented rows, applied in order; `cache` starts from edited images instead of training images."""
+    upstream: tuple[str, ...] = ()
+    """What makes the augmented rows, names in `tables.UPSTREAMS` applied in order; `cache` starts from edited images instead
+    of training images."""
     per_train: Positive = 1.0
     """Augmented rows per training row of a batch."""
     on_train: tuple[Literal["random-crop", "flip"], ...] = ("random-crop",)
-    """Transformations of the training rows themselves (FLYP: `random-crop`, a crop of 90..100 % of the area)."""
+    """Transformations of the training rows (FLYP: `random-crop`, a crop of 90..100 % of the area)."""
     filter: Literal["none", "scores", "argmax", "lowest-loss", "random"] = "none"
-    """Which augmented rows are used at all: `scores` reads the `keep` column of `cache.scores`; `argmax` drops rows that
-    the current model assigns to another class; `lowest-loss` keeps the `keep_fraction` with the lowest loss of each
-    batch; `random` keeps that fraction at random. The last three are baselines."""
+    """Filter of the augmented rows: `scores` keeps rows whose `keep` is true in `cache.scores`; `argmax` drops rows that the
+    current model assigns to another class; `lowest-loss` keeps the `keep_fraction` of each batch with the lowest loss;
+    `random` keeps that fraction at random. The last three are baselines."""
     keep_fraction: Fraction = 0.5
-    """For `lowest-loss` and `random`."""
+    """Fraction of rows that `lowest-loss` and `random` keep."""
     mixup_alpha: Positive = 0.2
-    """`mixup`: both parameters of the Beta distribution of the mixing share."""
+    """`mixup`: both parameters of the Beta distribution of the mixing weight lambda."""
     cutmix_alpha: Positive = 1.0
-    """`cutmix`: the same."""
+    """`cutmix`: both parameters of the Beta distribution of the mixing weight lambda."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Loss, optimiser, what is trained, and how long."""
+    """Loss, optimiser, trained parameters, duration and model selection."""
 
-    method: Literal["flyp", "ce-text", "ce-linear", "linear-probe", "lp-ft"] = "flyp"
+    method: str = "flyp"
     """`flyp`: contrastive loss between image and caption. `ce-text`: cross entropy over the class captions. `ce-linear`:
-    cross entropy with a linear head. `linear-probe`: only that head. `lp-ft`: `linear-probe`, then `ce-linear`."""
+    cross entropy with a linear head. `linear-probe`: trains only that head. `lp-ft`: `linear-probe`, then `ce-linear`."""
     proxies: Literal["captions", "batch"] = "captions"
-    """FLYP's columns: every distinct caption of the batch once, or one column per row as published."""
+    """Proxy classes of `flyp`: `captions`: each distinct caption of the batch once; `batch`: one per row, as published."""
     steps: Natural = 0
     """Optimiser steps; 0: use `epochs`."""
     epochs: NonNegative = 10.0
-    """Passes over the training split. With `steps = 0` and `epochs = 0` nothing is trained: the zero-shot model."""
+    """Passes over the training split. With `steps = 0` and `epochs = 0` the run is the zero-shot model, without training."""
     probe_steps: Natural = 200
     """`lp-ft`: steps of the linear probe before finetuning."""
     batch_size: Count = 256
-    """Training rows per optimiser step, over all processes and accumulated parts."""
+    """Training rows per optimiser step, summed over processes and accumulated parts."""
     accumulation: Count = 1
-    """Parts that a batch is split into; each part is its own contrastive problem."""
+    """Parts of a batch for gradient accumulation; the contrastive loss of a part has the negatives of that part only."""
     lr: Positive = 1e-5
     """Peak learning rate (AdamW)."""
     head_lr: Positive = 1e-3
     """Peak learning rate of a linear head."""
     min_lr: NonNegative = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine schedule."""
     warmup_steps: Natural = 500
-    """Steps of linear warm-up; never more than a tenth of a short run."""
+    """Steps of linear warm-up, at most a tenth of the run."""
     weight_decay: NonNegative = 0.1
-    """Not applied to biases, norms and `logit_scale`."""
+    """AdamW's weight decay; not applied to biases, norms and `logit_scale`."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     """AdamW's moment decays (open_clip's for ViT)."""
     eps: Positive = 1e-6
     """AdamW's epsilon."""
     clip_norm: NonNegative = 1.0
-    """Largest gradient norm; 0: no clipping."""
+    """Largest gradient norm (gradient clipping); 0: no clipping."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of forward and backward pass."""
     rows_at_once: Natural = 0
-    """Image rows per forward and backward pass and process; 0: all at once. With a number, features come first and gradients
-    in parts after them (GradCache): the same step in less memory, for one forward pass more."""
+    """Image rows per forward and backward pass of a process; 0: all at once. A number turns on GradCache: features of all rows
+    first, then gradients in parts. The step is the same, in less memory, for one more forward pass."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     freeze_text: bool = False
     """Keep the text tower as pretrained."""
     freeze_image: bool = False
@@ -272,131 +265,78 @@ class TrainConfig:
     freeze_token_embedding: bool = False
     """Keep the text tower's token embedding as pretrained."""
     freeze_batchnorm: bool = True
-    """BatchNorm uses its pretrained running statistics; False: batch statistics, as from-scratch training does."""
+    """BatchNorm uses its pretrained running statistics; false: batch statistics, as in training from scratch."""
     frozen_cache: str = ""
-    """Folder that keeps the activations behind the frozen image blocks between runs (exact; needs `on_train = []`, an
-    augmented stream without random operations, and frozen BatchNorm); empty: compute them every time."""
+    """Folder of the feature cache, which keeps the output of the frozen image blocks between runs (exact; needs
+    `on_train = []`, augmented rows without random operations, and frozen BatchNorm); empty: no feature cache."""
     balanced_sampling: bool = False
     """Draw every class equally often."""
     evaluate_every: Natural = 0
     """Steps between evaluations on `select_split`; 0: at the end only."""
     select_split: str = "id_val"
     """Split of role `select` that picks the best weights; empty: keep the last."""
-    select_metric: Literal["accuracy", "macro_f1", "worst_group_accuracy"] = "accuracy"
-    """Metric that picks them; the larger the better."""
+    select_metric: str = "accuracy"
+    """Metric that picks them, a name in `tables.METRICS`."""
     patience: Natural = 0
-    """Stop after this many evaluations without a better one; 0: never."""
+    """Evaluations without improvement before the run stops early; 0: no early stopping."""
     checkpoint_every: Natural = 200
-    """Steps between full-state checkpoints (one is always written at the end and on Ctrl-C); 0: none in between."""
+    """Steps between full-state checkpoints; 0: only the one at the end, which is also written on Ctrl-C."""
     keep_checkpoints: Count = 2
-    """Newest full-state checkpoints kept."""
+    """Number of full-state checkpoints to keep; older ones are deleted."""
     log_every: Count = 10
     """Steps between rows of `metrics.jsonl`."""
     log_augmented: bool = False
     """Write weight, gain and learned label of every augmented row of every step to augmented.jsonl."""
     max_loss: Positive = 1e4
-    """A loss above this, or a NaN, stops the run with its state saved."""
+    """Largest valid loss; a larger loss, or a NaN, stops the run with its state saved."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Experiment tracker through accelerate; `metrics.jsonl` is always written."""
+    """Experiment tracker of accelerate; `metrics.jsonl` is always written."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaflexConfig:
+class SaflexConfig(SaflexSettings):
     """Weights and soft labels of the augmented rows; an option left unset has the value of `preset`."""
 
     enabled: bool = False
-    """Learn weights and soft labels of the augmented rows; False: weight 1 and the label that they came with."""
-    preset: Literal["robust", "paper"] = "robust"
-    """Values of the options below that are left at "preset" or unset."""
+    """Learn weights and soft labels of the augmented rows; false: weight 1 and the upstream label."""
+    preset: str = "robust"
+    """Preset that gives the unset options below their values."""
     validation_split: str = "id_val"
-    """Split of role `select` whose loss the weights and labels are to lower."""
-    temperature: Positive | None = None
-    """tau of Eq. (10), softened; both presets: 0.1."""
-    penalty: NonNegative | None = None
-    """beta: pull of the learned label towards the one that the row came with."""
-    weight_rule: WeightRule | None = None
-    """Which rows are kept, from their gains; see the README's table of rules."""
-    gain_scale: Literal["none", "std"] | None = None
-    """Unit of the gains in the labels' softmax: as printed in the paper, or the batch's standard deviation."""
-    validation_loss: Literal["ce", "margin", "train"] | None = None
-    """Loss of the validation rows: cross entropy over class captions, its infinite-temperature limit, or the training loss."""
-    validation_rows: Natural | None = None
-    """Validation images per refresh, drawn in turn; 0, or more than the split has: all of it, kept in memory."""
-    validation_renewed: Natural | None = None
-    """Head scope: how many of the validation images are run through the image tower per refresh, in turn, while the others
-    keep their features of earlier refreshes; 0: all. With 16 of 256 a row's features are at most 16 refreshes old."""
-    refresh_every: Count | None = None
-    """Steps between validation gradients."""
-    scope: Literal["all", "head"] | None = None
-    """Parameters whose gradient is meant: all trained ones, or image projection + text tower."""
-    average: Fraction | None = None
-    """Decay of a running average of the validation gradient over refreshes; 0: the newest only."""
-    estimator: Literal["auto", "exact", "central", "one-sided"] | None = None
-    """Directional derivative: forward-mode differentiation (`exact`), or finite differences of float32 passes. `auto`: exact
-    in head scope and in half precision, else one-sided, and exact from then on if a comparison finds that it errs."""
-    check_every: Natural | None = None
-    """Steps (parts of steps, with `train.accumulation`) between comparisons of estimated gains with exact ones on 8 rows of
-    every process, told in metrics.jsonl as `estimator_...`; 0: never."""
-    agreement: Literal["ignore", "keep", "require"] | None = None
-    """Rows whose label the model itself predicts: `ignore` that, `keep` them whatever their gain, or `require` it."""
+    """Split of role `select` for the validation loss that weights and labels are chosen to lower."""
     select: Literal["auto", "always", "never"] = "auto"
-    """Decide about augmented rows first and train on the kept ones only: the same step, cheaper where few are kept. `auto`
-    does so while a running average of the kept part is below what pays. Also for the filters of `augment.filter`."""
-    permute_gains: bool = False
-    """A control: every augmented row is decided about with the gains of another row of the step."""
-    class_balance: Fraction | None = None
-    """How far kept rows are weighed so that dropping does not shift the classes' shares; 0: not, 1: wholly."""
+    """Decide the weights first and train on the kept rows only: the same step, cheaper if few rows are kept. `auto`: while the
+    running average of the kept fraction is low enough to save time. Applies to the filters of `augment.filter` as well."""
+
+    @property
+    def settings(self) -> SaflexSettings:
+        """The method's options alone."""
+        return SaflexSettings(**{field.name: getattr(self, field.name) for field in fields(SaflexSettings)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """How a run is evaluated."""
+    """Evaluation: WiSE-FT, confidence intervals, predictions."""
 
     batch_size: Count = 256
     """Images per forward pass."""
     wise_alphas: tuple[Fraction, ...] = ()
-    """WiSE-FT: weights (1 - alpha) * pretrained + alpha * finetuned; 1 is always evaluated."""
+    """Alphas of WiSE-FT: weights (1 - alpha) * pretrained + alpha * finetuned; 1 is always evaluated."""
     select_split: str = ""
-    """Split of role `select` that picks alpha; empty: `train.select_split`."""
+    """Split of role `select` that chooses alpha; empty: `train.select_split`."""
     bootstrap: Natural = 1000
-    """Resamples behind the 95 % intervals; 0: none."""
+    """Bootstrap resamples for the 95 % intervals; 0: no intervals."""
     save_predictions: bool = True
     """Write predictions/<split>.parquet."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """The command `compare`: conditions, seeds, and the measure of its verdict."""
-
-    seeds: Annotated[tuple[int, ...], Meta(min_length=1)] = (0, 1, 2, 3, 4)
-    """Seeds of every condition; differences are paired by seed."""
-    baseline: str = ""
-    """Condition that the report's tables compare with; empty: the one without edits, else the first."""
-    metric: Literal["accuracy", "macro_f1", "worst_group_accuracy"] = "accuracy"
-    """Metric of the verdict."""
-    split: str = ""
-    """Test split of the verdict; empty: the mean over the test splits out of distribution, or in distribution without any."""
-    common: tuple[str, ...] = ()
-    """Overrides `section.field=value` of every condition. In overrides `{seed}` stands for the seed, and `{kept}` for the mean
-    part of the augmented rows that SAFLEX kept with the same seed."""
-    conditions: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Overrides by condition. A name starts with the part it plays in the verdict: `zero-shot`, `no-edits`,
-    `no-edits-same-rows`, `trusted`, `filter`, `saflex`, `validation-trained`, `permuted` or `oracle`. Empty: the usual ones."""
-    edits: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Overrides by set of edits: each condition with augmented rows is run on every set, as `condition @ set`, and every set
-    has a verdict of its own. Empty: the edits of the recipe."""
-    keep: Literal["results", "models", "all"] = "models"
-    """Large files that stay in the folder of an evaluated run: none, its model, or its checkpoints as well."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole recipe."""
+    """Complete recipe: name, seed and all sections."""
 
     recipe: str = ""
     """Name of the recipe, set by the loader."""
     seed: int = 0
-    """Seed of everything random in the run: few-shot draw, order, augmentation, heads."""
+    """Seed of all randomness of the run: few-shot draw, order, augmentation, linear heads."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

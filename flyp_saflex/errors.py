@@ -1,7 +1,7 @@
-"""Errors that a user can act on (floor 0).
+"""Errors that the user can correct: one line each, with its own type.
 
-Every `UserError` is one line that says what is wrong, what was found, what was expected and how to mend it. The command
-line prints it without a traceback and exits with code 2; a library user catches it by type.
+The message of a `UserError` names the option or file, the value found, the value expected and the fix. The command line
+prints it without a traceback and exits with code 2; library code catches it by type.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in the user's input: shown as one line, exit code 2."""
+    """Mistake in the user's input: printed as one line, exit code 2."""
 
 
 class ConfigError(UserError):
-    """A recipe, an option or a combination of options is wrong."""
+    """Invalid recipe, option or combination of options."""
 
 
 class DataError(UserError):
-    """An image, a table or a dataset folder is wrong; names file, row and column where it can."""
+    """Invalid image, table, dataset folder or cache; the message names file, row and column where known."""
 
 
 class ModelError(UserError):
-    """A model, its pretrained tag or its weights cannot be had."""
+    """Model, pretrained tag or weights that cannot be loaded."""
 
 
 class RunError(UserError):
-    """A run folder cannot be used, or a run had to stop; says where its state was saved."""
+    """Unusable run folder, or a run that had to stop; the message says where its state was saved."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the closest known name, or the empty string when nothing is close."""
+    """Return `"; did you mean 'x'?"` for the closest known name; the empty string if none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""

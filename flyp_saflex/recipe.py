@@ -1,7 +1,7 @@
-"""Recipes: TOML file or shipped name, `--set` overrides, errors that name the key (floor 1).
+"""Recipes: TOML loading, `--set` overrides, checks of options and of their combinations.
 
-msgspec converts and checks types and ranges; what is added here is the nearest known name for a typo, overrides, and
-TOML with the fields' documentation as comments.
+msgspec converts values and checks types and ranges. This module adds overrides, the nearest known name for a typo, checks
+across options, and TOML output with the documentation of each option as a comment.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import tomli_w
 
-from flyp_saflex import config as config_module
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, nearest
+from flyp_saflex.presets import PRESETS, SaflexSettings, with_preset
+from flyp_saflex.tables import CHOICES, METRICS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,7 +35,7 @@ SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if f.name not in 
 
 
 def shipped() -> list[str]:
-    """Return the names of the recipes in the package."""
+    """Return the sorted names of the recipes shipped in the package."""
     return sorted(
         entry.name.removesuffix(".toml")
         for entry in resources.files("flyp_saflex.recipes").iterdir()
@@ -42,11 +44,15 @@ def shipped() -> list[str]:
 
 
 def load(recipe: str, overrides: Iterable[str] = ()) -> Config:
-    """Read a recipe (a shipped name or a TOML path), apply `section.field=value` overrides, check everything.
+    """Load a recipe, apply overrides and check every option.
+
+    Args:
+        recipe: name of a shipped recipe, or path of a TOML file.
+        overrides: `section.field=value`; the last one for an option wins.
 
     Raises:
-        ConfigError: unknown recipe, section or key (with the nearest name), wrong type or range, or options that
-            exclude each other.
+        ConfigError: unknown recipe, section or key (with the nearest name), wrong type or range, or options that exclude each
+            other.
     """
     path = Path(recipe)
     if recipe.endswith(".toml") or path.is_file():
@@ -71,13 +77,24 @@ def load(recipe: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def build(values: Mapping[str, Any], source: str) -> Config:
-    """Turn nested values into a checked `Config`; `source` names their origin in errors."""
+    """Convert nested values into a checked `Config`.
+
+    Args:
+        values: sections with their options, as read from TOML; a missing option takes its default.
+        source: origin of the values, named in errors.
+
+    Raises:
+        ConfigError: see `load`.
+    """
     _check_keys(values, source)
     try:
-        config = msgspec.convert(_tuples(values), Config)
+        config = msgspec.convert(_with_preset(_tuples(values)), Config)
     except msgspec.ValidationError as error:
         problem, _, where = str(error).partition(" - at `$.")
         raise ConfigError(f"{source}: {where.rstrip('`') or 'top level'}: {problem}{_choices(where.rstrip('`'))}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    _check_names(config, source)
     problems = check(config)
     if problems:
         raise ConfigError(f"{source}: " + "; ".join(problems))
@@ -90,7 +107,7 @@ def override(config: Config, overrides: Iterable[str], source: str) -> Config:
     Raises:
         ConfigError: as `load`.
     """
-    values = _without_none(dataclasses.asdict(config))
+    values = _stated(config)
     for text in overrides:
         try:
             _apply(values, text)
@@ -100,8 +117,8 @@ def override(config: Config, overrides: Iterable[str], source: str) -> Config:
 
 
 def dumps(config: Config, *, comments: bool = False) -> str:
-    """Return the recipe as TOML; unset options are left out, `comments` adds each field's documentation."""
-    text = tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+    """Return the recipe as TOML; unset options and the preset's own are left out, `comments` adds each field's documentation."""
+    text = tomli_w.dumps(_stated(config))
     if not comments:
         return text
     docs, section, lines = _field_docs(), "Config", []
@@ -116,14 +133,22 @@ def dumps(config: Config, *, comments: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _stated(config: Config) -> dict[str, Any]:
+    """Return the options by section; unset ones and the preset's own are left out, so another preset brings its values."""
+    values = _without_none(dataclasses.asdict(config))
+    usual = dataclasses.asdict(PRESETS[config.saflex.preset])
+    values["saflex"] = {key: value for key, value in values["saflex"].items() if key not in usual or value != usual[key]}
+    return values
+
+
 def differences(old: Config, new: Config) -> list[str]:
-    """Return `section.field: old -> new` for every option in which two recipes differ."""
+    """Return one line `section.field: old -> new` per option that differs between two recipes."""
     a, b = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a | b) if a.get(key) != b.get(key)]
 
 
 def check(config: Config) -> list[str]:
-    """Return one line per combination of options that cannot work, naming both options and the fix."""
+    """Return one line per invalid combination of options, with both options and the fix."""
     problems = []
     train, saflex, augment = config.train, config.saflex, config.augment
     if saflex.enabled and not augment.upstream:
@@ -203,6 +228,26 @@ def _check_keys(values: Mapping[str, Any], source: str) -> None:
             raise ConfigError(f"{source}: unknown key '{key}'{nearest(key, ['seed', *SECTIONS])}")
 
 
+def _check_names(config: Config, source: str) -> None:
+    """Check the options whose values are names of a table."""
+    for option, table in (*((table.option, table) for table in CHOICES), ("compare.metric", METRICS)):
+        section, _, name = option.partition(".")
+        value = getattr(getattr(config, section), name)
+        for one in value if isinstance(value, tuple) else (value,):
+            try:
+                table.check(one, option)
+            except ConfigError as error:
+                raise ConfigError(f"{source}: {error}") from None
+
+
+def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what the section `saflex` leaves to its preset."""
+    given = dict(values.get("saflex", {}))
+    known = {field.name for field in dataclasses.fields(SaflexSettings)}
+    filled = with_preset(given.get("preset", "robust"), {key: value for key, value in given.items() if key in known})
+    return values | {"saflex": {key: value for key, value in given.items() if key not in known} | filled}
+
+
 def _nearest_key(name: str, fields: list[str], section: str) -> str:
     hint = nearest(name, fields)
     if hint:
@@ -216,16 +261,14 @@ def _choices(where: str) -> str:
     name = name.partition("[")[0]
     if section not in SECTIONS or not name:
         return ""
-    annotation = inspect.get_annotations(type(getattr(Config(), section))).get(name, "")
+    classes = type(getattr(Config(), section)).__mro__[:-1]
+    annotation = next((found[name] for cls in classes if name in (found := inspect.get_annotations(cls))), "")
     hint = annotation if isinstance(annotation, str) else ""
-    aliases = {"Upstream": config_module.Upstream, "WeightRule": config_module.WeightRule}
-    for alias, literal in aliases.items():
-        hint = hint.replace(alias, f"Literal{list(get_args(literal))}")
     return f" (expected {hint})" if "Literal" in hint else ""
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Let a single word stand for a list of one, so that `--set augment.upstream=randaugment` works."""
+    """Convert single values of list options to lists, so that `--set augment.upstream=randaugment` works."""
     result = dict(values)
     for section, options in values.items():
         if isinstance(options, Mapping):
@@ -259,10 +302,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @cache
 def _field_docs() -> dict[tuple[str, str], str]:
+    """Return the string below each field by (class, field); a section's class has those of the classes it extends."""
     docs = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
-        if isinstance(node, ast.ClassDef):
-            for field, string in zip(node.body, node.body[1:], strict=False):
+    sections: list[type] = [Config, *(type(getattr(Config(), name)) for name in SECTIONS)]
+    for section in sections:
+        for cls in reversed(section.__mro__[:-1]):
+            body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+            for field, string in pairwise(body):
                 if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(string, ast.Expr):
-                    docs[node.name, field.target.id] = " ".join(str(ast.literal_eval(string.value)).split())
+                    docs[section.__name__, field.target.id] = " ".join(str(ast.literal_eval(string.value)).split())
     return docs

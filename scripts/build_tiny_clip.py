@@ -39,7 +39,8 @@ from flyp_saflex.evaluation.metrics import accuracy, macro_f1
 from flyp_saflex.evaluation.predict import Head, clip_predictor, predict
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.runtime import keep_freed_memory
-from flyp_saflex.saflex.losses import clip_loss, proxy_columns
+from flyp_saflex.saflex.losses import clip_loss
+from flyp_saflex.tasks.proxy_classes import proxy_columns
 
 SEED = 20_000_000  # of the scenes, the weights, the captions; worlds of the demo and of the figures have others
 FIGURE_SEEDS = (30_000_000, 30_000_001)

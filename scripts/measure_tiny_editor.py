@@ -28,7 +28,8 @@ from flyp_saflex.config import EditorConfig
 from flyp_saflex.demo.places import PLACES
 from flyp_saflex.demo.scene import Scene, render
 from flyp_saflex.demo.world import CLASSES, EMPTY, SPECIES, plan
-from flyp_saflex.editing.diffusers_editor import Editor, Request, load_editor
+from flyp_saflex.editing.diffusers_editor import DiffusersEditor
+from flyp_saflex.editing.editor import Request, load_editor
 from flyp_saflex.runtime import keep_freed_memory
 
 SEED = 50_000_000  # of the classifier's pictures
@@ -117,7 +118,7 @@ def judged(judge: Judge, images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], 
 
 
 @torch.no_grad()
-def reconstructed(editor: Editor, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def reconstructed(editor: DiffusersEditor, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the pictures after the editor's autoencoder and back."""
     vae = editor._pipeline.vae
     found = [vae.decode(vae.encode(to_tensor(part)).latent_dist.mode()).sample for part in np.array_split(images, 8)]

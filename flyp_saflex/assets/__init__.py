@@ -1,8 +1,8 @@
-"""What the demo is made of: a world that is drawn, and the small models that look at it and change it (floor 2)."""
+"""Small models shipped for the demo: a tiny CLIP and a tiny InstructPix2Pix editor."""
 
 from pathlib import Path
 
 TINY_CLIP = Path(__file__).with_name("tiny_clip")
-"""A CLIP in open_clip's `local-dir:` layout."""
+"""Folder of a CLIP model in open_clip's `local-dir:` layout."""
 TINY_EDITOR = Path(__file__).with_name("tiny_editor")
-"""An InstructPix2Pix in diffusers' layout, for `editor.model`."""
+"""Folder of an InstructPix2Pix in diffusers' layout, for `editor.model`."""

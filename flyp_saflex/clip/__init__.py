@@ -1,1 +1,1 @@
-"""open_clip's models: load and save, image tower in parts, text tower by prefixes, zero-shot head."""
+"""CLIP models of open_clip: loading and saving, cut image tower, prefix-sharing text tower, zero-shot head."""

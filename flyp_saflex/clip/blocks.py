@@ -1,16 +1,16 @@
-"""CLIP's transformer blocks without what nobody reads (floor 2: tensors only).
+"""Transformer blocks of CLIP without unused computation.
 
-The same mathematics as open_clip's `ResidualAttentionBlock`, to the rounding of its sums, for less:
+Equal to open_clip's `ResidualAttentionBlock` up to the rounding of sums, at lower cost:
 
-    run_block            attention straight from one matrix product; `nn.MultiheadAttention` moves the batch to the back and
-                         copies
-    run_block_for_first  of the last block only the pooled token leaves. Keys and values are needed of every token; the
-                         query, its projection and the MLP, five sixths of a block, of one. On CPUs the block then costs a
-                         third (width 192) to a sixth (ViT-B/16) of itself, so there is nothing to choose
-    the others           parts of which `text.py` makes the blocks of a text tower
+    run_block            query, key and value from one matrix product, without the transposed copies of
+                         `nn.MultiheadAttention`
+    run_block_for_first  the last block for the pooled token only. Keys and values are computed for every token; query,
+                         output projection and MLP, five sixths of a block, for one. On CPUs this costs a third (width 192)
+                         to a sixth (ViT-B/16) of the full block, so it is always used
+    other functions      parts of a block, which `text_tower.py` combines
 
-Only blocks that `is_plain_block` knows are run in this way; others run as they are. All of it can be differentiated forwards and
-backwards, and under autocast. Shapes: N sequences, L tokens, W width, H heads, V width of a head.
+Only blocks that pass `is_plain_block` are run in this way; others are called unchanged. All functions support forward- and
+reverse-mode differentiation and autocast. Shapes: N sequences, L tokens, W width, H heads, V width of a head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 def is_plain_block(block: Any) -> bool:
-    """Return whether a block is open_clip's usual one, without extras in its attention and without hooks to be called."""
+    """Return whether a block is open_clip's standard block, without attention extras, attention dropout or hooks."""
     attention = getattr(block, "attn", None)
     return (
         type(block).__name__ == "ResidualAttentionBlock"
@@ -38,7 +38,15 @@ def is_plain_block(block: Any) -> bool:
 
 
 def run_block(block: Any, hidden_NLW: Tensor) -> Tensor:
-    """Run a block: every token attends to every token."""
+    """Run a block with attention of every token to every token.
+
+    Args:
+        block: a plain block (see `is_plain_block`).
+        hidden_NLW: its input.
+
+    Returns:
+        Its output [N, L, W].
+    """
     attention = block.attn
     parts = F.linear(block.ln_1(hidden_NLW), attention.in_proj_weight, attention.in_proj_bias)
     query, keys, values = heads(parts, 3, attention.num_heads)
@@ -46,7 +54,15 @@ def run_block(block: Any, hidden_NLW: Tensor) -> Tensor:
 
 
 def run_block_for_first(block: Any, hidden_NLW: Tensor) -> Tensor:
-    """Run a block for its first token alone, which attends to every token; return [N, 1, W]."""
+    """Run a block for the first token only, which attends to every token.
+
+    Args:
+        block: a plain block (see `is_plain_block`).
+        hidden_NLW: its input; the first token is the one to be pooled.
+
+    Returns:
+        Output of the first token [N, 1, W].
+    """
     attention, normed_NLW = block.attn, block.ln_1(hidden_NLW)
     (query,) = heads(project_query(attention, normed_NLW[:, :1]), 1, attention.num_heads)
     keys, values = heads(project_keys_values(attention, normed_NLW), 2, attention.num_heads)
@@ -54,29 +70,41 @@ def run_block_for_first(block: Any, hidden_NLW: Tensor) -> Tensor:
 
 
 def project_query(attention: nn.MultiheadAttention, normed: Tensor) -> Tensor:
-    """Return the query of normalised tokens, both [..., W]."""
+    """Project normalised tokens [..., W] to queries [..., W]."""
     width = attention.embed_dim
     return F.linear(normed, attention.in_proj_weight[:width], attention.in_proj_bias[:width])
 
 
 def project_keys_values(attention: nn.MultiheadAttention, normed: Tensor) -> Tensor:
-    """Return keys and values side by side [..., 2 W] of normalised tokens [..., W]."""
+    """Project normalised tokens [..., W] to concatenated keys and values [..., 2 W]."""
     width = attention.embed_dim
     return F.linear(normed, attention.in_proj_weight[width:], attention.in_proj_bias[width:])
 
 
 def heads(projected: Tensor, count: int, num_heads: int) -> tuple[Tensor, ...]:
-    """Cut [N, L, count * W] into views [N, H, L, V], so that their gradients come back in a single copy."""
+    """Split [N, L, count * W] into `count` views [N, H, L, V].
+
+    They are views of one tensor, so that the backward pass writes their gradients with a single copy.
+    """
     return tuple(part.transpose(1, 2) for part in projected.unflatten(2, (count, num_heads, -1)).unbind(2))
 
 
 def merge(mixed_NHLV: Tensor) -> Tensor:
-    """Put the heads of every token side by side again: [N, L, W]."""
+    """Concatenate the heads of every token: [N, H, L, V] -> [N, L, W]."""
     return mixed_NHLV.transpose(1, 2).flatten(2)
 
 
 def rest(block: Any, hidden: Tensor, mixed: Tensor) -> Tensor:
-    """Return what leaves a block, given what entered it and what its heads put together, both [..., W]."""
+    """Apply the rest of a block after attention: output projection, residual connections, MLP.
+
+    Args:
+        block: a plain block.
+        hidden: input of the block [..., W].
+        mixed: merged output of the attention heads [..., W].
+
+    Returns:
+        Output of the block [..., W].
+    """
     hidden = hidden + block.ls_1(block.attn.out_proj(mixed))
     leaving: Tensor = hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
     return leaving

@@ -1,11 +1,13 @@
-"""CLIP models through open_clip: load, save, tokenise, and the image tower in three parts (floor 2).
+"""CLIP models of open_clip: loading, saving, tokeniser, and the image tower in three parts.
 
-The only file that names open_clip. The image tower is cut as
+The only module that imports open_clip. The image tower is cut as
 
     images_B3SS -> lower -> hidden_B... -> upper -> pooled_BF -> project -> embeddings_BD
 
-so that frozen blocks run without gradient (or once, see stages/activations.py) and SAFLEX's head scope can reuse the
-pooled features of the training step. Shapes: B images, S side in pixels, F pooled width, D embedding, N texts, L tokens.
+so that frozen blocks run without gradient (or once per image, see the feature cache in tasks/feature_cache.py) and SAFLEX's
+head scope reuses the pooled features of the training step.
+
+Shapes: B images, S side in pixels, F pooled width, D embedding width, N texts, L tokens.
 """
 
 from __future__ import annotations
@@ -31,18 +33,18 @@ from flyp_saflex.clip.blocks import is_plain_block, run_block, run_block_for_fir
 from flyp_saflex.errors import ModelError, nearest
 
 RANDOM = "random"
-"""`model.pretrained` for untrained weights: they must be asked for by name."""
+"""Value of `model.pretrained` for untrained weights, which must be requested explicitly."""
 
 
 @dataclass
 class Clip:
-    """A CLIP model with what goes with it.
+    """CLIP model with its preprocessing, tokeniser and configuration.
 
     Attributes:
         model: open_clip's module, float32, in evaluation mode.
         preprocess: evaluation transform, image -> float tensor [3, S, S].
         tokenizer: list of N texts -> long tensor [N, L].
-        config: open_clip's `model_cfg` and `preprocess_cfg`, as they go into open_clip_config.json.
+        config: open_clip's `model_cfg` and `preprocess_cfg`, as written to open_clip_config.json.
     """
 
     model: Any
@@ -52,7 +54,7 @@ class Clip:
 
     @property
     def image_size_px(self) -> int:
-        """Side of the square that the image tower takes."""
+        """Side of the square input images, in pixels."""
         size = self.config["preprocess_cfg"]["size"]
         return int(size if isinstance(size, int) else size[0])
 
@@ -62,12 +64,15 @@ def load_clip(name: str, pretrained: str = "", *, device: str | torch.device = "
 
     Args:
         name: built-in name, `hf-hub:org/name` or `local-dir:folder`.
-        pretrained: tag or checkpoint file of a built-in model; ignored for the other two, which carry their weights;
-            `random` for untrained weights (drawn from torch's generator).
-        device: where the model goes.
+        pretrained: tag or checkpoint file of a built-in model; ignored for the other two kinds, which include their
+            weights; `random` for untrained weights (drawn from torch's generator).
+        device: device of the model.
+
+    Returns:
+        The model, float32, in evaluation mode.
 
     Raises:
-        ModelError: unknown name or tag (with the nearest), or weights that cannot be had.
+        ModelError: unknown name or tag (with the nearest known one), or weights that cannot be loaded.
     """
     known = open_clip.list_models()
     local = name.startswith(("hf-hub:", "local-dir:"))
@@ -88,7 +93,7 @@ def load_clip(name: str, pretrained: str = "", *, device: str | torch.device = "
     if name.lower().startswith("coca"):
         raise ModelError(f"model.name = {name}: CoCa's captioning loss has no place in FLYP; use the CLIP model of the same size")
     disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # open_clip and the hub log every attempt; the reason is in the error below
+    logging.disable(logging.ERROR)  # open_clip and the hub log every attempt; the error below states the reason
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -111,9 +116,9 @@ def load_clip(name: str, pretrained: str = "", *, device: str | torch.device = "
 
 
 def save_clip(clip: Clip, folder: Path) -> None:
-    """Write open_clip's `local-dir:` layout: open_clip_config.json and open_clip_model.safetensors.
+    """Save a model in open_clip's `local-dir:` layout: open_clip_config.json and open_clip_model.safetensors.
 
-    `open_clip.create_model("local-dir:FOLDER")` loads it back with the same logits.
+    `open_clip.create_model("local-dir:FOLDER")` loads it and gives the same logits.
     """
     from safetensors.torch import save_file
 
@@ -123,7 +128,7 @@ def save_clip(clip: Clip, folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {key: value.detach().to("cpu").clone().contiguous() for key, value in clip.model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    (folder / "open_clip_model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
+    (folder / "open_clip_model.safetensors").chmod(0o644)  # safetensors creates files that only their owner can read
 
 
 def _check_tag(name: str, pretrained: str) -> None:
@@ -140,21 +145,21 @@ def _model_config(name: str) -> dict[str, Any]:
         text = (Path(name.removeprefix("local-dir:")) / "open_clip_config.json").read_text(encoding="utf-8")
         return dict(json.loads(text)["model_cfg"])
     if name.startswith("hf-hub:"):
-        from open_clip.factory import _get_hf_config  # not exported, and the only way to the hub's config
+        from open_clip.factory import _get_hf_config  # not exported, but the only access to the config on the hub
 
         return dict(_get_hf_config(name.removeprefix("hf-hub:"))["model_cfg"])
     return deepcopy(open_clip.get_model_config(name))
 
 
 class ImageTower:
-    """An open_clip image tower cut behind its first `num_frozen` blocks and before its projection.
+    """Image tower of open_clip, cut after its first `num_frozen` blocks and before its projection.
 
-    Knows open_clip's VisionTransformer and ModifiedResNet, and timm's EfficientNet, ConvNeXt and VisionTransformer
-    families; any other tower works uncut (`num_frozen = 0`).
+    Supports open_clip's VisionTransformer and ModifiedResNet, and timm's EfficientNet, ConvNeXt and VisionTransformer
+    families; any other tower runs as a whole (`num_frozen = 0`).
 
     Args:
-        visual: `model.visual`; only referred to, so that its parameters keep one owner and one name.
-        num_frozen: blocks (of a ViT) or stages (of a ConvNet) in the lower part, after the stem.
+        visual: `model.visual`. This class is no `nn.Module` and only refers to it, so that every parameter keeps one name.
+        num_frozen: blocks of a ViT, or stages of a ConvNet, in the lower part, which also has the stem.
 
     Raises:
         ModelError: the tower cannot be cut there.
@@ -172,18 +177,23 @@ class ImageTower:
 
     @property
     def has_projection(self) -> bool:
-        """Whether pooled features and projection can be told apart (head scope needs it)."""
+        """True if the tower has a separate, known projection, which head scope needs."""
         return self._parts is not None
 
     @property
     def lower_gives_one_token(self) -> bool:
-        """Whether `lower` gives the pooled token alone: all blocks are frozen, and the last one is run for that token."""
+        """True if `lower` returns the pooled token only: all blocks are frozen, and the last runs for that token."""
         return self._parts is not None and self._parts.pools_first and self.num_frozen == len(self._parts.blocks)
 
     def lower(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] -> activations behind the frozen blocks; the images themselves when none are frozen.
+        """Run the stem and the frozen blocks.
 
-        With `lower_gives_one_token`, of one token per image.
+        Args:
+            images: [B, 3, S, S].
+
+        Returns:
+            Output of the last frozen block (one token per image with `lower_gives_one_token`); the images themselves if no
+            block is frozen.
         """
         if not self.num_frozen:
             return images
@@ -194,7 +204,14 @@ class ImageTower:
         return hidden
 
     def upper(self, hidden: Tensor) -> Tensor:
-        """What `lower` returned -> pooled features [B, F], or embeddings if the tower has no known projection."""
+        """Run the trained blocks and the pooling.
+
+        Args:
+            hidden: output of `lower`.
+
+        Returns:
+            Pooled features [B, F]; embeddings [B, D] if the tower has no known projection.
+        """
         parts = self._parts
         if parts is None:
             return self.visual(hidden)
@@ -205,11 +222,11 @@ class ImageTower:
         return parts.pool(hidden)
 
     def project(self, pooled: Tensor) -> Tensor:
-        """Pooled features [B, F] -> embeddings [B, D], not normalised."""
+        """Project pooled features [B, F] to embeddings [B, D], not normalised."""
         return pooled if self._parts is None else self._parts.project(pooled)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """What `lower` returned -> embeddings [B, D], not normalised."""
+        """Encode the output of `lower` as embeddings [B, D], not normalised."""
         return self.project(self.upper(hidden))
 
     def _cut(self) -> _Parts:
@@ -217,7 +234,7 @@ class ImageTower:
         return self._parts
 
     def frozen_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the stem and of the frozen blocks."""
+        """Yield the parameters of the stem and of the frozen blocks; none if no block is frozen."""
         if self.num_frozen:
             parts = self._cut()
             for module in parts.frozen_stem:
@@ -226,7 +243,7 @@ class ImageTower:
                 yield from block.parameters()
 
     def projection_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the projection; empty when it cannot be told apart."""
+        """Return the parameters of the projection; empty if the tower has no known projection."""
         if self._parts is None:
             return []
         head = self._parts.head
@@ -234,7 +251,7 @@ class ImageTower:
 
 
 def num_blocks(visual: nn.Module) -> int:
-    """Return the number of blocks (stages) that an image tower can be cut behind; 0 for an unknown structure."""
+    """Return the number of blocks (ConvNet: stages) of an image tower; 0 for an unknown structure."""
     parts = _parts(visual)
     return len(parts.blocks) if parts else 0
 
@@ -248,9 +265,9 @@ class _Parts:
     project: Callable[[Tensor], Tensor]
     head: Any
     runs: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
-    """What runs the blocks, if it is not the blocks themselves."""
+    """Functions that run the blocks; the blocks themselves by default."""
     pools_first: bool = False
-    """Whether nothing but the pooled token leaves the last block."""
+    """True if the last block returns the pooled token only."""
 
     def __post_init__(self) -> None:
         self.runs = self.runs or list(self.blocks)

@@ -1,15 +1,16 @@
-"""The text tower, every prefix that captions share computed once (floor 2: tensors only).
+"""Text tower that computes every shared caption prefix once.
 
-Attention is causal, so the state of a token depends on the tokens before it alone: the first five tokens of "a photo of a
-cat." and "a photo of a dog." have the same states in every block. The captions of a batch are a tree of prefixes:
+Attention is causal: the state of a token depends on the tokens up to it only. The first five tokens of "a photo of a cat." and
+"a photo of a dog." therefore have equal states in every block, and the captions of a batch form a prefix tree:
 
-    start - a - photo - of - a +- cat - . - end    M nodes, one per distinct prefix: norms, projections, MLPs
-                               +- dog - . - end    U x L places in distinct texts: attention, which is 1 % of the work
+    SOT - a - photo - of - a +- cat - . - EOT    M nodes, one per distinct prefix: norms, projections, MLPs
+                             +- dog - . - EOT    U x L positions in distinct texts: attention, 1 % of the work
 
-Behind its end token nothing of a text is read, and in the last block only the end token is. iWildCam's 182 class captions
-have 909 nodes, in contexts of 77 tokens 14,014. Loss and gradients are those of the whole, to the rounding of sums.
+Tokens after the EOT token are not computed, and the last block is computed for the EOT token only. The 182 class captions of
+iWildCam have 909 nodes, instead of 14,014 tokens in full contexts of 77. Loss and gradients equal those of the full
+computation up to the rounding of sums.
 
-Shapes: N texts, U distinct ones, L places up to the longest end, M nodes, W width, H heads, V width of a head.
+Shapes: N texts, U distinct texts, L positions up to the last EOT token, M nodes, W width, H heads, V width of a head.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from flyp_saflex.saflex.losses import at_least_float32
 
 
 def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
-    """Encode texts, computing nothing twice and nothing that is not read.
+    """Encode texts without repeated or unused computation.
 
-    Towers whose attention is not causal, or that pool another token than the end, take the whole context; towers with
-    blocks of another kind read all texts up to the longest end.
+    Towers without causal attention, or with another pooling than the EOT token, run open_clip's own full computation; causal
+    towers with other blocks run all texts up to the last EOT token.
 
     Args:
-        model: open_clip's module.
-        tokens_NL: at least one text; repeats cost nothing.
+        model: module of open_clip.
+        tokens_NL: token ids of at least one text; repeated texts cost nothing.
 
     Returns:
         Embeddings [N, D], not normalised.
@@ -61,14 +62,15 @@ def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """The distinct prefixes of texts.
+    """Prefix tree of a batch of texts; a node is a distinct prefix.
 
     Attributes:
-        tokens_M, positions_M: last token of every prefix, and its place in its text.
-        nodes_UL: prefix at every place of every distinct text; behind a text's end any node, which no one may read.
-        places_M: a place (index into U x L) where the prefix stands.
-        lengths_U: tokens of every distinct text, its end included.
-        distinct_N: which distinct text a text is.
+        tokens_M: last token of every prefix.
+        positions_M: position of that token in its text.
+        nodes_UL: node at every position of every distinct text; after the EOT token any valid node, whose state is not used.
+        places_M: one position of every node, as an index into the flattened U x L.
+        lengths_U: number of tokens of every distinct text, including the EOT token.
+        distinct_N: index of the distinct text that equals each text.
     """
 
     tokens_M: Tensor
@@ -80,18 +82,22 @@ class PrefixTree:
 
     @property
     def ends(self) -> Tensor:
-        """Node of every distinct text's end [U]."""
+        """Node of the EOT token of every distinct text [U]."""
         return self.nodes_UL.gather(1, self.lengths_U[:, None] - 1)[:, 0]
 
 
 def prefix_tree(tokens_NL: Tensor) -> PrefixTree:
-    """Find the prefixes of texts that end at their largest token."""
+    """Build the prefix tree of texts; the EOT token is the largest token id.
+
+    Args:
+        tokens_NL: token ids of at least one text; tokens after the EOT token are ignored.
+    """
     ends_N = tokens_NL.argmax(dim=1)
     length = int(ends_N.max()) + 1
     places_L = torch.arange(length, device=tokens_NL.device)
     read_NL = torch.where(places_L <= ends_N[:, None], tokens_NL[:, :length], -1)
     texts_UL, distinct_N = torch.unique(read_NL, dim=0, return_inverse=True)
-    # Sorted, texts with a common prefix stand together: a node is new where a text differs from the one before it.
+    # `unique` sorts the texts, so that common prefixes are adjacent: a node is new where a text differs from the one before.
     read_UL = texts_UL >= 0
     shared_UL = torch.zeros_like(read_UL)
     shared_UL[1:] = (texts_UL[1:] == texts_UL[:-1]).cumprod(dim=1).bool()
@@ -101,7 +107,7 @@ def prefix_tree(tokens_NL: Tensor) -> PrefixTree:
     return PrefixTree(
         tokens_M=texts_UL.flatten()[places_M],
         positions_M=places_M % length,
-        nodes_UL=numbers.view_as(texts_UL).cummax(dim=0).values,  # the newest node of the column is the one that is shared
+        nodes_UL=numbers.view_as(texts_UL).cummax(dim=0).values,  # a shared position takes the newest node of its column
         places_M=places_M,
         lengths_U=read_UL.sum(dim=1),
         distinct_N=distinct_N,
@@ -109,7 +115,7 @@ def prefix_tree(tokens_NL: Tensor) -> PrefixTree:
 
 
 def _pooled_of_tree(tower: Any, tree: PrefixTree) -> Tensor:
-    """Return what leaves the last block at the end of every text [N, W]."""
+    """Return the output of the last block at the EOT token of every text [N, W]."""
     *before, last = tower.transformer.resblocks
     hidden_MW = tower.token_embedding(tree.tokens_M) + tower.positional_embedding[tree.positions_M]
     for block in before:
@@ -130,7 +136,7 @@ def _block_of_tree(block: Any, hidden_MW: Tensor, tree: PrefixTree) -> Tensor:
 
 
 def _last_block_of_tree(block: Any, hidden_MW: Tensor, tree: PrefixTree) -> Tensor:
-    """Return what leaves a block at the end of every distinct text [U, W]."""
+    """Return the output of a block at the EOT token of every distinct text [U, W]."""
     attention, (num_texts, length) = block.attn, tree.nodes_UL.shape
     normed_MW, ends_U = block.ln_1(hidden_MW), tree.ends
     (query,) = blocks.heads(blocks.project_query(attention, normed_MW.index_select(0, ends_U)[:, None]), 1, attention.num_heads)
@@ -143,9 +149,9 @@ def _last_block_of_tree(block: Any, hidden_MW: Tensor, tree: PrefixTree) -> Tens
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """Return rows of a table, repeats allowed.
+    """Select rows of a table, possibly repeated.
 
-    Their gradients are summed in float32 at least: hundreds of texts share a prefix, and in bf16 the last of so many terms
-    would be lost.
+    Gradients of repeated rows are summed in float32 or better: hundreds of texts share a prefix, and a bf16 sum of so many
+    terms would lose the last ones.
     """
     return at_least_float32(table).index_select(0, index).to(table.dtype)

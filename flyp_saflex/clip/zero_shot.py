@@ -1,8 +1,10 @@
-"""The zero-shot head: one text embedding per class (floor 2).
+"""Zero-shot head: one text embedding per class.
 
-CLIP's recipe: every template's embedding of the class is normalised, they are averaged, and the mean is normalised again.
+As in CLIP (arXiv 2103.00020, section 3.1.4), with e the text encoder and t_m the templates:
 
-Shapes: K classes, M templates, C distinct captions, D embedding.
+    head_k = normalise( mean_m normalise( e(t_m(class_k)) ) )
+
+Shapes: K classes, M templates, C distinct captions, D embedding width.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from flyp_saflex.errors import DataError
 
 
 def class_captions(class_names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-    """Return every class name in every template: K lists of M captions.
+    """Fill every class name into every template: K lists of M captions.
 
     Raises:
         DataError: no class, no template, or a template without `{}`.
@@ -39,16 +41,16 @@ def class_captions(class_names: Sequence[str], templates: Sequence[str]) -> list
 
 @torch.no_grad()
 def zero_shot_head(clip: Clip, class_names: Sequence[str], templates: Sequence[str], *, batch_size: int = 256) -> Tensor:
-    """Return the zero-shot head of the model as it is now.
+    """Compute the zero-shot head with the current weights of the model, without gradient.
 
     Args:
-        clip: model, on any device, and tokenizer.
-        class_names: K names.
-        templates: M captions with `{}` for the name.
-        batch_size: captions per forward pass. Equal captions are encoded once.
+        clip: model on any device, with its tokeniser.
+        class_names: K class names.
+        templates: M caption templates with `{}` for the class name.
+        batch_size: captions per forward pass; equal captions are encoded once.
 
     Returns:
-        Float32 `[K, D]` on the model's device; rows have length 1.
+        Float32 [K, D] on the model's device; rows have Euclidean norm 1.
 
     Raises:
         DataError: no class, no template, or a template without `{}`.

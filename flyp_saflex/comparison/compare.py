@@ -37,7 +37,8 @@ from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.reporting.report import report
 from flyp_saflex.reporting.runs import Preface
-from flyp_saflex.storage.run_folder import RunDir, atomic_write
+from flyp_saflex.storage.files import atomic_write
+from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.training.train import train
 
 
@@ -139,7 +140,7 @@ def _conclude(config: Config, conditions: Sequence[Condition], runs: Sequence[Pl
     judged = [split for split in data.splits.values() if split.role == "test"]
     judged = [split for split in judged if split.shift == "ood"] or judged
     where = options.split or f"{'mean of ' if len(judged) > 1 else ''}{', '.join(split.name for split in judged)}"
-    paragraphs = verdict(outcomes, measure=f"{options.metric} on {where}", select=select or "the select splits")
+    paragraphs = verdict(outcomes, measure=where, select=select or "the select splits")
     _write(out / "verdict.txt", "\n".join(paragraphs) + "\n")
     ordered = [run.path for same in by_name.values() for run in same]
     preface = Preface(tuple(paragraphs), differing_by_seed(conditions))

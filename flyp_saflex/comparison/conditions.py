@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from flyp_saflex import recipe
-from flyp_saflex.config import CompareConfig, Config, DataConfig
+from flyp_saflex.comparing import CompareConfig
+from flyp_saflex.config import Config, DataConfig
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError, nearest
 from flyp_saflex.records import Dataset

@@ -22,6 +22,7 @@ from flyp_saflex.comparison.runs import PlannedRun, evaluation_seconds, step_sec
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
 from flyp_saflex.storage.results import align
+from flyp_saflex.tables import METHODS
 from flyp_saflex.training.setup import prepare
 from flyp_saflex.training.train import train
 
@@ -53,7 +54,7 @@ def load_of(config: Config, limit: int | None = None) -> Load:
     train_options, data = config.train, splits_of(config)
     sizes = {name: min(len(split), limit or len(split)) for name, split in data.splits.items()}
     steps = train_options.steps or round(train_options.epochs * sizes["train"] / train_options.batch_size)
-    steps += train_options.probe_steps if train_options.method == "lp-ft" else 0
+    steps += sum(train_options.probe_steps for phase in METHODS[train_options.method].phases if phase.steps == "probe_steps")
     augmented = round(config.augment.per_train * train_options.batch_size) if config.augment.upstream else 0
     return Load(steps, train_options.batch_size + augmented, sum(n for name, n in sizes.items() if name != "train"))
 
@@ -101,8 +102,8 @@ def disk_bytes(base: Config, pending: Sequence[PlannedRun], limit: int | None) -
         return 0
     run = pending[0].config(base)
     with redirect_stdout(StringIO()):
-        job = prepare(run, limit=limit)
-    weights = BYTES_PER_WEIGHT * sum(parameter.numel() for parameter in job.learner.parameters())
+        setup = prepare(run, limit=limit)
+    weights = BYTES_PER_WEIGHT * sum(parameter.numel() for parameter in setup.task.network.parameters())
     checkpoints = STATE_COPIES * weights * (run.train.keep_checkpoints + 1)  # one more while a new one is written
     kept = {"results": 0, "models": weights, "all": weights + checkpoints}[base.compare.keep]
     return len(pending) * (kept + SMALL_BYTES) + weights + checkpoints

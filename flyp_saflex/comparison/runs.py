@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from flyp_saflex import recipe
+from flyp_saflex.comparing import CompareConfig
 from flyp_saflex.comparison.conditions import Condition, saflex_for, splits_of
-from flyp_saflex.config import CompareConfig, Config
+from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, RunError, nearest
 from flyp_saflex.records import Dataset
 from flyp_saflex.storage.results import read_results
 from flyp_saflex.storage.run_folder import RunDir
-from flyp_saflex.training.schedule import MAY_CHANGE, limit_of
+from flyp_saflex.training.checkpoint import MAY_CHANGE, limit_of
 
 NO_MATTER = (*MAY_CHANGE, "evaluate.batch_size", "evaluate.save_predictions")
 """Options in which a finished run may differ: they change no result."""
@@ -151,13 +152,15 @@ class Outcome:
 
     Attributes:
         condition: the line.
-        test: measure of the verdict, as a fraction.
+        metric: of the verdict, a name in `METRICS`.
+        test: its value on the judged splits.
         select: the same metric on the split that may choose.
         step_seconds: seconds of a training step.
         machines: what it was trained on; times of different machines are not compared.
     """
 
     condition: Condition
+    metric: str
     test: dict[int, float]
     select: dict[int, float]
     step_seconds: dict[int, float]
@@ -170,7 +173,7 @@ def outcome(condition: Condition, runs: Sequence[PlannedRun], options: CompareCo
     Raises:
         RunError: a run without the metric.
     """
-    found = Outcome(condition, {}, {}, {}, {})
+    found = Outcome(condition, options.metric, {}, {}, {}, {})
     for run in runs:
         rows = [row for row in read_results(run.path)["results"] if row["wise_alpha"] == 1]
         found.test[run.seed] = _mean(run, _judged(rows, options.split), options.metric)

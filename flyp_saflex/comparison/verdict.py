@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from flyp_saflex.comparison.runs import Outcome
 from flyp_saflex.evaluation.statistics import Interval, paired_difference, seeds_to_settle, summarise
+from flyp_saflex.tables import METRICS, Metric
 
 MOST_SEEDS = 200
 USES_OF_EDITS = ("trusted", "saflex", "filter")
@@ -23,13 +24,15 @@ class Finding:
 
     Attributes:
         better, worse: what is compared with what, in words.
-        difference: `better` minus `worse`, as a fraction.
+        difference: by how much `better` is better, in the metric's unit.
+        metric: what is compared.
         missing: further seeds that would settle it at the deviation seen; None: not open, unknown, or more than `MOST_SEEDS`.
     """
 
     better: str
     worse: str
     difference: Interval
+    metric: Metric
     missing: int | None
 
     @property
@@ -42,12 +45,13 @@ class Finding:
 
     @property
     def text(self) -> str:
-        """Difference in points with its interval, and what would settle it."""
+        """Difference with its interval, and what would settle it."""
         found = self.difference
-        points = f"{100 * found.mean:+.1f}"
+        mean, low, high = (self.metric.text(value, sign=True) for value in (found.mean, found.low, found.high))
+        unit = " points" if self.metric.is_fraction else ""
         if found.low is None or found.high is None:
-            return f"{points} points, one seed: no interval"
-        text = f"{points} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] points"
+            return f"{mean}{unit}, one seed: no interval"
+        text = f"{mean} [{low}, {high}]{unit}"
         if self.answer != "not shown":
             return text
         if found.low == found.high:
@@ -59,7 +63,9 @@ class Finding:
 
 def compare_pair(better: Outcome, worse: Outcome) -> Finding | None:
     """Return the paired comparison of two conditions on the test splits; None without a shared seed."""
-    found = paired_difference(better.test, worse.test)
+    metric = METRICS[better.metric]
+    pair = (better, worse) if metric.larger_is_better else (worse, better)
+    found = paired_difference(pair[0].test, pair[1].test)
     if found is None:
         return None
     missing = None
@@ -67,7 +73,7 @@ def compare_pair(better: Outcome, worse: Outcome) -> Finding | None:
         spread = summarise(better.test[seed] - worse.test[seed] for seed in better.test if seed in worse.test).deviation or 0.0
         needed = seeds_to_settle(found.mean, spread, most=MOST_SEEDS)
         missing = None if needed is None else max(needed - found.n, 1)
-    return Finding(better.condition.name, worse.condition.name, found, missing)
+    return Finding(better.condition.name, worse.condition.name, found, metric, missing)
 
 
 def best(outcomes: Sequence[Outcome]) -> Outcome | None:
@@ -76,7 +82,10 @@ def best(outcomes: Sequence[Outcome]) -> Outcome | None:
     A condition without a value there (it was trained on the split) is no candidate.
     """
     candidates = [outcome for outcome in outcomes if outcome.select]
-    return max(candidates, key=lambda outcome: summarise(outcome.select.values()).mean, default=None)
+    sign = {outcome.condition.name: 1 if METRICS[outcome.metric].larger_is_better else -1 for outcome in candidates}
+    return max(
+        candidates, key=lambda outcome: sign[outcome.condition.name] * summarise(outcome.select.values()).mean, default=None
+    )
 
 
 def verdict(outcomes: Sequence[Outcome], *, measure: str, select: str) -> list[str]:
@@ -84,7 +93,7 @@ def verdict(outcomes: Sequence[Outcome], *, measure: str, select: str) -> list[s
 
     Args:
         outcomes: of every condition, in the recipe's order.
-        measure: metric and splits in words.
+        measure: splits in words.
         select: name of the split that picks conditions.
     """
     sets = list(dict.fromkeys(outcome.condition.edits for outcome in outcomes if outcome.condition.edits)) or [""]
@@ -94,7 +103,9 @@ def verdict(outcomes: Sequence[Outcome], *, measure: str, select: str) -> list[s
         title = f"[{edits}] " if edits else ""
         lines += [f"{title}{line}" for line in (worth_having(here, select), earns_its_keep(here, select), cost(here))]
     notes = [note for edits in sets for note in remarks([o for o in outcomes if o.condition.edits in ("", edits)], edits)]
-    return [*lines, f"Measure: {measure}; differences in points, paired by seed, with 95 % t-intervals.", *notes]
+    metric = METRICS[outcomes[0].metric]
+    less = "" if metric.larger_is_better else ", the less the better: a difference is by how much it is better"
+    return [*lines, f"Measure: {metric.title} on {measure}{less}; paired by seed, with 95 % t-intervals.", *notes]
 
 
 def worth_having(outcomes: Sequence[Outcome], select: str) -> str:

@@ -53,7 +53,7 @@ def read_cub(config: DataConfig) -> Dataset:
             raise DataError(
                 f"{folder / 'train_test_split.txt'}: image {image} has '{flag}', expected 0 or 1; unpack the archive again"
             )
-        sample = Sample(sample_id=path, path=folder / "images" / path, label=label, box=boxes.get(image))
+        sample = Sample(sample_id=path, item=folder / "images" / path, label=label, box=boxes.get(image))
         if flag == "1":
             train.setdefault(label, []).append(sample)
         else:

@@ -193,7 +193,7 @@ def _samples(root: Path, folder: Path, keys: Sequence[str], domain: str, notes: 
             )
         for path in images:
             sample_id = path.relative_to(root).as_posix()
-            samples.append(Sample(sample_id=sample_id, path=path, label=labels[name], domain=domain))
+            samples.append(Sample(sample_id=sample_id, item=path, label=labels[name], domain=domain))
     if others:
         notes.append(f"{folder}: {others} files are no images (by their ending) and were left out")
     return samples

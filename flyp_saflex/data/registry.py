@@ -8,26 +8,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from flyp_saflex.config import DataConfig
-from flyp_saflex.data.cub import read_cub
-from flyp_saflex.data.folder import read_folder
 from flyp_saflex.data.splitting import SELECT_NAMES, few_shot, quick_look
-from flyp_saflex.data.table import read_table
-from flyp_saflex.data.wilds import read_iwildcam, read_iwildcam_mini
 from flyp_saflex.errors import DataError, nearest
 from flyp_saflex.records import Dataset, Role, Sample, Split
+from flyp_saflex.tables import DATASETS
 
-READERS: dict[str, Callable[[DataConfig], Dataset]] = {
-    "folder": read_folder,
-    "table": read_table,
-    "iwildcam": read_iwildcam,
-    "iwildcam-mini": read_iwildcam_mini,
-    "cub": read_cub,
-}
 # Lists that are published as they are: a class that nobody trains on is worth a note, not an error.
 PUBLISHED = frozenset(("iwildcam", "iwildcam-mini", "cub"))
 
@@ -46,7 +35,7 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
     """
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit}: expected at least 1 image per split")
-    dataset = READERS[config.name](config)
+    dataset = DATASETS[config.name](config)
     _check_splits(dataset)
     if check_files:
         _check_files(dataset)
@@ -154,6 +143,8 @@ def _check_files(dataset: Dataset) -> None:
     missing: dict[str, list[Sample]] = defaultdict(list)
     for split in dataset.splits.values():
         for sample in split.samples:
+            if isinstance(sample.item, int):
+                continue
             folder = sample.path.parent
             if folder not in listings:
                 listings[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()

@@ -64,7 +64,7 @@ def read_table(config: DataConfig) -> Dataset:
     rows = [
         (
             part,
-            Sample(sample_id=sample_id, path=root / sample_id, label=label, domain=domain, caption=caption or None),
+            Sample(sample_id=sample_id, item=root / sample_id, label=label, domain=domain, caption=caption or None),
         )
         for part, sample_id, label, domain, caption in zip(parts, sample_ids, labels, domains, captions, strict=True)
         if part

@@ -65,7 +65,7 @@ def read_iwildcam(config: DataConfig) -> Dataset:
 
     def sample(row: int) -> Sample:
         name = names[row]
-        return Sample(sample_id=name, path=paths[name], label=labels[row], domain=str(locations[row]))
+        return Sample(sample_id=name, item=paths[name], label=labels[row], domain=str(locations[row]))
 
     splits = {
         name: Split(
@@ -107,7 +107,7 @@ def read_iwildcam_mini(config: DataConfig) -> Dataset:
     root, paths = _locate(folder, [name for name, *_ in rows])
     samples: dict[str, list[Sample]] = {name: [] for name in MINI}
     for name, y, split, location in rows:
-        samples[split].append(Sample(sample_id=name, path=paths[name], label=label_of[y], domain=location))
+        samples[split].append(Sample(sample_id=name, item=paths[name], label=label_of[y], domain=location))
     splits = {
         name: Split(name=name, role=role, shift=shift, samples=tuple(samples[name])) for name, (role, shift) in MINI.items()
     }

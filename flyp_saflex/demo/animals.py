@@ -1,7 +1,7 @@
-"""Ten animals as polygons, for the demo's world (floor 2; knows no file, no model).
+"""Ten animal species drawn as polygons, for the synthetic images of the demo.
 
-An animal is a list of `Part`s in its own frame: x forward, y up, feet at y = 0, one unit about half a body long. The
-painter fits their bounding box to the wanted size, so a part may be of any extent.
+An animal is a list of `Part`s in its own coordinates: x forward, y up, feet at y = 0, one unit about half a body length.
+`scene.py` scales the bounding box of all parts to the size of the animal in the image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ ARC = np.stack([np.cos(_HALF), np.sin(_HALF)])
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A filled polygon: points [N, 2], its colour, and whether the coat's pattern goes over it."""
+    """Filled polygon of an animal.
+
+    Attributes:
+        points: outline [N, 2].
+        colour: red, green and blue, 0..255.
+        coat: whether the pattern of the species covers it.
+    """
 
     points: Points
     colour: Colour
@@ -37,11 +43,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """How an animal stands.
+    """Pose of an animal.
 
     Attributes:
-        phase: of the step, 0..1.
-        head: 0 raised, 1 lowered to graze.
+        phase: phase of the walking cycle, 0..1.
+        head: height of the head, from 0 (raised) to 1 (lowered to graze).
     """
 
     phase: float = 0.0
@@ -50,7 +56,7 @@ class Pose:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
-    """A four-legged animal's measures (lengths in its own unit, angles in degrees above the horizon)."""
+    """Measures of a four-legged animal: lengths in its own unit, angles in degrees above the horizontal."""
 
     coat: Colour
     body: tuple[float, float]  # half length, half height
@@ -68,14 +74,14 @@ class Build:
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Points:
-    """Return an ellipse's outline; `angle` in degrees."""
+    """Return the outline [N, 2] of an ellipse with centre (x, y) and radii rx, ry, turned by `angle` degrees."""
     turn = math.radians(angle)
     a, b = rx * CIRCLE[0], ry * CIRCLE[1]
     return np.stack([x + a * math.cos(turn) - b * math.sin(turn), y + a * math.sin(turn) + b * math.cos(turn)], axis=1)
 
 
 def limb(a: tuple[float, float], b: tuple[float, float], ra: float, rb: float) -> Points:
-    """Return the outline around two discs: from radius `ra` at `a` to radius `rb` at `b`."""
+    """Return the outline [N, 2] of a limb from `a` (radius `ra`) to `b` (radius `rb`)."""
     turn = math.atan2(b[1] - a[1], b[0] - a[0])
     cos, sin = math.cos(turn) * ARC[0] - math.sin(turn) * ARC[1], math.sin(turn) * ARC[0] + math.cos(turn) * ARC[1]
     x = np.concatenate([a[0] - ra * cos, b[0] + rb * cos])
@@ -83,17 +89,17 @@ def limb(a: tuple[float, float], b: tuple[float, float], ra: float, rb: float) -
 
 
 def along(a: tuple[float, float], length: float, angle: float) -> tuple[float, float]:
-    """Return the point `length` away from `a`, `angle` degrees above the horizon."""
+    """Return the point at distance `length` from `a`, in the direction `angle` degrees above the horizontal."""
     return a[0] + length * math.cos(math.radians(angle)), a[1] + length * math.sin(math.radians(angle))
 
 
 def darker(colour: Colour, factor: float = 0.72) -> Colour:
-    """Return the colour at a part of its brightness: limbs on the far side."""
+    """Return a darker colour, used for limbs on the far side; `factor` scales the brightness."""
     return int(colour[0] * factor), int(colour[1] * factor), int(colour[2] * factor)
 
 
 def quadruped(build: Build, pose: Pose) -> list[Part]:
-    """Draw a four-legged animal from its measures."""
+    """Return the parts of a four-legged animal, back to front."""
     half_length, half_height = build.body
     leg, thigh, hoof = build.leg
     back = leg + half_height * 0.9
@@ -184,7 +190,7 @@ def _horns(kind: str, nape: tuple[float, float], nose: tuple[float, float], tilt
 
 
 def ostrich(pose: Pose) -> list[Part]:
-    """Draw a two-legged bird: black body, white wing and tail, bare neck and legs."""
+    """Return the parts of an ostrich: black body, white wing and tail, bare neck and legs."""
     skin, parts = (214, 160, 140), []
     for shift, colour in ((0.5, darker(skin)), (0.0, skin)):
         swing = 0.28 * math.sin(2 * math.pi * (pose.phase + shift))
@@ -204,7 +210,7 @@ def ostrich(pose: Pose) -> list[Part]:
 
 
 def tortoise(pose: Pose) -> list[Part]:
-    """Draw a domed shell on short legs."""
+    """Return the parts of a tortoise: a domed shell on short legs."""
     skin, shell, parts = (128, 122, 72), (112, 96, 48), []
     for x, shift, near in ((-0.5, 0.5, False), (0.5, 0.0, False), (-0.56, 0.0, True), (0.52, 0.5, True)):
         foot = (x + 0.07 * math.sin(2 * math.pi * (pose.phase + shift)), 0.09)
@@ -218,7 +224,7 @@ def tortoise(pose: Pose) -> list[Part]:
 
 
 def rabbit(pose: Pose) -> list[Part]:
-    """Draw a crouching body, a round head, two long ears."""
+    """Return the parts of a rabbit: a crouching body, a round head, two long ears."""
     coat, lift = (150, 126, 104), 0.06 * math.sin(2 * math.pi * pose.phase)
     head = (0.55, 0.78 - 0.28 * pose.head)
     parts = [
@@ -271,9 +277,9 @@ BUILDS = {
     ),
 }  # fmt: skip
 SPECIES = ("deer", "zebra", "fox", "bear", "ostrich", "rabbit", "giraffe", "tiger", "tortoise", "rhinoceros")
-"""All of them, the most frequent first."""
+"""All species, the most frequent first."""
 
-# The dark part of a coat, where it has one, in the animal's own frame.
+# Dark pattern of the coat, for species that have one, in the coordinates of the animal.
 PATTERNS: dict[str, tuple[Colour, Pattern]] = {
     "zebra": (BLACK, lambda x, y: np.sin(24 * x + 7 * y + 1.5 * np.sin(5 * y)) > 0.1),
     "tiger": (BLACK, lambda x, y: np.sin(21 * x + 2.5 * np.sin(6 * y)) > 0.62),

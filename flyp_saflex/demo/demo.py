@@ -1,15 +1,18 @@
-"""`flyp-saflex demo`: the whole idea in minutes on images that are drawn here: no download, no GPU (floor 3).
+"""Command `demo`: the whole method in minutes on synthetic images, without download or GPU.
 
-A drawn camera-trap world; edits of its training pictures by the tiny InstructPix2Pix of `assets/tiny_editor`, which obeys but
-does not always keep the animal; the tiny CLIP of `assets/tiny_clip`, zero-shot and finetuned with FLYP without edits, with edits
-trusted, filtered (ALIA), and with SAFLEX; the table and the report.
+1. A synthetic camera-trap dataset.
+2. Edits of its training images by the tiny InstructPix2Pix of `assets/tiny_editor`, which follows the prompt but does not
+   always preserve the animal.
+3. The tiny CLIP of `assets/tiny_clip`, zero-shot and finetuned with FLYP: without edits, with all edits, with filtered edits
+   (ALIA), with SAFLEX.
+4. A table and a report.
 
-Everything is kept in one folder, and what is there is not done again:
+All results are in one folder; a repeated command skips the finished parts:
 
-    demo.json       what the folder was made with          demo.log      what the single steps printed
-    seed0/          one folder per seed:                   report.html   the report, and table.txt what is printed last
-        world/          a WILDS iWildCam v2.0 folder       verdict.txt   the answers of the comparison
-        augment_cache/  the edits and the filters' scores  runs/         one run folder per condition and seed
+    demo.json       settings of the demo                   demo.log      output of the single steps
+    seed0/          one folder per seed:                   report.html   report; table.txt: the table that is printed last
+        world/          a WILDS iWildCam v2.0 folder       verdict.txt   answers of the comparison
+        augment_cache/  edits and filter scores            runs/         one run folder per condition and seed
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ from flyp_saflex.errors import RunError, UserError
 from flyp_saflex.evaluation.statistics import paired_difference, summarise
 from flyp_saflex.filtering.filter import filter_edits
 from flyp_saflex.storage.augment_cache import SCORES, AugmentCache
+from flyp_saflex.storage.files import atomic_write, write_json
 from flyp_saflex.storage.results import align, percent, read_results
-from flyp_saflex.storage.run_folder import RunDir, atomic_write, write_json
+from flyp_saflex.storage.run_folder import RunDir
 
 SIZE_PX = 64
 KEY = "edits"
@@ -51,17 +55,21 @@ ID, OOD = "id_test", "test"
 
 
 def demo(out: Path, *, seeds: int = 1, num_images: int = 2400, steps: int = 0) -> str:
-    """Run the demo in a folder, or go on with it, and return what it printed last: the table and where the report is.
+    """Run the demo in a folder, or resume it.
 
     Args:
-        out: the folder; it is new, empty, or a demo's with the same arguments (but for `seeds`).
-        seeds: how often everything is done, with seeds 0, 1 ...: each has its own world, edits and training runs.
-        num_images: pictures of a world, 400 or more.
-        steps: of every training run; 0: as in the recipe.
+        out: a new or empty folder, or the folder of a demo with the same arguments (`seeds` may differ).
+        seeds: number of repetitions with seeds 0, 1 ..., each with its own world, edits and training runs.
+        num_images: number of images per world, at least 400.
+        steps: steps per training run; 0: as in the recipe.
+
+    Returns:
+        The text that is printed last: the table, the duration and the path of the report.
 
     Raises:
-        RunError: the folder holds something else, cannot be written, or is in use.
-        UserError: started with several processes, or without a seed.
+        RunError: the folder holds other files, cannot be written, or is in use.
+        UserError: several processes, or fewer than one seed.
+        DataError: `num_images` is below 400.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the demo runs in one process: start it as `flyp-saflex demo`, without accelerate launch")
@@ -79,7 +87,7 @@ def demo(out: Path, *, seeds: int = 1, num_images: int = 2400, steps: int = 0) -
         first = {name: own for name, own in config.compare.conditions.items() if name not in (FILTERED, SAFLEX)}
         compare(replace(config, compare=replace(config.compare, conditions=first)), out, conclude=False)
         for seed in range(seeds):
-            progress.say(f"{progress.told(seed)}filter: what shows no animal, hardly changed, or lost its class")
+            progress.say(f"{progress.told(seed)}filter: find edits without an animal, without a change, or of another class")
             _filter(out, seed, _config(out, seed, changes, seeds))
         progress.say(f"training: {LABELS[FILTERED]}, {LABELS[SAFLEX]}")
         compare(config, out)
@@ -93,7 +101,7 @@ def demo(out: Path, *, seeds: int = 1, num_images: int = 2400, steps: int = 0) -
 
 @dataclass
 class _Progress:
-    """Numbers the steps of all seeds together."""
+    """Counter of the steps of all seeds, printed with each step."""
 
     total: int
     done: int = field(default=0, init=False)
@@ -126,7 +134,7 @@ def _make_edits(out: Path, seed: int, num_images: int, config: Config, progress:
     home.mkdir(exist_ok=True)
     progress.say(f"{told}world: {num_images} camera-trap pictures of {len(CLASSES)} classes")
     _world(home / "world", num_images, seed)
-    progress.say(f"{told}edits: a small InstructPix2Pix puts the animals elsewhere (texts: {config.editor.prompts})")
+    progress.say(f"{told}edits: a small InstructPix2Pix moves the animals to other places (prompts: {config.editor.prompts})")
     with _printing_to(out / "demo.log"):
         generate(config)
 
@@ -142,7 +150,7 @@ def _filter(out: Path, seed: int, config: Config) -> None:
 
 @contextmanager
 def _folder(out: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Hold the folder for this demo: new, or made with the same settings.
+    """Lock the folder and check that it is new or has the same settings.
 
     Raises:
         RunError: see `demo`.
@@ -164,7 +172,7 @@ def _folder(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             f"--out {out}: {error.filename or 'a file'} cannot be written ({error.strerror}); free disk space or choose another"
         ) from error
     except KeyboardInterrupt:
-        print("\nWhat is done stays: the same command goes on from here.", flush=True)
+        print("\nStopped; the same command resumes the demo.", flush=True)
         raise
 
 
@@ -172,11 +180,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        return {}  # not ours: differs from every setting
+        return {}  # not written by the demo: differs from all settings
 
 
 def _world(folder: Path, num_images: int, seed: int) -> Path:
-    """Draw the world unless it is there; return its dataset's folder."""
+    """Render the world unless it is complete; return the folder of its dataset."""
     root = folder / FOLDER
     if (root / "RELEASE_v2.0.txt").is_file():
         return root
@@ -184,7 +192,10 @@ def _world(folder: Path, num_images: int, seed: int) -> Path:
 
 
 def summary(runs: Sequence[Path]) -> str:
-    """Return the table of the runs as text: means over seeds, and the paired difference of SAFLEX to trusting the edits."""
+    """Return the table of the runs as text.
+
+    It has the mean over seeds per condition and, with several seeds, the paired difference of SAFLEX to trusting all edits.
+    """
     by_name: dict[str, dict[int, dict[str, float | None]]] = {}
     for run in runs:
         results = read_results(run)
@@ -196,9 +207,9 @@ def summary(runs: Sequence[Path]) -> str:
         lines.append((LABELS[name], *(percent(summarise(column).mean) if column else "-" for column in columns)))
     seeds = sorted(by_name[SAFLEX])
     text = align(lines, left=1) + (
-        f"\n\nF1: macro. ID: {ID}, cameras that training knows; OOD: {OOD}, cameras at places that it never saw."
+        f"\n\nF1: macro. ID: {ID}, cameras of the training split; OOD: {OOD}, cameras at places that are not in training."
         "\nWiSE: weights between zero-shot (0) and finetuned (1); alpha chosen on id_val, never on a test split."
-        "\nSAFLEX takes its gradient from val: cameras at two more places that nothing is trained on.\n"
+        "\nSAFLEX takes its validation gradient from val: cameras at two other places, which no run trains on.\n"
     )
     if len(seeds) == 1:
         return text + f"n = 1 (seed {seeds[0]}): differences of a few points are noise; --seeds 5 repeats everything.\n"
@@ -214,7 +225,7 @@ def summary(runs: Sequence[Path]) -> str:
 
 
 def _numbers(results: dict[str, Any]) -> dict[str, float | None]:
-    """Return the table's numbers of one run by column."""
+    """Return the values of one run by column of the table."""
     by = {(row["split"], row["wise_alpha"]): row for row in results["results"]}
     found: dict[str, float | None] = {}
     for label, metric in (("acc.", "accuracy"), ("F1", "macro_f1")):
@@ -226,6 +237,6 @@ def _numbers(results: dict[str, Any]) -> dict[str, float | None]:
 
 @contextmanager
 def _printing_to(log: Path) -> Iterator[None]:
-    """Append what the single steps print to a file; progress bars stay on the terminal."""
+    """Append the printed output of a step to a file; progress bars stay on the terminal."""
     with open(log, "a", encoding="utf-8") as file, redirect_stdout(file):
         yield

@@ -1,7 +1,9 @@
-"""Ten kinds of place, each different at every camera, for the demo's world (floor 2; knows no file, no model).
+"""Ten kinds of places with a backdrop per camera, for the synthetic images of the demo.
 
-A backdrop is float32 [S, S, 3] in 0..255 and depends on the place and on the camera's number only, as a fixed camera sees
-the same hill on every picture. `PLACES` also says how the place's light falls on an animal and what grows in front of it.
+A backdrop is float32 [S, S, 3] in 0..255. It depends on the place and the camera number only, because a fixed camera sees the
+same background in every image. `PLACES` also has the light on an animal and the colour of the plants in front of it.
+
+Shapes: S side of the image in pixels.
 """
 
 from __future__ import annotations
@@ -21,18 +23,18 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A kind of place.
+    """Kind of place: colours, light and scenery.
 
     Attributes:
-        sky: colours at the top and at the horizon.
-        ground: colours at the horizon and at the bottom.
-        horizon: its height as a fraction of the image from the top; every camera moves it a little.
-        light: factors for red, green and blue of whatever stands there.
-        glow: brightness added to it (fur shines in infrared light).
-        growth: colour of what hides an animal's feet.
-        texture: strength of the ground's grain.
-        scenery: draws trees, boulders, dunes ... over the bare backdrop.
-        infrared: the picture has no colours and a bright middle, as from a flash at night.
+        sky: colours at the top of the image and at the horizon.
+        ground: colours at the horizon and at the bottom of the image.
+        horizon: height of the horizon, as a fraction of the image from the top; it varies a little between cameras.
+        light: factors for red, green and blue of an animal.
+        glow: brightness added to an animal (fur is bright in infrared light).
+        growth: colour of the plants that hide the feet of an animal.
+        texture: strength of the noise on the ground, in units of 0..255.
+        scenery: function that draws trees, boulders, dunes ... over the backdrop.
+        infrared: whether the image is grey with a bright centre, as with a flash at night.
     """
 
     sky: tuple[Colour, Colour]
@@ -47,7 +49,7 @@ class Place:
 
 
 def smooth_noise(rng: np.random.Generator, size_px: int, cells: int) -> Pixels:
-    """Return noise [S, S] with standard deviation about 1, `cells` blobs wide."""
+    """Return smooth noise [S, S] with standard deviation about 1, interpolated from `cells` x `cells` values."""
     coarse = rng.standard_normal((cells, cells)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((size_px, size_px), Image.Resampling.BICUBIC))
 
@@ -244,7 +246,16 @@ PLACES: dict[str, Place] = {
 
 @lru_cache(maxsize=256)
 def backdrop(name: str, camera: int, size_px: int) -> Pixels:
-    """Return what a camera sees when nothing is there, read-only, float32 [S, S, 3] in 0..255."""
+    """Draw the background of a camera without an animal.
+
+    Args:
+        name: one of `PLACES`.
+        camera: number of the camera.
+        size_px: S.
+
+    Returns:
+        Float32 [S, S, 3] in 0..255, cached and therefore read-only.
+    """
     place = PLACES[name]
     rng = np.random.default_rng([zlib.crc32(name.encode()), camera])
     horizon = int(size_px * (place.horizon + rng.uniform(-0.05, 0.05)))
@@ -259,6 +270,6 @@ def backdrop(name: str, camera: int, size_px: int) -> Pixels:
         place.scenery(ImageDraw.Draw(image), rng, size_px, horizon)
     grain = smooth_noise(rng, size_px, 24) + smooth_noise(rng, size_px, 7)
     pixels = np.asarray(image, dtype=np.float32) + (grain * place.texture * (rows >= horizon))[:, :, None]
-    pixels *= (1 + rng.uniform(-0.05, 0.05, size=3)).astype(np.float32)  # no two cameras have the same white balance
+    pixels *= (1 + rng.uniform(-0.05, 0.05, size=3)).astype(np.float32)  # every camera has its own white balance
     pixels.setflags(write=False)
     return pixels

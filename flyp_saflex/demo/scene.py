@@ -1,7 +1,8 @@
-"""One picture of the drawn world, from a description of everything in it (floor 2; knows no file, no model).
+"""Synthetic camera-trap image, rendered from a complete description of its scene.
 
-The same scene at another place, `at(scene, "snow")`, is the ground truth of an edit that changes nothing but the background.
-Shapes: S side in pixels of the canvas that is drawn on, twice the image's.
+The same scene at another place, `at(scene, "snow")`, is the ground truth of an edit that changes the background only.
+
+Shapes: S side of the canvas in pixels, `SUPERSAMPLING` times the side of the image.
 """
 
 from __future__ import annotations
@@ -18,32 +19,32 @@ from flyp_saflex.demo.animals import PATTERNS, Part, Pose, draw
 from flyp_saflex.demo.places import PLACES, Place, backdrop
 
 SUPERSAMPLING = 2
-BARE, COAT = 128, 255  # an animal's mask: parts without and with the coat's pattern
+BARE, COAT = 128, 255  # mask of an animal: parts without and with the pattern of the coat
 BAR = 0.085
-"""Height of the timestamp bar, a fraction of the image."""
+"""Height of the timestamp bar, as a fraction of the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Everything that a picture shows.
+    """Complete description of an image; equal scenes give equal pixels.
 
     Attributes:
-        species: one of `animals.SPECIES`; None: nobody is there.
+        species: one of `animals.SPECIES`; None: no animal.
         place: one of `places.PLACES`.
-        camera: number of the camera; it fixes the backdrop.
-        x: middle of the animal, a fraction of the width.
-        y: where it stands, a fraction of the height from the top.
-        size: its longer side, a fraction of the image's.
-        facing: 1 right, -1 left.
-        phase: of its step, 0..1.
-        head: 0 raised, 1 grazing.
-        tone: brightness of its coat, -1..1.
-        occlusion: what grows in front of it, 0 nothing .. 1 up to its belly.
-        blur_px: radius of the blur at 64 pixels.
-        exposure: 1 is right; above is too bright.
-        time: as on the timestamp bar, `2014-06-03 05:12:44`.
-        individual: seed of the animal's hue and of the growth; the same for all pictures of a burst.
-        seed: of the grain.
+        camera: number of the camera, which determines the backdrop.
+        x: centre of the animal, as a fraction of the width.
+        y: position of its feet, as a fraction of the height from the top.
+        size: longer side of the animal, as a fraction of the side of the image.
+        facing: 1: right; -1: left.
+        phase: phase of the walking cycle, 0..1.
+        head: height of the head, from 0 (raised) to 1 (grazing).
+        tone: brightness of the coat, -1..1.
+        occlusion: height of the plants in front of the animal, from 0 (none) to 1 (up to its belly).
+        blur_px: radius of the Gaussian blur, in pixels of an image of 64 pixels.
+        exposure: factor of the brightness; 1: normal.
+        time: timestamp, `2014-06-03 05:12:44`.
+        individual: seed of the hue of the animal and of the plants; equal for all images of a burst.
+        seed: seed of the sensor noise.
     """
 
     species: str | None
@@ -65,7 +66,7 @@ class Scene:
 
 
 def render(scene: Scene, size_px: int = 64) -> Image.Image:
-    """Draw a scene as an RGB image of `size_px` x `size_px` pixels; the same scene gives the same pixels."""
+    """Render a scene as an RGB image of `size_px` x `size_px` pixels; equal scenes give equal pixels."""
     place, canvas = PLACES[scene.place], size_px * SUPERSAMPLING
     rng = np.random.default_rng(scene.individual)
     hue = rng.uniform(0.94, 1.06, size=3).astype(np.float32)
@@ -89,10 +90,10 @@ def render(scene: Scene, size_px: int = 64) -> Image.Image:
 
 
 def at(scene: Scene, place: str) -> Scene:
-    """Return the same scene at another place: the ground truth of an edit `put it in the snow`.
+    """Return the same scene at another place: the ground truth of an edit such as `put it in the snow`.
 
     Raises:
-        KeyError: there is no such place.
+        KeyError: unknown place.
     """
     if place not in PLACES:
         raise KeyError(place)
@@ -106,7 +107,7 @@ def _paint_animal(pixels: NDArray[np.float32], scene: Scene, place: Place, hue: 
     parts = draw(scene.species, Pose(phase=scene.phase, head=scene.head))
     outline = np.concatenate([part.points for part in parts])
     (left, bottom), (right, top) = outline.min(axis=0), outline.max(axis=0)
-    # The longer side counts, the shorter one a little: a giraffe is not thinner than a fox is low.
+    # The size is mostly the longer side, and partly the shorter one: otherwise tall thin animals would look too small.
     scale = scene.size * side / (0.75 * max(right - left, top - bottom) + 0.25 * min(right - left, top - bottom))
     middle = (left + right) / 2
     ground_y = scene.y * side
@@ -121,7 +122,7 @@ def _paint_animal(pixels: NDArray[np.float32], scene: Scene, place: Place, hue: 
     box = (scene.x * side - reach, ground_y - top * scale - 2, scene.x * side + reach, ground_y + 0.09 * scale + 4)
     x0, y0, x1, y1 = (int(np.clip(edge, 0, side)) for edge in box)
     if x0 >= x1 or y0 >= y1:
-        return  # it stands outside of the picture
+        return  # the animal is outside of the image
 
     colours, mask = Image.new("RGB", (side, side)), Image.new("L", (side, side))
     paint_colour, paint_mask = ImageDraw.Draw(colours).polygon, ImageDraw.Draw(mask).polygon
@@ -144,7 +145,7 @@ def _paint_animal(pixels: NDArray[np.float32], scene: Scene, place: Place, hue: 
 
 
 def _paint_growth(image: Image.Image, scene: Scene, place: Place, rng: np.random.Generator) -> None:
-    """Draw blades in front of the animal's feet."""
+    """Draw blades of grass in front of the feet of the animal."""
     painter, side = ImageDraw.Draw(image), image.width
     base, height = (scene.y + 0.06) * side, scene.occlusion * scene.size * side * 0.42
     num_blades = int(24 + 60 * scene.occlusion)
@@ -157,7 +158,7 @@ def _paint_growth(image: Image.Image, scene: Scene, place: Place, rng: np.random
 
 
 def _infrared(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Take the colours away and light the middle, as a flash does."""
+    """Convert to grey with a bright centre, as with a flash."""
     side = pixels.shape[0]
     rows, columns = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j].astype(np.float32)
     grey = pixels @ np.array([0.45, 0.35, 0.2], dtype=np.float32)
@@ -166,7 +167,7 @@ def _infrared(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _paint_bar(image: Image.Image, scene: Scene) -> None:
-    """Write camera and time on a black bar at the bottom."""
+    """Draw a black bar with time and camera at the bottom."""
     side = image.width
     height = max(4, round(BAR * side))
     painter = ImageDraw.Draw(image)

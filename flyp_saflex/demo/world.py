@@ -1,7 +1,7 @@
-"""Camera traps in the drawn world: what they took when, written to disk as a WILDS iWildCam v2.0 folder (floor 2).
+"""Synthetic camera-trap dataset, written as a WILDS iWildCam v2.0 folder.
 
-Each camera stands at one place. Training cameras (which `id_val` and `id_test` share) see most species at the species'
-own place; the cameras of `val` and `test` stand at places that training never saw, where every species comes alike.
+Each camera is at one place. In training, `id_val` and `id_test`, which share their cameras, most images of a species are from
+its home place: place and class are correlated. The cameras of `val` and `test` are at new places, without that correlation.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ TEST_PLACES = ("dusk", "autumn")
 HOME = dict(
     zip(SPECIES, ("forest", "savanna", "meadow", "forest", "desert", "meadow", "savanna", "rocks", "lake", "lake"), strict=True)
 )
-"""The place where training sees a species; whatever is at home together has to be told apart by its looks."""
+"""Home place of each species in training; species that share a place differ in appearance only."""
 AT_HOME = 0.9
-"""Part of a species' training bursts that is taken at its own place."""
+"""Fraction of the training bursts of a species at its home place."""
 EMPTY_PART = 0.2
+"""Fraction of the bursts without an animal."""
 RARER = 0.76
-"""Each species is this much as frequent as the one before."""
+"""Ratio of the frequencies of consecutive species."""
 SPLITS = {"train": 1 / 3, "id_val": 1 / 12, "id_test": 1 / 8, "val": 1 / 8, "test": 1 / 3}
-"""As much to test on as to train on: in fewer test pictures a difference of a few points would be noise."""
+"""Fraction of the images per split. The test split is as large as the training split: with fewer test images a difference of a
+few points would be noise."""
 ANIMAL_SIZE = 0.45
-"""Mean height or width of an animal, whichever is larger, as a part of the picture: most pass at a distance."""
+"""Mean of the larger of height and width of an animal, as a fraction of the image."""
 CAMERAS_PER_PLACE = 4
 FOLDER = "iwildcam_v2.0"
 COLUMNS = (
@@ -51,7 +53,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shot:
-    """One picture that a camera took: what it shows, its split, burst and place in the burst."""
+    """Image of a camera: scene, split, number of the burst, and position in the burst."""
 
     scene: Scene
     split: str
@@ -61,17 +63,22 @@ class Shot:
 
     @property
     def label(self) -> int:
-        """Class index."""
+        """Class index of the image."""
         return CLASSES.index(self.scene.species or EMPTY)
 
 
 def plan(num_images: int, seed: int, *, animal_size: float = ANIMAL_SIZE) -> list[Shot]:
-    """Return every picture of a world without drawing one; `animal_size` is the mean, as a part of the picture.
+    """Plan all images of a world without rendering them.
 
-    Every class has at least one burst in every split, so `num_images` is at least 400.
+    Every class has at least one burst in every split.
+
+    Args:
+        num_images: number of images in all splits together, at least 400.
+        seed: seed of the plan.
+        animal_size: mean size of an animal, as a fraction of the image.
 
     Raises:
-        DataError: `num_images` is too small for that.
+        DataError: `num_images` is below 400.
     """
     if num_images < 400:
         raise DataError(
@@ -84,7 +91,7 @@ def plan(num_images: int, seed: int, *, animal_size: float = ANIMAL_SIZE) -> lis
     num_bursts = 0
     for split, size in sizes.items():
         left = size
-        most = 4 if size >= 4 * len(CLASSES) else 2  # so that the first burst of every class fits
+        most = 4 if size >= 4 * len(CLASSES) else 2  # so that one burst of every class fits
         for label, places in _visits(split, rng):
             frames = min(left, int(rng.integers(1, most + 1)))
             place, camera = places[int(rng.integers(len(places)))]
@@ -106,7 +113,7 @@ def _cameras() -> dict[str, tuple[int, ...]]:
 
 
 def _visits(split: str, rng: np.random.Generator) -> Iterator[tuple[int, list[tuple[str, int]]]]:
-    """Yield class and possible (place, camera) of one burst after another, without end; first each class once."""
+    """Yield class and candidate (place, camera) pairs of bursts, endlessly; each class once at first."""
     cameras = _cameras()
     frequency = RARER ** np.arange(len(SPECIES))
     frequency = np.concatenate([[EMPTY_PART], (1 - EMPTY_PART) * frequency / frequency.sum()])
@@ -122,7 +129,7 @@ def _visits(split: str, rng: np.random.Generator) -> Iterator[tuple[int, list[tu
 def _burst(
     species: str | None, place: str, camera: int, num_frames: int, animal_size: float, rng: np.random.Generator
 ) -> list[Scene]:
-    """Return consecutive pictures: one animal that walks on, or the wind that set the camera off."""
+    """Return the scenes of a burst: one walking animal, or an empty place."""
     facing = int(rng.choice((-1, 1)))
     earliest, latest = {"infrared night": (20, 29), "dusk": (18, 20)}.get(place, (6, 18))
     start = datetime(2014, 1, 1) + timedelta(
@@ -159,23 +166,23 @@ def _burst(
 
 
 def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px: int = 64) -> Path:
-    """Draw a world and write it as WILDS' iWildCam v2.0.
+    """Render a world and write it in the layout of WILDS iWildCam v2.0.
 
-    Writes `folder/iwildcam_v2.0/` (`metadata.csv`, `categories.csv`, `RELEASE_v2.0.txt`, `train/*.jpg`), and beside them
-    what only a drawn world has: `scenes.jsonl`, one scene per picture, and `prompts/` for `data.prompts`. Use it with
+    Writes `folder/iwildcam_v2.0/` (`metadata.csv`, `categories.csv`, `RELEASE_v2.0.txt`, `train/*.jpg`) and, in addition to
+    the layout of WILDS, `scenes.jsonl` with one scene per image and `prompts/` for `data.prompts`. Use it with
     `data.name = "iwildcam"`, `data.root = FOLDER`, `data.prompts = FOLDER/iwildcam_v2.0/prompts`.
 
     Args:
-        folder: where to; it is made if missing. Files of an earlier world with the same arguments are written again.
-        num_images: pictures in all five splits together, 400 or more.
-        seed: the same one gives the same files.
-        size_px: side of a picture.
+        folder: output folder, created if missing; an existing world with the same arguments is overwritten.
+        num_images: number of images in all five splits together, at least 400.
+        seed: seed of the world; equal arguments give equal files.
+        size_px: side of an image in pixels.
 
     Returns:
-        The folder `iwildcam_v2.0`. The release file, without which `wilds` does not open it, is written last.
+        The folder `iwildcam_v2.0`. `RELEASE_v2.0.txt`, which `wilds` needs to open it, is written last.
 
     Raises:
-        DataError: `num_images` is too small.
+        DataError: `num_images` is below 400.
     """
     shots = plan(num_images, seed)
     root = folder / FOLDER
@@ -222,18 +229,16 @@ def _row(shot: Shot, image_id: str, seed: int, location: int) -> Mapping[str, ob
 
 
 def read_scenes(root: Path) -> dict[str, Scene]:
-    """Return the scene of every picture of a world by file name.
+    """Read the scene of every image of a world, by file name.
 
     Args:
-        root: the folder that `write_world` returned.
+        root: folder returned by `write_world`.
 
     Raises:
-        DataError: it holds no drawn world.
+        DataError: the folder has no `scenes.jsonl`.
     """
     path = root / "scenes.jsonl"
     if not path.is_file():
-        raise DataError(
-            f"{root} has no scenes.jsonl: it is not a world that was drawn here; give the folder that write_world returned"
-        )
+        raise DataError(f"{root} has no scenes.jsonl: it is not a synthetic world; give the folder that write_world returned")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {row.pop("filename"): Scene(**row) for row in rows}

@@ -1,1 +1,1 @@
-"""From edit texts to edited images in the augment cache, by diffusers pipelines."""
+"""Edited images in the augment cache: the command `generate` and its editors."""

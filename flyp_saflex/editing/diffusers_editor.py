@@ -1,11 +1,9 @@
-"""The editor: diffusers' pipelines behind one small interface, and the only file that imports diffusers (floor 3).
+"""Editors made of diffusers' pipelines; the only file that imports diffusers.
 
-    Request(image, text, seed, box) x R -> Editor.edit -> image, or the reason why there is none, x R
-
-Requests of the same output size make one batch, whatever their images and texts. An edit depends on its request alone, not on
-what else is in the batch, on the batches before, or on the device's random numbers: every request has a generator of its own
-on the CPU, for every draw, and every text is encoded once, by itself. What is left is rounding: in float32 a batch of 5 and
-batches of 1 differ by at most 2 of 255 (tests/stages/test_editor.py; 0 or 1 with 16 schedulers on small random models).
+Requests of the same output size form one batch. An edit depends on its request alone, not on its batch, on the batches before,
+or on the device's random numbers: every request has its own generator on the CPU for all of its noise, and every text is
+encoded once, by itself. Only rounding remains: in float32 a batch of 5 and batches of 1 differ by at most 2 of 255
+(tests/editing/test_diffusers_editor.py; 0 or 1 with 16 schedulers on small random models).
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,77 +18,59 @@ from PIL import Image
 from tqdm import tqdm
 
 from flyp_saflex.config import EditorConfig
+from flyp_saflex.editing.editor import Request
 from flyp_saflex.editing.pipeline_files import Source, locate, quiet, reason
 from flyp_saflex.editing.prompt_encoder import Texts
-from flyp_saflex.editing.settings import DEFAULT_MODELS, MAX_ASPECT, Settings, output_size, resolve, scale_box, uses_instruction
-from flyp_saflex.errors import ConfigError, ModelError, RunError, nearest
+from flyp_saflex.editing.schedulers import check_scheduler, make_scheduler
+from flyp_saflex.editing.settings import EDITORS, MAX_ASPECT, EditorKind, kind_of, output_size, scale_box
+from flyp_saflex.errors import ConfigError, ModelError, RunError
 
-__all__ = ["DEFAULT_MODELS", "Editor", "Request", "Settings", "load_editor", "resolve", "uses_instruction"]
-
-SEEDLESS = "DPMSolverSDEScheduler"
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One edit to make.
+class DiffusersEditor:
+    """A loaded pipeline of diffusers as an `Editor`.
 
     Attributes:
-        image: the source, upright RGB; None only for `text2img`.
-        text: instruction or prompt with the class name filled in.
-        seed: of this edit's noise, 0..2**63-1.
-        box: left, top, width, height in pixels of `image`: what `inpaint` keeps.
-    """
-
-    image: Image.Image | None
-    text: str
-    seed: int
-    box: tuple[float, float, float, float] | None = None
-
-
-class Editor:
-    """A loaded pipeline.
-
-    Attributes:
-        settings: what decides how an edit looks.
+        settings: the options, with the usual values of the kind filled in.
         identity: `model` (hub id or name of the folder) and `revision` (the hub's commit, or a digest of the folder).
         grid_px: sides of edits are multiples of this.
-        batch_size: most edits made at once; 1 for `auto`, where a list of images may mean several sources of one edit. It is
-            halved where so many do not fit into the GPU's memory, and stays so.
-        tell: called with a line about that.
+        batch_size: most edits per call of the pipeline; 1 for kinds that go one by one. It is halved, for good, when a batch
+            does not fit into the GPU's memory.
+        tell: function that is called with a line about each halving.
     """
 
     tell: Callable[[str], object] = staticmethod(tqdm.write)
 
-    def __init__(self, pipeline: Any, settings: Settings, identity: dict[str, str], *, batch_size: int = 8) -> None:
-        self.settings, self.identity, self._pipeline = settings, identity, pipeline
-        self.batch_size = 1 if settings.kind == "auto" else batch_size
+    def __init__(self, pipeline: Any, settings: EditorConfig, identity: dict[str, str]) -> None:
+        self.settings, self.identity, self._pipeline, self._kind = settings, identity, pipeline, kind_of(settings.kind)
+        self.batch_size = 1 if self._kind.one_by_one else settings.batch_size
         self._accepted = inspect.signature(type(pipeline).__call__).parameters
         self.grid_px = _grid_px(pipeline)
         self._options = self._fixed_options()
-        self._texts = Texts(pipeline, settings.negative_prompt, self._accepted, one_by_one=settings.kind == "auto")
+        self._texts = Texts(pipeline, settings.negative_prompt, self._accepted, one_by_one=self._kind.one_by_one)
         if (too_long := self._texts.too_long(settings.negative_prompt)) is not None:
             raise ConfigError(f"editor.negative_prompt: {too_long}")
 
     def output_size(self, width_px: int, height_px: int) -> tuple[int, int]:
-        """Return (width, height) of an edit of a source; `text2img` makes squares."""
-        if self.settings.kind == "text2img":
+        """Return (width, height) in pixels of an edit of a source; kinds without a source make squares."""
+        if not self._kind.needs:
             width_px = height_px = self.settings.size_px
         return output_size(width_px, height_px, size_px=self.settings.size_px, grid_px=self.grid_px)
 
     def edit(self, requests: Sequence[Request]) -> list[Image.Image | str]:
-        """Make the edits.
+        """Make the edits, in batches of equal output size.
 
         Args:
             requests: any number, in any mix of sizes.
 
         Returns:
-            Per request an RGB image of `output_size`, or a text that says why there is none: the safety checker flagged
-            it, `inpaint` has no box, the source is too long and thin, or the text too long for the text encoder.
+            Per request an RGB image of `output_size`, or the reason why there is none: the safety checker flagged the
+            image, there is no usable box, the source is too long and thin, or the text is too long for the text encoder.
 
         Raises:
-            RunError: not even one edit fits into the GPU's memory.
-            ModelError: an `auto` pipeline cannot be called with an image and a text.
+            RunError: a single edit does not fit into the GPU's memory.
+            ModelError: the pipeline of `auto` cannot be called with an image and a text.
         """
         outcomes: dict[int, Image.Image | str] = {}
         rows_of_size: dict[tuple[int, int], list[int]] = {}
@@ -118,7 +97,7 @@ class Editor:
         return [outcomes[row] for row in range(len(requests))]
 
     def _halve(self, count: int, size: tuple[int, int]) -> None:
-        """Make fewer edits at once from now on: `count` of them did not fit."""
+        """Halve the batch size after a batch of `count` edits did not fit into memory."""
         if count == 1:
             raise RunError(
                 f"an edit of {size[0]} x {size[1]} px does not fit into the GPU's memory: lower editor.size_px, or set "
@@ -133,7 +112,7 @@ class Editor:
     def _refusal(self, request: Request) -> str | None:
         if (too_long := self._texts.too_long(request.text)) is not None:
             return too_long
-        if self.settings.kind == "text2img":
+        if "image" not in self._kind.needs:
             return None
         if request.image is None:
             return "there is no source image"
@@ -142,7 +121,7 @@ class Editor:
             return (
                 f"the source is {request.image.width} x {request.image.height} px, more than {MAX_ASPECT} times as long as wide"
             )
-        if self.settings.kind == "inpaint":
+        if "box" in self._kind.needs:
             if request.box is None:
                 return "there is no box to keep: inpaint repaints what is around one"
             size = self.output_size(*request.image.size)
@@ -159,11 +138,11 @@ class Editor:
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         batch: dict[str, Any] = {"generator": generators} | self._texts.arguments([request.text for request in requests])
         sources, masks = [], []
-        if self.settings.kind != "text2img":
+        if "image" in self._kind.needs:
             sources = batch["image"] = [_resized(request.image, size) for request in requests]
-        if self.settings.kind == "inpaint":
+        if "box" in self._kind.needs:
             masks = batch["mask_image"] = [_repaint_mask(request, size) for request in requests]
-        if self.settings.kind == "auto":  # single things instead of lists of one, which every pipeline takes
+        if self._kind.one_by_one:  # single things instead of lists of one, which every pipeline takes
             batch = {name: values[0] for name, values in batch.items()}
         if "true_cfg_scale" in self._accepted and self._guidance_name() == "true_cfg_scale":
             batch.setdefault("negative_prompt", " ")  # without one, these pipelines ignore the guidance
@@ -180,7 +159,7 @@ class Editor:
             with quiet():
                 output = self._pipeline(**batch, **self._options)
         except (TypeError, ValueError) as error:
-            if self.settings.kind != "auto":
+            if not self._kind.one_by_one:
                 raise
             raise ModelError(
                 f"editor.model = {self.identity['model']}: {type(self._pipeline).__name__} cannot be called with an image and "
@@ -195,9 +174,9 @@ class Editor:
         return images, list(getattr(output, "nsfw_content_detected", None) or [False] * count)
 
     def _fixed_options(self) -> dict[str, Any]:
-        """Return the arguments that are the same for every batch, by the pipeline's names."""
+        """Return the arguments that are the same for every batch, by their names in the pipeline's call."""
         settings, name = self.settings, type(self._pipeline).__name__
-        for needed in ("prompt",) if settings.kind == "text2img" else ("prompt", "image"):
+        for needed in ("prompt", *(["image"] if "image" in self._kind.needs else [])):
             if needed not in self._accepted:
                 raise ModelError(
                     f"editor.model = {settings.model}: {name} takes no {needed}, so it cannot be used with editor.kind = "
@@ -214,7 +193,7 @@ class Editor:
             if value is not None and argument not in self._accepted:
                 raise ConfigError(
                     f"editor.{option} = {value!r}, but {name} of editor.model = {settings.model} has no {argument}: "
-                    + ("remove the option" if settings.kind == "auto" else "use another editor.model or editor.kind")
+                    + ("remove the option" if self._kind.usual.get(option) is None else "use another editor.model or editor.kind")
                 )
         if settings.negative_prompt and "true_cfg_scale" in self._accepted and self._guidance_name() != "true_cfg_scale":
             raise ConfigError(
@@ -225,58 +204,50 @@ class Editor:
         return {argument: value for argument, (_, value) in options.items() if value is not None} | {"output_type": "pil"}
 
     def _guidance_name(self) -> str:
-        """Return the argument that `editor.guidance` means: where `true_cfg_scale` is on by default, the other one is unused."""
+        """Return the argument of `editor.guidance`: `true_cfg_scale` where it is on by default, else `guidance_scale`."""
         true_cfg = self._accepted.get("true_cfg_scale")
         return "true_cfg_scale" if true_cfg is not None and (true_cfg.default or 0) > 1 else "guidance_scale"
 
 
-def load_editor(config: EditorConfig, *, device: torch.device | str = "cpu") -> Editor:
-    """Load the editor that the options name.
+def load(settings: EditorConfig, *, device: torch.device | str = "cpu") -> DiffusersEditor:
+    """Load a pipeline as an editor.
 
     Args:
-        config: the recipe's section `editor`.
-        device: where the pipeline goes.
+        settings: the options with the usual values of the kind filled in.
+        device: device of the pipeline.
 
     Raises:
-        ConfigError: options that do not fit the kind or the model, an unknown scheduler.
-        ModelError: weights that cannot be had, or that are another kind of editor's.
+        ConfigError, ModelError: see `editor.load_editor`.
     """
-    settings = resolve(config)
+    kind = kind_of(settings.kind)
     with quiet():
         import diffusers
 
-        _check_scheduler(diffusers, settings.scheduler)
+        check_scheduler(diffusers, settings.scheduler)
         source = locate(settings, diffusers.DiffusionPipeline)
-        pipeline = _load(diffusers, settings, source)
-    _check_channels(pipeline, settings)
+        pipeline = _load(diffusers, settings, kind, source)
+    _check_channels(pipeline, settings, kind)
     with quiet():
         if settings.scheduler:
-            pipeline.scheduler = _scheduler(diffusers, pipeline.scheduler, settings)
+            pipeline.scheduler = make_scheduler(diffusers, pipeline.scheduler, settings)
         pipeline.set_progress_bar_config(disable=True)
         dtype = PRECISIONS[settings.precision]
         pipeline.to(device) if pipeline.dtype == dtype else pipeline.to(device, dtype)
         denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-        if config.compile and denoiser is not None:
+        if settings.compile and denoiser is not None:
             denoiser.compile()
-    return Editor(pipeline, settings, source.identity, batch_size=config.batch_size)
+    return DiffusersEditor(pipeline, settings, source.identity)
 
 
-def _load(diffusers: Any, settings: Settings, source: Source) -> Any:
-    """Load the pipeline class of the kind from a folder."""
-    cls = {
-        "auto": diffusers.DiffusionPipeline,
-        "img2img": diffusers.AutoPipelineForImage2Image,
-        "text2img": diffusers.AutoPipelineForText2Image,
-        "inpaint": diffusers.AutoPipelineForInpainting,
-        "instruct-pix2pix": diffusers.StableDiffusionInstructPix2PixPipeline,
-    }[settings.kind]
-    if settings.kind == "instruct-pix2pix" and "InstructPix2Pix" in source.class_name:
-        cls = diffusers.DiffusionPipeline  # Stable Diffusion XL has a class of its own
+def _load(diffusers: Any, settings: EditorConfig, kind: EditorKind, source: Source) -> Any:
+    """Load the pipeline of the kind from a folder."""
+    own_class = kind.family and kind.family in source.class_name
     options: dict[str, Any] = {"dtype": PRECISIONS[settings.precision]}
     if source.has_safety_checker and not settings.safety_checker:
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         with _without_bars(diffusers):
+            cls = getattr(diffusers, "DiffusionPipeline" if own_class else kind.pipeline)
             return cls.from_pretrained(source.folder, **options)
     except Exception as error:  # diffusers, transformers and safetensors raise a dozen types here
         raise ModelError(
@@ -285,57 +256,24 @@ def _load(diffusers: Any, settings: Settings, source: Source) -> Any:
         ) from error
 
 
-def _check_channels(pipeline: Any, settings: Settings) -> None:
-    """Refuse a UNet that was trained for another kind; diffusers would only find out in the middle of an edit."""
+def _check_channels(pipeline: Any, settings: EditorConfig, kind: EditorKind) -> None:
+    """Refuse a UNet that was trained for another kind; diffusers would fail in the middle of an edit."""
     unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
-    if unet is None or vae is None or settings.kind == "auto":
+    if unet is None or vae is None or not kind.unet_channels:
         return
     latent, found = vae.config.latent_channels, unet.config.in_channels
-    made_for = {latent: "img2img or text2img", 2 * latent: "instruct-pix2pix", 2 * latent + 1: "inpaint"}
-    fitting = {"instruct-pix2pix": (2 * latent,), "inpaint": (2 * latent + 1, latent)}.get(settings.kind, (latent,))
+    fitting = [a * latent + b for a, b in kind.unet_channels]
     if found not in fitting:
+        usual = {name: other.unet_channels[0] for name, other in EDITORS.items() if other.unet_channels}
+        made_for = " or ".join(name for name, (a, b) in usual.items() if a * latent + b == found) or "auto"
         raise ModelError(
             f"editor.model = {settings.model}: its UNet has {found} input channels, but editor.kind = {settings.kind} needs "
-            f"{fitting[0]}; use editor.kind = {made_for.get(found, 'auto')}, or another editor.model"
+            f"{fitting[0]}; use editor.kind = {made_for}, or another editor.model"
         )
-
-
-def _check_scheduler(diffusers: Any, name: str) -> None:
-    known = [entry for entry in dir(diffusers) if entry.endswith("Scheduler") and not entry.startswith("Flax")]
-    if name and name not in known:
-        raise ConfigError(
-            f"editor.scheduler = {name}: diffusers has no such class{nearest(name, known)} (for example DDIMScheduler, "
-            "EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler)"
-        )
-    if name == SEEDLESS:
-        raise ConfigError(
-            f"editor.scheduler = {name} draws noise that no seed per image decides, so edits could not be made "
-            "again; use EulerAncestralDiscreteScheduler or DPMSolverMultistepScheduler"
-        )
-
-
-def _scheduler(diffusers: Any, own: Any, settings: Settings) -> Any:
-    """Return the scheduler of the recipe with the noise levels that the model was trained with."""
-    fitting = {other.__name__ for other in own.compatibles} | {type(own).__name__}
-    if "DDIMScheduler" in fitting:
-        fitting |= {"LCMScheduler", "TCDScheduler"}  # for distilled models; diffusers lists them nowhere
-    if settings.scheduler not in fitting:
-        raise ConfigError(
-            f"editor.scheduler = {settings.scheduler} does not fit editor.model = {settings.model}, which comes with "
-            f"{type(own).__name__}; use one of {', '.join(sorted(fitting - {SEEDLESS}))}"
-        )
-    try:
-        return getattr(diffusers, settings.scheduler).from_config(own.config)
-    # schedulers refuse settings of others with any of these: an absent library, a value, a combination that they lack
-    except (ImportError, ValueError, NotImplementedError) as error:
-        raise ConfigError(
-            f"editor.scheduler = {settings.scheduler} cannot be made from editor.model = {settings.model}'s settings "
-            f"({reason(error)}); use another one of {', '.join(sorted(fitting - {SEEDLESS}))}"
-        ) from error
 
 
 def _grid_px(pipeline: Any) -> int:
-    """Return what sides have to be multiples of: the autoencoder's scale. UNets fit odd latents; transformers pack them."""
+    """Return the grid of output sides in pixels: the autoencoder's scale, times the patch of a transformer (UNets have none)."""
     scale = int(getattr(pipeline, "vae_scale_factor", 8))
     transformer = getattr(pipeline, "transformer", None)
     patch = getattr(transformer.config, "patch_size", 1) if transformer is not None else 1
@@ -344,7 +282,7 @@ def _grid_px(pipeline: Any) -> int:
 
 @contextmanager
 def _without_bars(diffusers: Any) -> Iterator[None]:
-    """Keep the libraries from drawing a bar per file that they read."""
+    """Hide the progress bars that the libraries draw for every file."""
     from transformers.utils import logging
 
     shown = [library for library in (diffusers.utils.logging, logging) if library.is_progress_bar_enabled()]
@@ -364,7 +302,7 @@ def _resized(image: Image.Image | None, size: tuple[int, int]) -> Image.Image:
 
 
 def _repaint_mask(request: Request, size: tuple[int, int]) -> Image.Image:
-    """Return white where to repaint and black where to keep."""
+    """Return the mask of a request: white is repainted, black (the box) is kept."""
     assert request.image is not None
     assert request.box is not None
     mask = Image.new("L", size, 255)

@@ -1,51 +1,38 @@
-"""From planned edits to images: sources read once, batches through the editor, every outcome checked (floor 3, shared by stages).
+"""Edits of samples: sources read once, batches through the editor, every outcome checked.
 
-`edit_dataset` is the library's way in: no cache, no file written. `generate` drives the same loop.
+`edit_dataset` is the function for users of the library; it writes no file. `generate` runs the same loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from flyp_saflex.editing.diffusers_editor import Request
+from flyp_saflex.editing.editor import Editor, Request
 from flyp_saflex.editing.plan import PlannedEdit, Wording, batches_of, plan_edits
-from flyp_saflex.editing.settings import Settings, uses_instruction
+from flyp_saflex.editing.settings import kind_of
 from flyp_saflex.errors import DataError
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.prompting.edit_prompts import EditText
 from flyp_saflex.records import Sample
 
 ONE_COLOUR_STD = 2.0
-"""An edit whose channels all vary less than this (of 255) shows nothing. Photographs, dark ones too, have 10 and more."""
-
-
-class AnyEditor(Protocol):
-    """What is asked of an editor; `stages.editor.Editor` is one."""
-
-    settings: Settings
-
-    def edit(self, requests: Sequence[Request]) -> list[Image.Image | str]:
-        """Make the edits; a text instead of an image says why it was refused."""
-
-    def output_size(self, width_px: int, height_px: int) -> tuple[int, int]:
-        """Return (width, height) of an edit of a source of this size."""
+"""Largest standard deviation per channel (of 255) of an edit that counts as one colour; dark photographs have 10 and more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditResult:
-    """What came of a planned edit.
+    """Outcome of a planned edit.
 
     Attributes:
-        planned: the edit: its sample, text, domain, k, seed and file name.
-        source: the source as the editor saw it; None if it cannot be read, or was not needed (`text2img`).
-        image: the edit; None if there is none that can be used.
-        reason: then, why.
-        unreadable: whether that is because the source cannot be read.
+        planned: the planned edit.
+        source: the source as the editor saw it; None if it cannot be read, or the kind needs none.
+        image: the edit; None if there is no usable one.
+        reason: why there is no image; the empty string otherwise.
+        unreadable: whether the source cannot be read.
     """
 
     planned: PlannedEdit
@@ -56,7 +43,7 @@ class EditResult:
 
 
 def edit_dataset(
-    editor: AnyEditor,
+    editor: Editor,
     samples: Iterable[Sample],
     texts: Sequence[EditText | str],
     *,
@@ -67,22 +54,22 @@ def edit_dataset(
     batch_size: int = 8,
     box_crop: bool = False,
 ) -> Iterator[EditResult]:
-    """Edit every sample with every text, and yield what comes out, image by image.
+    """Edit every sample with every text, and yield the outcomes, image by image.
 
     Args:
-        editor: of `load_editor`.
+        editor: an editor, for example from `load_editor`.
         samples: the sources, for example `load_dataset(...).train.samples`.
-        texts: what to do: instructions (for editors of descriptions: prompts), or `EditText`s that have both; `{}` stands
-            for the class name.
+        texts: instructions or prompts, as the editor's kind needs them, or `EditText`s that have both; `{}` stands for the
+            class name.
         class_names: names by class index, needed where a text has a `{}`.
-        seed: of everything random; an edit's noise depends on it, the sample, the text and its number alone.
+        seed: seed of all draws; the noise of an edit depends on it, the sample, the text and the edit's number alone.
         per_text: edits of every sample with every text.
         texts_per_image: texts drawn for every sample; 0: all of them.
         batch_size: edits made at once.
         box_crop: crop every source to its box first.
 
     Raises:
-        DataError: a text has a `{}` but there is no name for a class, or lacks what the editor's kind needs.
+        DataError: a text has a `{}` but a class has no name, or an `EditText` lacks the text that the editor's kind needs.
     """
     wordings = [_wording(text, editor.settings.kind) for text in texts]
     plan = plan_edits(list(samples), wordings, class_names, seed=seed, per_text=per_text, texts_per_image=texts_per_image)
@@ -91,10 +78,10 @@ def edit_dataset(
 
 
 def edit_batches(
-    editor: AnyEditor, batches: Iterable[Sequence[PlannedEdit]], *, box_crop: bool = False
+    editor: Editor, batches: Iterable[Sequence[PlannedEdit]], *, box_crop: bool = False
 ) -> Iterator[list[EditResult]]:
-    """Make the edits batch by batch; a source that two batches in a row need is read once."""
-    needs_source = editor.settings.kind != "text2img"
+    """Yield the outcomes batch by batch; a source that two consecutive batches need is read once."""
+    needs_source = "image" in kind_of(editor.settings.kind).needs
     sources: dict[str, Image.Image | str] = {}
     for batch in batches:
         samples = {edit.sample.sample_id: edit.sample for edit in batch} if needs_source else {}
@@ -128,7 +115,7 @@ def edit_batches(
 
 
 def read_source(sample: Sample, *, box_crop: bool = False) -> Image.Image | str:
-    """Return a source as upright RGB, or why it cannot be read, without this machine's path."""
+    """Return a source as upright RGB, or the reason why it cannot be read, without a path of this machine."""
     try:
         return read_image(sample.path, box=sample.box if box_crop else None)
     except DataError as error:
@@ -136,7 +123,10 @@ def read_source(sample: Sample, *, box_crop: bool = False) -> Image.Image | str:
 
 
 def flaw(image: Image.Image, size: tuple[int, int]) -> str:
-    """Return why an edit cannot be used, or the empty string; NaN pixels come out black."""
+    """Return why an edit cannot be used (wrong size, black, of one colour), or the empty string.
+
+    Pixels that were NaN in the pipeline are black.
+    """
     if image.size != size:
         return f"{image.width} x {image.height} px instead of {size[0]} x {size[1]}"
     pixels_HWC = np.asarray(image.convert("RGB"))
@@ -148,7 +138,7 @@ def flaw(image: Image.Image, size: tuple[int, int]) -> str:
 def _wording(text: EditText | str, kind: str) -> Wording:
     if isinstance(text, str):
         return Wording("", text)
-    name = "instruction" if uses_instruction(kind) else "prompt"
+    name = kind_of(kind).text
     if not getattr(text, name):
         raise DataError(f"the text for '{text.domain}' has no {name}, which an editor of the kind {kind} needs; add one")
     return Wording(text.domain, getattr(text, name))

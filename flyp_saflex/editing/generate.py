@@ -1,7 +1,7 @@
-"""`flyp-saflex generate`: edits of the training images into the augment cache, in as many processes as wished (floor 3).
+"""The command `flyp-saflex generate`: edits of the training images into the augment cache, by one or several processes.
 
-The plan is the same everywhere (`edit_plan.py`); of its batches, writer i of n makes every n-th. What the entry holds is not
-made again, so the same command goes on after any stop, kill -9 and power cuts included, and loses at most the batch in flight.
+The plan (`plan.py`) is the same in every process; of its batches, writer i of n makes every n-th. Edits that the entry holds
+are not made again: after a stop, kill -9 or a power cut the same command continues, and at most the current batch is lost.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from flyp_saflex.config import Config
+from flyp_saflex.config import Config, EditorConfig
 from flyp_saflex.data.registry import load_dataset
-from flyp_saflex.editing.diffusers_editor import Editor, load_editor
 from flyp_saflex.editing.edit_images import EditResult, edit_batches, read_source
+from flyp_saflex.editing.editor import Editor, load_editor
 from flyp_saflex.editing.plan import PlannedEdit, batches_of, check_plan, entry_key, plan_edits, stated_settings, wordings_for
 from flyp_saflex.editing.progress import Sheets, Tally
-from flyp_saflex.editing.settings import Settings, resolve
+from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import DataError
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset
+from flyp_saflex.runtime import StopSignals
 from flyp_saflex.storage.augment_cache import DONE, FORMATS, MANIFEST, SHEETS, WRITERS, AugmentCache
 from flyp_saflex.storage.augment_cache_files import read_rejected, state_settings
 from flyp_saflex.storage.augment_cache_writer import CacheWriter
-from flyp_saflex.training.signals import StopSignals
 
 PROBE_AGAIN_S = 30.0
-"""A probe that was quicker is timed a second time: the first batch pays for what the device has to set up."""
+"""Probes below this many seconds are repeated: the first batch includes the set-up of the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """What is to be done, by whom, and where."""
+    """The checked plan of one writer: recipe, dataset, cache entry and share of the batches."""
 
     config: Config
     dataset: Dataset
-    settings: Settings
+    settings: EditorConfig
     stated: dict[str, Any]
     folder: Path
     plan: list[PlannedEdit]
@@ -54,36 +54,39 @@ class _Work:
 
     @property
     def max_unreadable(self) -> int:
-        """Return how many sources may be unreadable."""
+        """Number of sources that may be unreadable."""
         return int(self.config.data.max_unreadable * len({edit.sample.sample_id for edit in self.plan}))
 
     def pending(self, made: set[str], rejected: set[str], *, whole: bool = False) -> list[list[PlannedEdit]]:
-        """Return the batches of this writer (or of all) with anything to do in them; they are remade as they were."""
+        """Return the batches of this writer (`whole`: of all writers) with an edit to make.
+
+        Such a batch is made as a whole, so that its edits are rounded as before.
+        """
         index, count = (0, 1) if whole else (self.index, self.count)
         batches = batches_of(self.plan, self.config.editor.batch_size, index=index, count=count)
         return [batch for batch in batches if any(_is_open(edit, made, rejected) for edit in batch)]
 
     def say(self, text: str) -> None:
-        """Print a line, on the main process."""
+        """Print a line on the main process."""
         if self.is_main:
             tqdm.write(text)
 
 
 def generate(config: Config, *, shard: tuple[int, int] = (0, 1), limit: int | None = None, dry_run: bool = False) -> Path:
-    """Make the edits of the recipe that the cache entry does not hold yet.
+    """Make the edits of the recipe that the cache entry does not hold.
 
     Args:
         config: the recipe.
-        shard: (i, n): make the i-th of n parts; under `accelerate launch` its processes share that part.
-        limit: only of so many images of the split.
-        dry_run: check everything, time one batch, say how much there is to do, write nothing.
+        shard: (i, n): make part i of n; the processes of `accelerate launch` share that part.
+        limit: edit at most this many images of the split.
+        dry_run: check everything, time one batch, print the estimated cost, write nothing.
 
     Returns:
         The entry's folder.
 
     Raises:
-        UserError: recipe, data, texts, model or disk cannot be used as they are; what was done stays.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the batch in flight is written.
+        UserError: recipe, data, texts, model or disk cannot be used; written edits are kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the current batch is written.
     """
     work = _work(config, shard, limit)
     made, rejected, unreadable = _held(work.folder)
@@ -112,14 +115,14 @@ def generate(config: Config, *, shard: tuple[int, int] = (0, 1), limit: int | No
         work.say(f"{work.folder} is finished; look at {SHEETS}/ in it before you train on it")
     else:
         others = "" if work.count == 1 else ", or another of its processes is still at work"
-        work.say(f"{work.folder} is not finished{others}: the same command goes on")
+        work.say(f"{work.folder} is not finished{others}: run the same command again to continue")
     if signals.requested and not done:
         raise KeyboardInterrupt
     return work.folder
 
 
 def _work(config: Config, shard: tuple[int, int], limit: int | None) -> _Work:
-    """Check everything that can be checked without a model."""
+    """Check everything that needs no model, and plan the edits."""
     settings = resolve(config.editor)
     prompts = load_edit_prompts(config.editor.prompts, config.data.name)
     wordings = wordings_for(prompts, config.editor.kind)
@@ -178,7 +181,8 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
             if len(tally.unreadable) > allowed:
                 raise DataError(
                     f"{len(tally.unreadable)} sources cannot be read, more than data.max_unreadable = "
-                    f"{config.data.max_unreadable} of them; what is done stays; first: {next(iter(tally.unreadable.values()))}"
+                    f"{config.data.max_unreadable} of them; written edits are kept; first: "
+                    f"{next(iter(tally.unreadable.values()))}"
                 )
             if signals.requested:
                 break
@@ -186,14 +190,9 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
 
 
 def _row(planned: PlannedEdit, image: Image.Image, work: _Work, editor: Editor) -> dict[str, Any]:
-    """Return the manifest row of an edit: what made it, and nothing that another run would have otherwise."""
+    """Return the manifest row of an edit: its provenance, and nothing that differs between repeated runs."""
     settings = editor.settings
-    numbers = {
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "image_guidance": settings.image_guidance,
-        "strength": settings.strength,
-    }
+    numbers = {name: getattr(settings, name) for name in ("steps", "guidance", "image_guidance", "strength")}
     return {
         "file_name": planned.file_name,
         "aug_id": planned.file_name,
@@ -229,7 +228,7 @@ def _is_open(edit: PlannedEdit, made: set[str], rejected: set[str]) -> bool:
 
 
 def _held(folder: Path) -> tuple[set[str], set[str], set[str]]:
-    """Return what the entry has, writing nothing: edits, rejected edits, unreadable sources."""
+    """Return the edits, rejected edits and unreadable sources of the entry; write nothing."""
     if not (folder / MANIFEST).is_file():
         return set(), set(), set()
     rejected, unreadable = read_rejected(folder)
@@ -239,7 +238,7 @@ def _held(folder: Path) -> tuple[set[str], set[str], set[str]]:
 def _worth_another_try(
     batches: Sequence[Sequence[PlannedEdit]], made: set[str], rejected: set[str], unreadable: set[str], config: Config
 ) -> bool:
-    """Return whether anything of a finished entry can be made now: new in the plan, or its source can be read again."""
+    """Return whether a finished entry lacks edits that can be made: new ones, or of sources that are readable now."""
     sources = {edit.sample.sample_id: edit.sample for batch in batches for edit in batch if _is_open(edit, made, rejected)}
     return any(
         name not in unreadable or isinstance(read_source(sample, box_crop=config.data.box_crop), Image.Image)
@@ -251,15 +250,16 @@ def _plan_line(work: _Work, made: set[str], rejected: set[str]) -> str:
     done = sum(edit.file_name in made for edit in work.plan)
     refused = sum(edit.file_name in rejected and edit.file_name not in made for edit in work.plan)
     part = f", this is part {work.index} of {work.count}" if work.count > 1 else ""
+    model = f" ({work.stated['model']})" if work.stated["model"] else ""
     return (
         f"{work.folder}: {len(work.plan)} edits of {len({edit.sample.sample_id for edit in work.plan})} images with "
-        f"{len(work.stated['texts'])} texts by {work.settings.kind} ({work.stated['model']}); {done} made, {refused} rejected, "
+        f"{len(work.stated['texts'])} texts by {work.settings.kind}{model}; {done} made, {refused} rejected, "
         f"{len(work.plan) - done - refused} to do{part}"
     )
 
 
 def _probe(work: _Work, batches: list[list[PlannedEdit]], todo: int) -> None:
-    """Make one batch, write nothing, and say what the rest costs."""
+    """Time one batch and print the estimated cost of the rest; write nothing."""
     editor = load_editor(work.config.editor, device=PartialState().device)
     state_settings(work.folder, work.stated | {"identity": editor.identity}, write=False)
     seconds, results = _timed(editor, batches[0], work.config)

@@ -1,4 +1,4 @@
-"""ALIA's released edits as an entry of the augment cache (floor 3).
+"""Import of ALIA's released edits as an entry of the augment cache.
 
     <prompt>/strength-<x>_guidance-<y>/<class>/<row>-<k>.png
 
@@ -41,7 +41,7 @@ class _Found:
 
 
 class _Verbatim:
-    """Stands for an image whose file is kept as it is."""
+    """An image file that is copied byte for byte, with the `save` method of an image."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -51,13 +51,13 @@ class _Verbatim:
 
 
 def import_alia(folder: str | Path, dataset: Dataset, cache_root: str | Path, *, key: str = "alia") -> AugmentCache:
-    """Copy ALIA's released edits into `<cache_root>/<dataset.name>/<key>`; a second call goes on where the first stopped.
+    """Copy ALIA's released edits into `<cache_root>/<dataset.name>/<key>`; a second call continues an interrupted first one.
 
     Args:
-        folder: the released folder, with the prompts' folders in it.
-        dataset: what the edits were made from; see the module for the meaning of a row.
+        folder: the released folder; it holds one folder per prompt.
+        dataset: the dataset of the sources; the module says how rows are counted.
         cache_root: the recipe's `cache.root`.
-        key: name of the entry.
+        key: name of the cache entry.
 
     Raises:
         DataError: another layout, rows that are not numbers of this training split, an unreadable file, or a full disk.
@@ -110,9 +110,9 @@ def _files(folder: Path, dataset: Dataset) -> Iterator[_Found]:
 
 
 def _check_classes(found: list[_Found], dataset: Dataset) -> None:
-    """Require that a class's folder holds edits of one class, and that this is the one it is named after, if any is.
+    """Check that every class folder holds edits of one class, and of the class with its name, if any.
 
-    ALIA's folders may name a class otherwise than our class list, but a list in another order mixes the classes.
+    ALIA may spell a class differently from our class list. A training list in another order would mix the classes.
     """
     label_of = {_plain(name): label for label, name in enumerate(dataset.class_names)}
     labels: dict[str, set[int]] = defaultdict(set)

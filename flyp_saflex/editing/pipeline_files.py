@@ -1,4 +1,4 @@
-"""Where an editor's weights lie, and which they are: a folder or a repository of the hub (floor 3, shared by stages)."""
+"""Location and identity of a pipeline's weights: a folder, or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flyp_saflex.editing.settings import Settings
+from flyp_saflex.config import EditorConfig
 from flyp_saflex.errors import ConfigError, ModelError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -23,12 +23,12 @@ INDEX = "model_index.json"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A pipeline's folder on this machine.
+    """A pipeline's folder on this machine, with its identity.
 
     Attributes:
-        folder: with model_index.json in it.
-        class_name: of the pipeline, as the folder names it.
-        has_safety_checker: whether the folder has one.
+        folder: folder that holds model_index.json.
+        class_name: class of the pipeline, named in model_index.json.
+        has_safety_checker: whether the pipeline has a safety checker.
         identity: `model` (hub id or name of the folder, never a path) and `revision` (commit, or digest of the files).
     """
 
@@ -38,16 +38,16 @@ class Source:
     identity: dict[str, str]
 
 
-def locate(settings: Settings, loader: Any) -> Source:
-    """Find the folder of the model, fetching it from the hub where it is not on this machine yet.
+def locate(settings: EditorConfig, loader: Any) -> Source:
+    """Find the folder of the model; fetch it from the hub if it is not on this machine.
 
     Args:
-        settings: `model` and `revision` are used, and `safety_checker`: a checker that is not used is not fetched.
+        settings: options `model`, `revision` and `safety_checker`; a checker that is not used is not fetched.
         loader: diffusers' `DiffusionPipeline`.
 
     Raises:
-        ModelError: no such folder, no pipeline in it, no network and nothing kept from earlier.
-        ConfigError: a revision of a folder.
+        ModelError: no such folder, no pipeline in it, or neither a network nor an earlier download.
+        ConfigError: a revision is set, but the model is a folder.
     """
     model, folder = settings.model, Path(settings.model).expanduser()
     if folder.is_dir():
@@ -68,7 +68,7 @@ def locate(settings: Settings, loader: Any) -> Source:
 
 
 def digest(folder: Path) -> str:
-    """Return `sha256:` and 16 digits over names and contents of the weights and settings in a folder."""
+    """Return `sha256:` and 16 hexadecimal digits over names and contents of the weights and settings in a folder."""
     total = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.suffix in HASHED and file.is_file()):
         with open(file, "rb") as stream:
@@ -80,7 +80,7 @@ def digest(folder: Path) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of somebody else's error, or that there is no network, which they word as a missing file."""
+    """Return the first line of a library's error; a missing network, reported as a missing file, is named."""
     cause: BaseException | None = error
     while cause is not None:
         if type(cause).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
@@ -91,7 +91,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep diffusers and transformers from logging and warning; what matters is raised or returned."""
+    """Silence logs and warnings of diffusers and transformers; problems that matter are raised or returned."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -102,8 +102,8 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _fetch(settings: Settings, loader: Any) -> tuple[Path, str]:
-    """Return (folder, commit) of a hub repository, fetching only what the pipeline needs."""
+def _fetch(settings: EditorConfig, loader: Any) -> tuple[Path, str]:
+    """Fetch the files of a hub repository that the pipeline needs; return (folder, commit)."""
     revision = settings.revision or None
     try:
         index = loader.load_config(settings.model, revision=revision)

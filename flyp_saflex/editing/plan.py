@@ -1,8 +1,8 @@
-"""Which edits are made of which images, under which names and seeds, before anything is loaded (floor 3, shared by stages).
+"""Plan of all edits: source, text, seed and file name of each, made before any model is loaded.
 
     sample x text (all, or `texts_per_image` drawn by hash) x k  ->  text with the class name, seed, file name
 
-Names, seeds and draws are SHA-256 of what an edit is: the same whatever else is planned, on every machine.
+Names, seeds and draws are SHA-256 hashes of sample, text and number: they depend on no other edit and on no machine.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from typing import Any
 
 import msgspec
 
-from flyp_saflex.config import Config
-from flyp_saflex.editing.settings import Settings, uses_instruction
+from flyp_saflex.config import Config, EditorConfig
+from flyp_saflex.editing.settings import EDITORS, kind_of
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.prompting.edit_prompts import EditPrompts
 from flyp_saflex.records import Dataset, Sample
 from flyp_saflex.storage.augment_cache import AugmentCache
 
+LOOK = (
+    "kind", "model", "revision", "steps", "guidance", "image_guidance", "strength", "negative_prompt", "scheduler", "size_px",
+    "precision", "safety_checker",
+)  # fmt: skip
+"""Options of `editor` that decide how an edit looks, in the order of settings.json."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """One way to edit, as the editor's kind needs it: `text` has at most one `{}` for the class name."""
+    """Domain and text (instruction or prompt) of an edit; the text has at most one `{}` for the class name."""
 
     domain: str
     text: str
@@ -38,10 +44,10 @@ class PlannedEdit:
     Attributes:
         sample: the source.
         text: instruction or prompt with the class name filled in.
-        domain: what the image is turned into; empty if unknown.
-        k: number of the edit among those of this image with this text.
-        seed: of its noise.
-        file_name: relative to the cache entry; also its aug_id.
+        domain: target of the edit; empty if unknown.
+        k: number of the edit among those of the same image and text, from 0.
+        seed: seed of its noise.
+        file_name: path relative to the cache entry; also its aug_id.
     """
 
     sample: Sample
@@ -53,14 +59,14 @@ class PlannedEdit:
 
 
 def edit_seed(seed: int, sample_id: str, text: str, k: int) -> int:
-    """Return the seed of one edit's noise, 0 .. 2**63 - 1: a hash of what it is, whatever is made before or beside it."""
+    """Return the seed of one edit's noise, 0 .. 2**63 - 1: a hash of the arguments."""
     return _hash(seed, sample_id, text, k) >> 1
 
 
 def draw_wordings(wordings: Sequence[Wording], sample_id: str, *, seed: int, number: int) -> list[Wording]:
-    """Return `number` of the wordings, in their order, drawn for one image by hash; 0, or as many as there are: all.
+    """Draw `number` of the wordings for one image by hash, and return them in their order; 0: return all.
 
-    A wording that is added to the file takes the place of another one in some draws and leaves the others as they are.
+    A wording that is added to the file replaces another one in some draws and leaves all other draws unchanged.
     """
     if not 0 < number < len(wordings):
         return list(wordings)
@@ -78,7 +84,7 @@ def plan_edits(
     texts_per_image: int = 0,
     suffix: str = ".png",
 ) -> list[PlannedEdit]:
-    """Return every edit, image by image, so that each source has to be read only once.
+    """Return all edits, image by image, so that each source is read only once.
 
     Raises:
         DataError: a text has a `{}` but there is no name for the class.
@@ -109,16 +115,16 @@ def plan_edits(
 
 
 def wordings_for(prompts: EditPrompts, kind: str) -> tuple[Wording, ...]:
-    """Return the texts that editors of the kind are given.
+    """Return the texts of the file for editors of the kind: its instructions or its prompts.
 
     Raises:
-        DataError: an edit of the file lacks the one that this kind needs.
+        DataError: an edit of the file lacks the text that this kind needs.
     """
-    name = "instruction" if uses_instruction(kind) else "prompt"
+    name = kind_of(kind).text
     for number, edit in enumerate(prompts.edits, 1):
         if not getattr(edit, name):
             example = "put the {} in the snow" if name == "instruction" else "a photo of a {} in the snow"
-            other = "img2img" if name == "instruction" else "instruct-pix2pix"
+            other = next(known for known, entry in EDITORS.items() if entry.text != name)
             raise DataError(
                 f"{prompts.path} edit {number} has no {name}, which editor.kind = {kind} needs: add {name} = '{example}', or use "
                 f"editor.kind = {other}"
@@ -129,37 +135,38 @@ def wordings_for(prompts: EditPrompts, kind: str) -> tuple[Wording, ...]:
 def batches_of(plan: Sequence[PlannedEdit], batch_size: int, *, index: int = 0, count: int = 1) -> list[list[PlannedEdit]]:
     """Return the batches of writer `index` of `count`.
 
-    They are cut from the whole plan, done or not, so that an edit has the same company in its batch after every kill and
-    under every number of writers: rounding depends on it.
+    Batches are cut from the whole plan, done or not. So an edit always shares its batch with the same edits, after a kill and
+    with any number of writers; its rounding depends on them.
     """
     starts = range(0, len(plan), batch_size)
     return [list(plan[start : start + batch_size]) for start in starts[index::count]]
 
 
 def check_plan(config: Config, dataset: Dataset) -> None:
-    """Check that the editor's kind can do anything with the samples.
+    """Check that the samples have what the editor's kind needs.
 
     Raises:
-        ConfigError: `inpaint` without boxes, or with images that are cropped to them.
+        ConfigError: a kind that needs boxes, and images without them or cropped to them.
     """
-    if config.editor.kind != "inpaint":
+    if "box" not in kind_of(config.editor.kind).needs:
         return
     if config.data.box_crop:
         raise ConfigError(
-            "editor.kind = inpaint repaints what is around the box, and data.box_crop cuts that off: set data.box_crop=false"
+            f"editor.kind = {config.editor.kind} needs what is around the box, but data.box_crop cuts that off: set "
+            "data.box_crop=false"
         )
     if all(sample.box is None for sample in dataset.train.samples):
         raise ConfigError(
-            f"editor.kind = inpaint keeps what is in an object's box, but the images of '{dataset.name}' have none (those of cub "
-            "have): use instruct-pix2pix or img2img"
+            f"editor.kind = {config.editor.kind} needs the object's box, but the images of '{dataset.name}' have none (those of "
+            "cub have): use instruct-pix2pix or img2img"
         )
 
 
-def stated_settings(config: Config, settings: Settings, wordings: Sequence[Wording]) -> dict[str, Any]:
-    """Return everything that decides which edits are made and how they look; batch size and sheets do not."""
+def stated_settings(config: Config, settings: EditorConfig, wordings: Sequence[Wording]) -> dict[str, Any]:
+    """Return the settings that decide which edits are made and how they look (settings.json of the entry)."""
     model = Path(settings.model).expanduser()
-    stated: dict[str, Any] = {"dataset": config.data.name, **asdict(settings)}
-    if model.is_dir():
+    stated: dict[str, Any] = {"dataset": config.data.name, **{name: getattr(settings, name) for name in LOOK}}
+    if settings.model and model.is_dir():
         stated["model"] = model.resolve().name  # a machine's path is no property of the edits
     stated |= {
         "seed": config.seed,
@@ -172,7 +179,7 @@ def stated_settings(config: Config, settings: Settings, wordings: Sequence[Wordi
 
 
 def entry_key(stated: Mapping[str, Any]) -> str:
-    """Return a name for the cache entry of these settings: other settings, another entry."""
+    """Return the name of the cache entry of these settings; other settings give another name."""
     return f"{stated['kind']}-{hashlib.sha256(msgspec.json.encode(stated, order='sorted')).hexdigest()[:8]}"
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of edits in the making: counts, and contact sheets now and then (floor 3, shared by stages)."""
+"""Progress of `generate`: counts of edits, and contact sheets at intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHEET_SOURCES, SHEET_COLUMNS, SHEET_PX = 12, 8, 256
 
 @dataclass
 class Tally:
-    """What came out in this process."""
+    """Counts of edits, rejections and unreadable sources in this process."""
 
     made: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
@@ -27,7 +27,7 @@ class Tally:
     started: float = field(default_factory=time.monotonic)
 
     def add(self, results: Sequence[EditResult]) -> None:
-        """Count."""
+        """Count some outcomes."""
         for result in results:
             if result.unreadable:
                 self.unreadable[result.planned.sample.sample_id] = result.reason
@@ -37,7 +37,7 @@ class Tally:
                 self.made += 1
 
     def line(self) -> str:
-        """Return the counts as a line; empty if there are none."""
+        """Return the counts as one line; the empty string if there are none."""
         if not (self.made or self.rejected or self.unreadable):
             return ""
         seconds = time.monotonic() - self.started
@@ -49,13 +49,13 @@ class Tally:
 
 
 class Sheets:
-    """Contact sheets of the newest edits: the source first, then its edits; sources with few of them share a row.
+    """Contact sheets of the newest edits: each source is followed by its edits; sources with few edits share a row.
 
     Args:
         entry: folder of the cache entry.
         every: edits between sheets; 0: one at the end.
-        index, count: of the writer, for the sheets' names.
-        done: edits that the entry had before; the sheets' numbers go on from there.
+        index, count: number of the writer and number of writers, for the names of the sheets.
+        done: edits that the entry had before; the numbers of the sheets continue from there.
     """
 
     def __init__(self, entry: Path, every: int, *, index: int, count: int, done: int = 0) -> None:
@@ -66,7 +66,7 @@ class Sheets:
         self.made, self.since = done, 0
 
     def add(self, results: Sequence[EditResult]) -> None:
-        """Take edits in; write a sheet if there are enough."""
+        """Add edits; write a sheet when `every` edits have come since the last one."""
         for result in results:
             if result.unreadable:
                 continue
@@ -81,7 +81,7 @@ class Sheets:
             self._write()
 
     def write_rest(self) -> None:
-        """Write a last sheet if anything came after the one before."""
+        """Write a last sheet if edits have come since the one before."""
         if self.since:
             self._write()
 

@@ -1,4 +1,4 @@
-"""Texts as a diffusion pipeline takes them: encoded once per distinct text where that is possible (floor 3, shared by stages)."""
+"""Text embeddings of a diffusion pipeline, computed once per distinct text where the pipeline allows it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ REMEMBERED = 512  # texts; 120 MB for Stable Diffusion in float32
 
 
 class Texts:
-    """The texts of a pipeline.
+    """Text inputs of a pipeline: cached embeddings, or plain strings.
 
-    Every text is encoded by itself, so that its embedding does not depend on the others of its batch.
+    Every text is encoded alone, so that its embedding does not depend on the other texts of its batch.
 
     Args:
         pipeline: diffusers' pipeline.
         negative: the negative prompt, or empty.
         accepted: names of the arguments that the pipeline's call takes.
-        one_by_one: hand over strings and leave the encoding to the pipeline.
+        one_by_one: pass strings, and leave the encoding to the pipeline.
     """
 
     def __init__(self, pipeline: Any, negative: str, accepted: Collection[str], *, one_by_one: bool) -> None:
@@ -36,14 +36,17 @@ class Texts:
             self._encodes = not one_by_one and self._encode("") is not None
 
     def arguments(self, texts: Sequence[str]) -> dict[str, Any]:
-        """Return the call's arguments for a batch: embeddings [B, ...] by name, or the texts themselves."""
+        """Return the arguments of the call for a batch: embeddings [B, ...] by name, or the texts themselves."""
         if self._encodes:
             parts = zip(*(self._embeddings(text) for text in texts), strict=True)
             return {name: torch.cat(rows) for name, rows in zip(self._names, parts, strict=True)}
         return {"prompt": list(texts)} | ({"negative_prompt": [self._negative] * len(texts)} if self._negative else {})
 
     def too_long(self, text: str) -> str | None:
-        """Say that every text encoder would cut the text short, as diffusers does in silence; None if it fits or is unknown."""
+        """Return an error line if every text encoder would truncate the text; None if it fits or is unknown.
+
+        diffusers truncates without an error.
+        """
         if not self._encodes or text in self._found:
             return None
         readers = [getattr(self._pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
@@ -67,7 +70,7 @@ class Texts:
 
     @torch.no_grad()
     def _encode(self, text: str) -> tuple[Tensor, ...] | None:
-        """Encode a text and the negative prompt; None if that gives other things than Stable Diffusion's family does."""
+        """Encode a text and the negative prompt; None for a pipeline whose embeddings are unlike Stable Diffusion's."""
         pipeline, negative = self._pipeline, self._negative
         if self._names[:2] != list(EMBEDDINGS[:2]):
             return None

@@ -1,136 +1,166 @@
-"""What decides how an edit looks, resolved from the options `editor.*` (floor 3, shared by stages; imports no library).
+"""Kinds of editors (`EDITORS`), and the options `editor.*` with the usual values of the kind; imports no library.
 
-    kind               text          source   guidance  image guidance  strength  model left empty
-    instruct-pix2pix   instruction   image    5         1.3             -         timbrooks/instruct-pix2pix
-    img2img            prompt        image    7.5       -               0.5       Stable Diffusion 1.5
-    text2img           prompt        -        7.5       -               -         Stable Diffusion 1.5
-    inpaint            prompt        box      7.5       -               1         Stable Diffusion 1.5 for inpainting
-    auto               instruction   image    pipeline  if it has one   likewise  has to be named
+    kind               text          needs   guidance  image guidance  strength  model left empty
+    instruct-pix2pix   instruction   image   5         1.3             -         timbrooks/instruct-pix2pix
+    img2img            prompt        image   7.5       -               0.5       Stable Diffusion 1.5
+    text2img           prompt        -       7.5       -               -         Stable Diffusion 1.5
+    inpaint            prompt        box     7.5       -               1         Stable Diffusion 1.5 for inpainting
+    auto               instruction   image   the pipeline's own values           has to be named
 
-The values of `instruct-pix2pix` and `img2img` are ALIA's (arXiv 2305.16289).
+The values of `instruct-pix2pix` and `img2img` are ALIA's (arXiv 2305.16289). A new kind is one entry of `EDITORS`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from flyp_saflex.config import EditorConfig
-from flyp_saflex.errors import ConfigError
+from flyp_saflex.errors import ConfigError, nearest
 
-DEFAULT_MODELS = {
-    "instruct-pix2pix": "timbrooks/instruct-pix2pix",
-    "img2img": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "text2img": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "inpaint": "stable-diffusion-v1-5/stable-diffusion-inpainting",
-}
-"""Hub repository per kind that is used when `editor.model` is empty; `auto` has none."""
-GUIDANCE = {"instruct-pix2pix": 5.0, "img2img": 7.5, "text2img": 7.5, "inpaint": 7.5}
-STRENGTH = {"img2img": 0.5, "inpaint": 1.0}
-IMAGE_GUIDANCE = 1.3
 MAX_ASPECT = 8
-"""Sources that are longer than this times their width (or the other way round) are not edited."""
+"""Largest ratio of the longer to the shorter side of a source that is edited."""
+PER_KIND = ("model", "steps", "guidance", "image_guidance", "strength")
+"""Options with a usual value per kind; left unset they are None, `model` the empty string."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Everything that decides what an edit looks like; None where the kind has no such thing.
+@dataclass(frozen=True, kw_only=True)
+class EditorKind:
+    """An entry of `EDITORS`: usual values, inputs and loader of one kind of editor.
 
     Attributes:
-        kind, model, revision: as in `EditorConfig`, the model filled in; an empty revision is the newest.
-        steps: denoising steps.
-        guidance, image_guidance, strength: see the module; with `auto`, None leaves the pipeline its own value.
-        negative_prompt: empty for none.
-        scheduler: class of diffusers' schedulers; empty for the model's own.
-        size_px: shorter side; 0 for the source's own.
-        precision: of the weights.
-        safety_checker: whether the model's checker is used where it has one.
+        text: field of `EditText` that the editor is given.
+        usual: value per option of `PER_KIND` that the kind has; None leaves the pipeline its own value, an empty `model` has to
+            be named by the user. An option that is absent here is refused.
+        needs: `image`: the source; `box`: the object's box in it as well.
+        load: function that is called with (resolved `EditorConfig`, device=...) and returns an `editor.Editor`, or its name
+            as `module:function`, imported when used. It refuses options that it cannot honour.
+        pipeline: diffusers' class that the weights are loaded as.
+        family: weights that were saved as a class with this in its name are loaded as that class instead; empty: none are.
+        unet_channels: (a, b) per possible number a * latent channels + b of the UNet's input channels, the usual one first;
+            empty: unchecked.
+        one_by_one: call the pipeline with one image and one text instead of lists, and leave it the text encoding.
     """
 
-    kind: str
-    model: str
-    revision: str
-    steps: int
-    guidance: float | None
-    image_guidance: float | None
-    strength: float | None
-    negative_prompt: str
-    scheduler: str
-    size_px: int
-    precision: str
-    safety_checker: bool
+    text: Literal["instruction", "prompt"]
+    usual: Mapping[str, Any]
+    needs: tuple[Literal["image", "box"], ...] = ("image",)
+    load: str | Callable[..., Any] = "flyp_saflex.editing.diffusers_editor:load"
+    pipeline: str = ""
+    family: str = ""
+    unet_channels: tuple[tuple[int, int], ...] = ()
+    one_by_one: bool = False
 
 
-def uses_instruction(kind: str) -> bool:
-    """Whether editors of the kind are given `EditText.instruction`; the others are given `EditText.prompt`."""
-    return kind in ("instruct-pix2pix", "auto")
+EDITORS: dict[str, EditorKind] = {
+    "instruct-pix2pix": EditorKind(
+        text="instruction",
+        usual={"model": "timbrooks/instruct-pix2pix", "steps": 20, "guidance": 5.0, "image_guidance": 1.3},
+        pipeline="StableDiffusionInstructPix2PixPipeline",
+        family="InstructPix2Pix",  # Stable Diffusion XL has a class of its own
+        unet_channels=((2, 0),),
+    ),
+    "img2img": EditorKind(
+        text="prompt",
+        usual={"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "steps": 50, "guidance": 7.5, "strength": 0.5},
+        pipeline="AutoPipelineForImage2Image",
+        unet_channels=((1, 0),),
+    ),
+    "text2img": EditorKind(
+        text="prompt",
+        usual={"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "steps": 50, "guidance": 7.5},
+        needs=(),
+        pipeline="AutoPipelineForText2Image",
+        unet_channels=((1, 0),),
+    ),
+    "inpaint": EditorKind(
+        text="prompt",
+        usual={"model": "stable-diffusion-v1-5/stable-diffusion-inpainting", "steps": 50, "guidance": 7.5, "strength": 1.0},
+        needs=("image", "box"),
+        pipeline="AutoPipelineForInpainting",
+        unet_channels=((2, 1), (1, 0)),
+    ),
+    "auto": EditorKind(
+        text="instruction",
+        usual={"model": "", "steps": 20, "guidance": None, "image_guidance": None, "strength": None},
+        pipeline="DiffusionPipeline",
+        one_by_one=True,  # a list of images may mean several sources of one edit
+    ),
+}
+"""Every value of `editor.kind`."""
 
 
-def resolve(config: EditorConfig) -> Settings:
-    """Fill in what was left unset; loads nothing.
+def kind_of(name: str) -> EditorKind:
+    """Return the entry of a kind.
 
     Raises:
-        ConfigError: options that do not fit the kind, or each other.
+        ConfigError: there is no such kind.
     """
-    kind = config.kind
-    if kind == "auto" and not config.model:
+    if name not in EDITORS:
         raise ConfigError(
-            "editor.kind = auto has no model of its own: set editor.model to a diffusers pipeline, its hub id or folder, "
-            "or editor.kind to one of " + ", ".join(DEFAULT_MODELS)
+            f"editor.kind = {name}: there is no such editor{nearest(name, EDITORS)} (expected one of {', '.join(EDITORS)})"
         )
-    if config.image_guidance is not None and kind not in ("instruct-pix2pix", "auto"):
+    return EDITORS[name]
+
+
+def resolve(config: EditorConfig) -> EditorConfig:
+    """Fill in the usual values of the kind for the options left unset; load nothing.
+
+    An option that is still None has no meaning for the kind, or leaves the pipeline its own value.
+
+    Raises:
+        ConfigError: an unknown kind, or options that do not fit the kind or each other.
+    """
+    kind = kind_of(config.kind)
+    values = {name: _value(config, kind, name) for name in PER_KIND}
+    if "model" in kind.usual and not values["model"]:
         raise ConfigError(
-            f"editor.image_guidance is set but editor.kind = {kind} has no such thing: remove it or use instruct-pix2pix"
+            f"editor.kind = {config.kind} has no usual model: set editor.model to a diffusers pipeline, its hub id or folder, or "
+            f"editor.kind to one of {', '.join(name for name, other in EDITORS.items() if other.usual.get('model'))}"
         )
-    if config.strength is not None and kind not in (*STRENGTH, "auto"):
-        raise ConfigError(f"editor.strength is set but editor.kind = {kind} has no such thing: remove it or use img2img")
-    if kind == "text2img" and not config.size_px:
+    if not kind.needs and not config.size_px:
         raise ConfigError(
-            "editor.size_px = 0 keeps the source's size, but editor.kind = text2img has no source: set editor.size_px, "
+            f"editor.size_px = 0 keeps the source's size, but editor.kind = {config.kind} has no source: set editor.size_px, "
             "for example 512"
         )
-    image_guidance, guidance, strength = config.image_guidance, config.guidance, config.strength
-    if kind == "instruct-pix2pix":
-        image_guidance = IMAGE_GUIDANCE if image_guidance is None else image_guidance
-        if image_guidance < 1:
-            raise ConfigError(
-                f"editor.image_guidance = {image_guidance:g} would switch all guidance off: expected at least 1 (usual: 1 to 2)"
-            )
-    guidance = GUIDANCE.get(kind) if guidance is None else guidance
-    if guidance is not None and guidance <= 1 and kind != "auto":
+    if kind.usual.get("image_guidance") is not None and values["image_guidance"] < 1:
+        raise ConfigError(
+            f"editor.image_guidance = {values['image_guidance']:g} would switch all guidance off: expected at least 1 (usual: 1 "
+            "to 2)"
+        )
+    if kind.usual.get("guidance") is not None and values["guidance"] <= 1:
         for option in ("negative_prompt", "image_guidance"):
             if getattr(config, option):
                 raise ConfigError(
-                    f"editor.guidance = {guidance:g} switches guidance off, so editor.{option} has no effect: remove it or set "
-                    "editor.guidance above 1"
+                    f"editor.guidance = {values['guidance']:g} switches guidance off, so editor.{option} has no effect: remove "
+                    "it or set editor.guidance above 1"
                 )
-        image_guidance = None  # it is off as well, and provenance says so
-    steps = config.steps or (20 if uses_instruction(kind) else 50)
-    strength = STRENGTH.get(kind) if strength is None else strength
-    if strength is not None and int(steps * strength) < 1:
+        values["image_guidance"] = None  # it is off as well, and provenance says so
+    strength, steps = values["strength"], values["steps"]
+    if strength is not None and steps is not None and int(steps * strength) < 1:
         raise ConfigError(
             f"editor.strength = {strength:g} of editor.steps = {steps} is not one whole step: raise one of them "
             f"(strength at least {1 / steps:.2g})"
         )
-    return Settings(
-        kind=kind,
-        model=config.model or DEFAULT_MODELS[kind],
-        revision=config.revision,
-        steps=steps,
-        guidance=guidance,
-        image_guidance=image_guidance,
-        strength=strength,
-        negative_prompt=config.negative_prompt,
-        scheduler=config.scheduler,
-        size_px=config.size_px,
-        precision=config.precision,
-        safety_checker=config.safety_checker,
-    )
+    return replace(config, **values)
+
+
+def _value(config: EditorConfig, kind: EditorKind, name: str) -> Any:
+    """Return the value set for an option, else the kind's usual one."""
+    given = getattr(config, name)
+    if given in (None, ""):
+        return kind.usual.get(name, given)
+    if name not in kind.usual:
+        other = next(known for known, entry in EDITORS.items() if name in entry.usual)
+        raise ConfigError(f"editor.{name} is set but editor.kind = {config.kind} has no such thing: remove it or use {other}")
+    return given
 
 
 def output_size(width_px: int, height_px: int, *, size_px: int, grid_px: int) -> tuple[int, int]:
-    """Return (width, height) with the shorter side at `size_px` (0: as it is), both rounded to the grid, at least one cell.
+    """Return (width, height) of an edit: the source scaled to a shorter side of `size_px`, and rounded to the grid.
 
-    The aspect ratio is kept up to that rounding.
+    With `size_px` = 0 nothing is scaled. A side is at least one cell of the grid; the aspect ratio is kept up to rounding.
     """
     scale = size_px / min(width_px, height_px) if size_px else 1.0
     width, height = (max(1, round(side * scale / grid_px)) * grid_px for side in (width_px, height_px))
@@ -140,9 +170,9 @@ def output_size(width_px: int, height_px: int, *, size_px: int, grid_px: int) ->
 def scale_box(
     box: tuple[float, float, float, float], size: tuple[int, int], new_size: tuple[int, int]
 ) -> tuple[int, int, int, int] | None:
-    """Return (left, top, right, bottom) of a box (left, top, width, height), rescaled and clipped; None if nothing is left.
+    """Rescale and clip a box (left, top, width, height) to (left, top, right, bottom); None if nothing is left.
 
-    Rounded outwards, so that no part of the object is lost.
+    Edges are rounded outwards, so that no part of the object is lost.
     """
     left, top, width, height = box
     x, y = new_size[0] / size[0], new_size[1] / size[1]

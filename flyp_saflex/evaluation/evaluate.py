@@ -19,25 +19,21 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.clip.model import RANDOM
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError, RunError
-from flyp_saflex.evaluation.load_run import check_model, load_model
-from flyp_saflex.evaluation.predict import Variant, autocast, predict
+from flyp_saflex.evaluation.load_run import check_model, load_run
+from flyp_saflex.evaluation.predict import Variant, predict
 from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split
-from flyp_saflex.evaluation.weight_averaging import WiseModel
+from flyp_saflex.evaluation.weight_averaging import WeightAverage
 from flyp_saflex.images.loader import ImageLoader
-from flyp_saflex.images.reader import open_reader
 from flyp_saflex.records import Dataset, Split
 from flyp_saflex.storage.results import Results
 from flyp_saflex.storage.run_folder import RunDir
-from flyp_saflex.tasks.feature_cache import ActivationStore, LoweredImages, open_store
-
-Loader = ImageLoader | ActivationStore | LoweredImages
+from flyp_saflex.tasks.task import Loader
 
 
 def evaluate(
@@ -75,7 +71,8 @@ def evaluate(
             config = recipe_module.load(str(run / "config.toml"), overrides)
         check_model(folder, config)
         alphas = tuple(sorted({1.0, *(config.evaluate.wise_alphas if wise_alphas is None else wise_alphas)}))
-        check_start(config, alphas)
+        if any(alpha != 1 for alpha in alphas):
+            check_start(config, alphas)
         dataset = load_dataset(config.data, seed=config.seed, limit=limit)
         select = select_split(config, dataset, choose=len(alphas) > 1)
         todo = splits_to_evaluate(dataset, splits, first=select)
@@ -91,14 +88,15 @@ def evaluate(
             if state.is_main_process:
                 print(f"{run}: would evaluate {', '.join(f'{s.name} ({len(s)})' for s in todo)} at alpha {_list(alphas)}")
             return results.as_dict()
-        model = load_model(folder.path, config, dataset, alphas=alphas, device=state.device)
+        task = load_run(folder.path, config, dataset, device=state.device)
+        start = task.initial_state() if any(alpha != 1 for alpha in alphas) else None
         samples = [sample for split in todo for sample in split.samples]
-        reader = open_reader(config.data, model.clip.preprocess, model.clip.config["preprocess_cfg"], samples)
+        source = task.source(config.data, samples)
         if state.is_main_process:
-            for note in reader.notes:
+            for note in source.notes:
                 print(f"note: {note}")
         images = ImageLoader(
-            reader,
+            source,
             batch_size=config.evaluate.batch_size,
             workers=config.data.workers,
             max_unreadable=config.data.max_unreadable,
@@ -106,8 +104,9 @@ def evaluate(
             progress=state.is_main_process,
             pin=state.device.type == "cuda",
         )
-        loader = _loader(config, model, images, torch.device(state.device))
-        variants = {alpha: model.variant(alpha) for alpha in alphas}
+        loader, lowered = task.evaluation_inputs(config, images, torch.device(state.device), start)
+        average = WeightAverage(task, start, precision=config.train.precision, lowered=lowered)
+        variants = {alpha: average.variant(alpha) for alpha in alphas}
         extras = {key: value for key, value in (("limit", limit), ("overrides", telling(overrides))) if value}
         for split in todo:
             started = time.monotonic()
@@ -171,28 +170,13 @@ def evaluate_split(
     return scored
 
 
-def _loader(config: Config, model: WiseModel, images: ImageLoader, device: torch.device) -> Loader:
-    """Return what reads the model's inputs: images, or activations behind blocks that are the same for every alpha."""
-    if (tower := model.tower) is None:
-        return images
-    store = open_store(config, model.clip, tower, images, device)
-    if store is not None:
-        return store
-
-    def lower(images_BCHW: Tensor) -> Tensor:
-        with autocast(device, model.precision):
-            return tower.lower(images_BCHW.to(device, non_blocking=True))
-
-    return LoweredImages(images, lower)
-
-
 def check_start(config: Config, alphas: Sequence[float]) -> None:
-    """Check that the weights that the run started from can be had again, if an alpha below 1 needs them.
+    """Check that the weights that the run started from can be had again.
 
     Raises:
         ConfigError: the run started from random weights.
     """
-    if config.model.pretrained == RANDOM and any(alpha != 1 for alpha in alphas):
+    if config.model.pretrained == RANDOM:
         raise ConfigError(
             f"WiSE-FT alphas {_list(alphas)} need the pretrained weights, but model.pretrained = {RANDOM}: there are none; "
             "use --wise-alphas 1"

@@ -1,4 +1,4 @@
-"""Metrics of one split: accuracy, macro-F1, worst group, calibration, bootstrap intervals (floor 2; numpy only).
+"""Metrics of one split: accuracy, macro-F1, worst group, calibration, bootstrap intervals .
 
 Macro-F1 follows WILDS: the mean F1 over the classes that occur among the labels. Everything is a function of labels and
 predictions or logits, in fractions of 0..1, so that the trainer, `evaluate` and an experiment's own script share it.
@@ -9,12 +9,15 @@ Shapes: N images, K classes, R resamples, C occupied cells of the confusion matr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flyp_saflex.errors import DataError, RunError
+from flyp_saflex.tables import METRICS
 
 CALIBRATION_BINS = 15
 RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap to 100 x C counts
@@ -196,47 +199,85 @@ def bootstrap_intervals(
     }
 
 
-def score(
-    logits_NK: ArrayLike,
-    labels_N: ArrayLike,
-    groups_N: Sequence[str],
-    *,
-    bootstrap: int = 0,
-    seed: int = 0,
-    minimum_group: int = 1,
-) -> dict[str, Any]:
-    """Return every metric of one split as one row, ready for results.json.
+@dataclass(frozen=True)
+class Scores:
+    """One model's answers on N images: what every metric is a function of.
 
-    Args:
-        logits_NK: logits of the images; a tensor must be on the CPU.
+    Attributes:
+        logits_NK: float64 logits.
         labels_N: class indices, 0..K-1.
-        groups_N: domain of every image.
-        bootstrap: resamples behind the intervals; 0 leaves the intervals out.
-        seed: seed of the resamples.
-        minimum_group: smallest group that counts for `worst_group_accuracy`.
-
-    Returns:
-        `n`, `accuracy`, `macro_f1`, `worst_group_accuracy`, `ece`, and with `bootstrap` also `accuracy_interval` and
-        `macro_f1_interval` as [low, high].
-
-    Raises:
-        DataError: there are no images.
-        RunError: a logit is NaN or infinite.
+        groups_N: domain of every image; "" where unknown.
     """
-    _check_images(len(np.asarray(labels_N)))
-    predictions_N, confidences_N = predictions_and_confidences(logits_NK)
-    labels_N, predictions_N = _pair(labels_N, predictions_N)
-    row: dict[str, Any] = {
-        "n": len(labels_N),
-        "accuracy": accuracy(labels_N, predictions_N),
-        "macro_f1": macro_f1(labels_N, predictions_N),
-        "worst_group_accuracy": worst_group_accuracy(labels_N, predictions_N, groups_N, minimum_size=minimum_group),
-        "ece": expected_calibration_error(confidences_N, labels_N == predictions_N),
-    }
-    if bootstrap:
-        intervals = bootstrap_intervals(labels_N, predictions_N, resamples=bootstrap, seed=seed)
-        row |= {f"{name}_interval": list(interval) for name, interval in intervals.items()}
-    return row
+
+    logits_NK: NDArray[np.float64]
+    labels_N: NDArray[np.int64]
+    groups_N: tuple[str, ...]
+
+    @classmethod
+    def of(cls, logits_NK: ArrayLike, labels_N: ArrayLike, groups_N: Sequence[str]) -> Scores:
+        """Check and convert.
+
+        Args:
+            logits_NK: logits; a tensor must be on the CPU.
+            labels_N: class indices.
+            groups_N: domain of every image.
+
+        Raises:
+            DataError: there are no images.
+            RunError: a logit is NaN or infinite.
+        """
+        labels_N = np.asarray(labels_N, dtype=np.int64)
+        _check_images(len(labels_N))
+        scores = cls(np.asarray(logits_NK, dtype=np.float64), labels_N, tuple(groups_N))
+        _ = scores.predictions_N
+        return scores
+
+    @cached_property
+    def _answers(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        return predictions_and_confidences(self.logits_NK)
+
+    @property
+    def predictions_N(self) -> NDArray[np.int64]:  # noqa: N802 - a shape suffix
+        """Most likely class; of equal logits the first."""
+        return self._answers[0]
+
+    @property
+    def confidences_N(self) -> NDArray[np.float64]:  # noqa: N802 - a shape suffix
+        """Probabilities of the predictions."""
+        return self._answers[1]
+
+
+def accuracy_of(scores: Scores) -> float:
+    """Return the accuracy."""
+    return accuracy(scores.labels_N, scores.predictions_N)
+
+
+def macro_f1_of(scores: Scores) -> float:
+    """Return macro-F1 by WILDS' rule."""
+    return macro_f1(scores.labels_N, scores.predictions_N)
+
+
+def worst_group_of(scores: Scores) -> float | None:
+    """Return the accuracy of the domain on which it is lowest."""
+    return worst_group_accuracy(scores.labels_N, scores.predictions_N, scores.groups_N)
+
+
+def ece_of(scores: Scores) -> float:
+    """Return the expected calibration error."""
+    return expected_calibration_error(scores.confidences_N, scores.labels_N == scores.predictions_N)
+
+
+def metric_row(scores: Scores) -> dict[str, float | None]:
+    """Return the value of every metric of `tables.METRICS`, by name."""
+    return {name: METRICS[name].of(scores) for name in METRICS}
+
+
+def interval_row(scores: Scores, *, resamples: int, seed: int = 0) -> dict[str, list[float]]:
+    """Return `accuracy_interval` and `macro_f1_interval` as [low, high]; nothing for 0 resamples."""
+    if not resamples:
+        return {}
+    intervals = bootstrap_intervals(scores.labels_N, scores.predictions_N, resamples=resamples, seed=seed)
+    return {f"{name}_interval": list(interval) for name, interval in intervals.items()}
 
 
 def _pair(labels_N: ArrayLike, predictions_N: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

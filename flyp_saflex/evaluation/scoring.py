@@ -57,14 +57,22 @@ def score_split(split: Split, positions_N: ArrayLike, logits_NK: ArrayLike, *, b
     assert len(np.unique(positions_N)) == len(positions_N), "an image was scored twice"
     order_N = np.argsort(positions_N, kind="stable")
     samples, logits_NK = [split.samples[i] for i in positions_N[order_N]], logits_NK[order_N]
-    labels_N = np.array([sample.label for sample in samples], dtype=np.int64)
     try:
-        row = metrics.score(logits_NK, labels_N, [sample.domain for sample in samples], bootstrap=bootstrap, seed=seed)
+        scores = scores_of(samples, logits_NK)
+        row: dict[str, Any] = {
+            "n": len(samples),
+            **metrics.metric_row(scores),
+            **metrics.interval_row(scores, resamples=bootstrap, seed=seed),
+        }
     except (RunError, DataError) as error:
         raise type(error)(f"split {split.name}: {error}") from None
-    predictions_N, confidences_N = metrics.predictions_and_confidences(logits_NK)
     row = {"split": split.name, "role": split.role, "shift": split.shift, **row, "unreadable": len(split) - len(samples)}
-    return Scored(row, samples, labels_N, predictions_N, confidences_N)
+    return Scored(row, samples, scores.labels_N, scores.predictions_N, scores.confidences_N)
+
+
+def scores_of(samples: Sequence[Sample], logits_NK: ArrayLike) -> metrics.Scores:
+    """Return the scores of samples whose logits are given in the same order."""
+    return metrics.Scores.of(logits_NK, [sample.label for sample in samples], [sample.domain for sample in samples])
 
 
 def prediction_columns(scored: Mapping[float, Scored], class_names: Sequence[str]) -> dict[str, list[Any]]:

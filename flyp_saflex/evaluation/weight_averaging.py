@@ -1,19 +1,19 @@
-"""WiSE-FT (arXiv 2109.01903): weights between the pretrained and the finetuned model (floor 2).
+"""WiSE-FT (arXiv 2109.01903): weights between the pretrained and the finetuned model .
 
 theta(alpha) = (1 - alpha) * theta_pretrained + alpha * theta_finetuned
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flyp_saflex.clip.model import Clip, ImageTower
-from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.errors import ModelError
-from flyp_saflex.evaluation.predict import Head, Predictor, Variant, clip_predictor
+from flyp_saflex.evaluation.predict import Variant
+from flyp_saflex.tasks.task import Predictor, Task
 
 
 def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -70,67 +70,44 @@ def check_same(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]
             )
 
 
-class WiseModel:
-    """A finetuned model that can stand anywhere between its two ends.
+class WeightAverage:
+    """A task whose weights can stand anywhere between its two ends.
 
     Args:
-        clip: the finetuned model; its weights are replaced in place.
-        class_names: classes of the zero-shot head.
-        templates: its caption templates.
-        pretrained: state that it started from; not needed for alpha = 1.
-        head: linear head instead of the zero-shot one: `weight` [K, D], `bias` [K] and, as they were before training,
-            `initial_weight`, `initial_bias`.
-        precision: `no`, `bf16` or `fp16`, of the image tower.
-        tower: the image tower, cut behind blocks that both ends share; predictors then take activations for images.
+        task: the finetuned model; its weights are replaced in place.
+        start: state of its network at the start of training; None: only alpha = 1 can be had.
+        precision: `no`, `bf16` or `fp16`, of the network before its columns.
+        lowered: whether inputs are activations behind the frozen part.
 
     Raises:
         ModelError: the two ends differ in a name or a shape.
     """
 
     def __init__(
-        self,
-        clip: Clip,
-        class_names: Sequence[str],
-        templates: Sequence[str],
-        *,
-        pretrained: Mapping[str, Tensor] | None = None,
-        head: Mapping[str, Tensor] | None = None,
-        precision: str = "no",
-        tower: ImageTower | None = None,
+        self, task: Task, start: Mapping[str, Tensor] | None = None, *, precision: str = "no", lowered: bool = False
     ) -> None:
-        self.tower = tower
-        self.clip, self.class_names, self.templates, self.precision = clip, class_names, templates, precision
-        self._linear = head
+        self.task, self.precision, self.lowered = task, precision, lowered
         self._at = 1.0
-        self._heads: dict[float, Head] = {}
+        self._computed: dict[float, Any] = {}
         self._ends: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
-        if pretrained is not None:
-            finetuned = {name: tensor.to("cpu", copy=True) for name, tensor in clip.model.state_dict().items()}
-            check_same(pretrained, finetuned)
-            self._ends = pretrained, finetuned
+        if start is not None:
+            finetuned = {name: tensor.to("cpu", copy=True) for name, tensor in task.network.state_dict().items()}
+            check_same(start, finetuned)
+            self._ends = start, finetuned
 
     def variant(self, alpha: float) -> Variant:
-        """Return what puts the weights of `alpha` in place and gives the predictor of images."""
+        """Return a function that puts the weights of `alpha` in place and gives the predictor."""
 
         def enter() -> Predictor:
             if alpha != self._at:
                 assert self._ends is not None, f"alpha = {alpha} needs the pretrained weights"
-                set_weights(self.clip.model, *self._ends, alpha)
+                self._computed[self._at] = self.task.computed()  # the zero-shot head depends on alpha, not on the images
+                set_weights(self.task.network, *self._ends, alpha)
+                self.task.weights_changed(self._computed.get(alpha))
                 self._at = alpha
-            if alpha not in self._heads:  # text tower and head depend on alpha, not on the images
-                self._heads[alpha] = self._head(alpha)
-            return clip_predictor(self.clip.model, self._heads[alpha], precision=self.precision, tower=self.tower)
+            return self.task.predictor(precision=self.precision, lowered=self.lowered)
 
         return enter
-
-    def _head(self, alpha: float) -> Head:
-        device = next(self.clip.model.parameters()).device
-        if self._linear is None:
-            scale = float(self.clip.model.logit_scale.detach().exp())
-            return Head(zero_shot_head(self.clip, self.class_names, self.templates), scale=scale)
-        before, after = ({name: self._linear[prefix + name] for name in ("weight", "bias")} for prefix in ("initial_", ""))
-        head = interpolate(before, after, alpha)
-        return Head(head["weight"].to(device), head["bias"].to(device))
 
 
 def _between(pretrained: Tensor, finetuned: Tensor, alpha: float) -> Tensor:

@@ -1,1 +1,1 @@
-"""Scores of edited images: the filters of ALIA."""
+"""Scores of edited images by the filters of ALIA: the command `filter`."""

@@ -1,7 +1,7 @@
-"""ALIA's filters of edits, as rules over scores and probabilities (floor 2; numpy).
+"""ALIA's filters of edits, as rules over scores and probabilities; no torch.
 
-Source: ALIA (arXiv 2305.16289), section on filtering; thresholds after confident learning (arXiv 1911.00068, cleanlab): the
-threshold of a class is the mean probability that held-out images of the class get for it.
+Source: ALIA (arXiv 2305.16289), section on filtering; thresholds from confident learning (arXiv 1911.00068, cleanlab): the
+threshold of a class is the mean probability of the class over held-out images of the class.
 
 Shapes: N images, K classes, P positive and M negative texts.
 """
@@ -15,15 +15,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 UNREADABLE = "unreadable"
-"""The verdict on an edit that cannot be scored: never kept."""
+"""Verdict on an edit that cannot be scored; it is never kept."""
 
 
 class ConfidenceFlags(NamedTuple):
-    """Which edits the confidence filter flags.
+    """Flags of the confidence filter per edit.
 
     Attributes:
-        unchanged_N: predicted as the class of their source with at least that class's threshold: too easy to add anything.
-        corrupted_N: predicted as another class with at least that class's threshold: the class was edited away.
+        unchanged_N: predicted as the class of the source, with a probability of at least that class's threshold: the edit
+            adds nothing.
+        corrupted_N: predicted as another class, with a probability of at least that class's threshold: the edit no longer
+            shows its class.
     """
 
     unchanged_N: NDArray[np.bool_]
@@ -31,13 +33,13 @@ class ConfidenceFlags(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How well flags meet the truth.
+    """Precision and recall of flags.
 
     Attributes:
-        precision: part of the flagged that is true; None if nothing is flagged.
-        recall: part of the true that is flagged; None if nothing is true.
-        num_flagged: how many are flagged.
-        num_true: how many are true.
+        precision: fraction of the flagged edits that are flagged rightly; None if nothing is flagged.
+        recall: fraction of the edits to flag that are flagged; None if there are none.
+        num_flagged: number of flagged edits.
+        num_true: number of edits to flag.
     """
 
     precision: float | None
@@ -47,11 +49,11 @@ class Agreement(NamedTuple):
 
 
 def semantic_log_odds(positive_NP: ArrayLike, negative_NM: ArrayLike) -> NDArray[np.float64]:
-    """Return log_odds_N of the best positive against the best negative text; the semantic filter passes 0 and above.
+    """Return log_odds_N of the best positive against the best negative text; an edit passes from 0 upwards.
 
     Args:
         positive_NP: logits of the texts that an edit should show.
-        negative_NM: logits of those that it should not.
+        negative_NM: logits of the texts that an edit should not show.
     """
     positive_N = np.asarray(positive_NP, dtype=np.float64).max(axis=1)
     return positive_N - np.asarray(negative_NM, dtype=np.float64).max(axis=1)
@@ -60,7 +62,7 @@ def semantic_log_odds(positive_NP: ArrayLike, negative_NM: ArrayLike) -> NDArray
 def confident_thresholds(probabilities_NK: ArrayLike, labels_N: ArrayLike) -> NDArray[np.float64]:
     """Return threshold_K: the mean probability of class k over the held-out images of class k.
 
-    A class without any held-out image gets infinity: nothing is confidently of that class.
+    The threshold of a class without held-out images is infinity: no prediction of that class is confident.
     """
     probabilities_NK, labels_N = np.asarray(probabilities_NK, dtype=np.float64), np.asarray(labels_N)
     num_classes = probabilities_NK.shape[1]
@@ -68,12 +70,12 @@ def confident_thresholds(probabilities_NK: ArrayLike, labels_N: ArrayLike) -> ND
 
 
 def confidence_filter(probabilities_NK: ArrayLike, labels_N: ArrayLike, threshold_K: ArrayLike) -> ConfidenceFlags:
-    """Flag edits by a model that was trained on the unedited data.
+    """Flag edits by the predictions of a model that was trained on the unedited data.
 
     Args:
-        probabilities_NK: the model's probabilities of the edits.
-        labels_N: the classes that they came with.
-        threshold_K: of `confident_thresholds`.
+        probabilities_NK: class probabilities of the edits; a row of NaN is never flagged.
+        labels_N: classes of the sources.
+        threshold_K: thresholds from `confident_thresholds`.
     """
     probabilities_NK, labels_N = np.asarray(probabilities_NK, dtype=np.float64), np.asarray(labels_N)
     predicted_N = probabilities_NK.argmax(axis=1)
@@ -83,10 +85,10 @@ def confidence_filter(probabilities_NK: ArrayLike, labels_N: ArrayLike, threshol
 
 
 def keep(flags: Mapping[str, NDArray[np.bool_]], drop: Collection[str]) -> NDArray[np.bool_]:
-    """Return keep_N: the edits without any of the verdicts in `drop`, and readable.
+    """Return keep_N: True for a readable edit without a verdict in `drop`.
 
     Args:
-        flags: verdict -> flagged_N; at least one. Verdicts of filters that were not run are absent.
+        flags: verdict -> flagged_N, at least one; verdicts of filters that were not run are absent.
         drop: verdicts that drop an edit.
     """
     dropping = [flagged_N for name, flagged_N in flags.items() if name in drop or name == UNREADABLE]
@@ -97,13 +99,13 @@ def keep(flags: Mapping[str, NDArray[np.bool_]], drop: Collection[str]) -> NDArr
 def removal_table(
     groups: Sequence[str], flags: Mapping[str, NDArray[np.bool_]], keep_N: NDArray[np.bool_], order: Iterable[str] = ()
 ) -> dict[str, dict[str, int]]:
-    """Count edits, every verdict and what is kept, by group.
+    """Count edits, verdicts and kept edits per group.
 
     Args:
-        groups: group of every edit, its class or its domain.
+        groups: group of every edit: its class or its domain.
         flags: verdict -> flagged_N. An edit may have several verdicts, so a row's numbers need not add up.
-        keep_N: of `keep`.
-        order: groups that come first, in this order; those without an edit are left out.
+        keep_N: result of `keep`.
+        order: groups that come first, in this order; groups without an edit are left out.
 
     Returns:
         group -> {"edits": n, verdict: n for each of `flags`, "kept": n}.
@@ -119,7 +121,7 @@ def removal_table(
 
 
 def precision_recall(flagged_N: ArrayLike, truth_N: ArrayLike) -> Agreement:
-    """Compare what a filter flags with what is true of the edits.
+    """Compare the flags of a filter with the truth.
 
     Args:
         flagged_N: whether the filter flags an edit.

@@ -1,10 +1,10 @@
-"""`flyp-saflex filter`: ALIA's two filters as scores beside the edits; nothing is deleted (floor 3).
+"""The command `flyp-saflex filter`: ALIA's two filters as scores beside the edits; no edit is deleted.
 
-Semantic: CLIP's zero-shot choice between texts that an edit should fit and texts that it should not. Confidence: a model
-trained on the clean images says whether an edit hardly changed or no longer shows its class (method/filters.py). And always:
-how like its source an edit is, as the cosine of their CLIP embeddings. Training reads `keep` with `augment.filter = "scores"`.
+The semantic filter is CLIP's zero-shot choice between positive and negative texts. The confidence filter asks a model trained
+on the clean images whether an edit hardly changed or no longer shows its class (`alia.py`). The cosine between the CLIP
+embeddings of source and edit is always computed. Training reads the column `keep` with `augment.filter = "scores"`.
 
-Under accelerate every process takes its share of the sources and their edits; the first one writes and prints.
+With accelerate every process scores its share of the sources and their edits; the main process writes and prints.
 
 Shapes: N edits, K classes.
 """
@@ -22,33 +22,34 @@ from accelerate.utils import parse_flag_from_env
 from numpy.typing import NDArray
 
 from flyp_saflex.config import Config
-from flyp_saflex.errors import DataError, RunError
-from flyp_saflex.evaluation.load_run import load_model
+from flyp_saflex.errors import ConfigError, DataError, RunError
+from flyp_saflex.evaluation.load_run import load_run
 from flyp_saflex.filtering.alia import UNREADABLE, confidence_filter, keep
 from flyp_saflex.filtering.inputs import Checked, check, plan_line
 from flyp_saflex.filtering.scores import Scores, load_filter_clip, score_edits, thresholds
 from flyp_saflex.filtering.summary import Scored, report
 from flyp_saflex.storage.augment_cache import SHEETS, AugmentCache
+from flyp_saflex.tasks.clip_task import ClipTask
 
 
 def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = False) -> dict[str, Any]:
-    """Score every edit of the cache entry, write the scores beside it and print what they would remove.
+    """Score every edit of the cache entry, write the scores beside it, and print how many edits they drop.
 
     Args:
-        config: `filter`, `cache`, `data`, `model` and `editor.prompts` are read. `data.shots` is not: edits of all training
-            images are scored, whatever a run draws of them.
-        limit: a quick look: the edits of at most this many training images, and no scores are written.
+        config: recipe; `filter`, `cache`, `data`, `model` and `editor.prompts` are used. `data.shots` is ignored: edits of all
+            training images are scored.
+        limit: score only the edits of at most this many training images, and write no scores.
         dry_run: run all checks; load no weights, write nothing.
 
     Returns:
-        The numbers that are printed (see `filter_report.report`); of a dry run, and in all processes but the first, only how
-        many edits there are.
+        The printed numbers (see `summary.report`). A dry run, and every process but the main one, return only the number of
+        edits.
 
     Raises:
         ConfigError: an option is missing or cannot be used.
         DataError: no cache entry, one of another dataset, no texts, no edit that can be read.
         RunError: the run folder cannot be used, or its model knows other classes.
-        ModelError: weights that cannot be had.
+        ModelError: weights cannot be loaded.
     """
     checked = check(config, limit=limit)
     # PartialState by itself does not read this flag, unlike Accelerator: processes on CPUs would not see each other
@@ -60,10 +61,13 @@ def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = Fa
     if dry_run:
         return {"edits": len(checked.edits)}
     clip = load_filter_clip(config, state.device)
-    model = None
+    model: ClipTask | None = None
     if checked.run is not None:  # activations behind frozen blocks exist for images of the dataset, not for edits
         plain = replace(checked.run, train=replace(checked.run.train, frozen_cache=""))
-        model = load_model(Path(config.filter.run), plain, checked.run_dataset, device=state.device)
+        task = load_run(Path(config.filter.run), plain, checked.run_dataset, device=state.device)
+        if not isinstance(task, ClipTask):
+            raise ConfigError(f"filter.run = {config.filter.run} is no CLIP model: give a run of flyp, ce-text or ce-linear")
+        model = task
     threshold_K = thresholds(config, checked, model, state) if model else np.empty(0)
     scores = score_edits(config, checked, clip, model, state)
     if not state.is_main_process:
@@ -81,7 +85,10 @@ def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = Fa
 def score_rows(
     checked: Checked, scores: Scores, threshold_K: NDArray[np.float64], drop: Collection[str]
 ) -> tuple[list[dict[str, Any]], dict[str, NDArray[np.bool_]]]:
-    """Return the rows of scores.jsonl of the scored edits, and the verdicts by name; None stands for what was not found out."""
+    """Return the rows of scores.jsonl of the scored edits, and flagged_N by verdict.
+
+    A value of a row is None where its filter was not run or the edit cannot be read.
+    """
     readable_N = np.array([n not in scores.unreadable for n in range(len(checked.edits))])
     flags = {}
     if checked.texts is not None:
@@ -120,19 +127,19 @@ def score_rows(
 
 
 def _number(value: float) -> float | None:
-    """Return what JSON can hold: None for NaN and infinity."""
+    """Return a number for JSON, rounded; None for NaN and infinity."""
     return round(float(value), 6) if np.isfinite(value) else None
 
 
 def _unscored(checked: Checked) -> list[dict[str, Any]]:
-    """Return rows of the edits that are not scored: those of images that nothing is trained on."""
+    """Return the rows of edits that are not scored, because their source is no training image."""
     scored = {edit.aug_id for edit in checked.edits}
     reason = "made from an image that is not trained on"
     return [{"aug_id": e.aug_id, "keep": False, "reason": reason} for e in checked.cache.edits if e.aug_id not in scored]
 
 
 def _write(cache: AugmentCache, rows: list[dict[str, Any]], file: str) -> None:
-    """Write the scores; those of an earlier run of the filter go as a whole."""
+    """Write the scores; replace those of an earlier run as a whole."""
     if (cache.folder / file).is_file():
         print(f"note: {cache.folder / file} of an earlier run is replaced as a whole")
     try:

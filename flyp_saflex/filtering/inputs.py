@@ -1,4 +1,4 @@
-"""What the command `filter` needs, checked before any weights are loaded (floor 3, a part of filter.py)."""
+"""Inputs of the command `filter`, checked before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from flyp_saflex.storage.run_folder import RunDir
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a run of the filter needs, checked, with no weights loaded.
+    """Checked inputs of the command `filter`; no weights are loaded.
 
     Attributes:
-        cache: the entry.
-        edits: its edits of training images, which are scored.
-        dataset: the images that they were made from.
-        texts: positive and negative texts of the semantic filter; None: it is not run.
-        run: recipe of the run that the confidence filter asks; None: it is not run.
-        run_dataset: the run's own dataset; the same classes.
-        thresholds_from: the split behind the thresholds.
-        notes: what a person should know.
+        cache: the cache entry.
+        edits: edits of training images; only these are scored.
+        dataset: the dataset of the sources.
+        texts: positive and negative texts of the semantic filter; None: the filter is not run.
+        run: recipe of the run whose model the confidence filter uses; None: the filter is not run.
+        run_dataset: the run's own dataset; it has the same classes.
+        thresholds_from: split that gives the thresholds; None without the confidence filter.
+        notes: remarks for the user.
     """
 
     cache: AugmentCache
@@ -45,7 +45,11 @@ class Checked:
 
 
 def check(config: Config, *, limit: int | None = None) -> Checked:
-    """Check everything that can be checked without weights; see `filter_edits` for what is raised."""
+    """Check everything that needs no weights.
+
+    Raises:
+        ConfigError, DataError, RunError: see `filter.filter_edits`.
+    """
     options = config.filter
     dataset = load_dataset(replace(config.data, shots=0), seed=config.seed, limit=limit)
     cache = AugmentCache.open(config.cache.root, config.data.name, config.cache.key, dataset.class_names)
@@ -54,7 +58,7 @@ def check(config: Config, *, limit: int | None = None) -> Checked:
     edits = cache.check_against(dataset, partial=limit is not None)
     notes = [*cache.notes]
     if limit is not None:
-        notes.append(f"a quick look at {len(edits)} of {len(cache)} edits: {config.cache.scores} is not written")
+        notes.append(f"--limit: only {len(edits)} of {len(cache)} edits are scored, and {config.cache.scores} is not written")
     elif len(edits) < len(cache):
         notes.append(f"{len(cache) - len(edits)} edits were made from images that are not trained on: keep = false, not scored")
     if not edits:
@@ -76,13 +80,13 @@ def check(config: Config, *, limit: int | None = None) -> Checked:
             shown = ", ".join(absent[:4]) + (" ..." if len(absent) > 4 else "")
             notes.append(
                 f"{len(absent)} of {dataset.num_classes} classes have no image in {split.name}, so no threshold ({shown}): "
-                "nothing is confidently one of them"
+                "the confidence filter never flags an edit that is predicted as one of them"
             )
     return Checked(cache, edits, dataset, texts, run, run_dataset, split, notes)
 
 
 def _texts(config: Config, dataset: Dataset) -> tuple[list[str], list[str]]:
-    """Return the positive and the negative texts, `{}` written out for every class."""
+    """Return the positive and the negative texts, with `{}` replaced by every class name in turn."""
     prompts = load_edit_prompts(config.editor.prompts, config.data.name)
     if not prompts.positive:
         raise DataError(
@@ -139,7 +143,7 @@ def _check_run(config: Config, dataset: Dataset, split: Split, notes: list[str])
 
 
 def _check_writable(cache: AugmentCache, file: str) -> None:
-    """Refuse a folder that cannot be written, and a file that holds something else."""
+    """Refuse a folder that cannot be written, and a file that holds no scores."""
     path = cache.folder / file
     if not os.access(cache.folder, os.W_OK):
         raise DataError(f"augment cache {cache.folder} cannot be written: check its permissions, or copy it and set cache.root")
@@ -159,7 +163,7 @@ def _is_scores(path: Path) -> bool:
 
 
 def plan_line(config: Config, checked: Checked, *, dry_run: bool) -> str:
-    """Return what is going to be done, in one line."""
+    """Return one line that says which edits are scored and by which filters."""
     parts = [f"similarity to the source ({model_of(config)[0]})"]
     if checked.texts is not None:
         parts.append(f"semantic filter ({len(checked.texts[0])} positive, {len(checked.texts[1])} negative texts)")
@@ -177,5 +181,5 @@ def model_of(config: Config) -> tuple[str, str]:
 
 
 def _which_images(data: DataConfig) -> DataConfig:
-    """Return the section without what says only how images are read."""
+    """Return the section without the options on how images are read: equal sections have equal images."""
     return replace(data, workers=0, max_unreadable=0, decoding="exact", materialised="", materialised_px=1)

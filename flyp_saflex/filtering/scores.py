@@ -1,12 +1,13 @@
-"""Running the models of the command `filter` over edits and their sources (floor 3, a part of filter.py).
+"""Model outputs of the command `filter` for edits and their sources.
 
-Shapes: N edits, S sources, K classes, D embedding, T texts, V images behind the thresholds.
+Shapes: N edits, S sources, K classes, D embedding, T texts, V held-out images for the thresholds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,24 +21,25 @@ from flyp_saflex.clip.model import Clip, ImageTower, load_clip
 from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError, ModelError, RunError
-from flyp_saflex.evaluation.predict import Predictor, Variant, predict
-from flyp_saflex.evaluation.weight_averaging import WiseModel
+from flyp_saflex.evaluation.predict import Variant, predict
 from flyp_saflex.filtering.alia import confident_thresholds, semantic_log_odds
 from flyp_saflex.filtering.inputs import Checked, model_of
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import ImageReader
 from flyp_saflex.records import Edit, Sample
+from flyp_saflex.tasks.clip_task import ClipTask
+from flyp_saflex.tasks.task import Predictor
 
 
 @dataclass(slots=True)
 class Scores:
-    """What is found out about edits; a row of an unreadable edit is NaN.
+    """Scores of edits; the rows of unreadable edits are NaN.
 
     Attributes:
-        similarity_N: cosine to the source; NaN too if that cannot be read.
-        log_odds_N: semantic score, empty if that filter is not run.
-        probabilities_NK: of the run's model, empty if the confidence filter is not run.
-        unreadable: reason by position.
+        similarity_N: cosine to the source, -1..1; NaN also if the source cannot be read.
+        log_odds_N: score of the semantic filter; empty if it is not run.
+        probabilities_NK: class probabilities from the run's model; empty if the confidence filter is not run.
+        unreadable: reason by position of the edit.
     """
 
     similarity_N: NDArray[np.float64]
@@ -50,7 +52,7 @@ def load_filter_clip(config: Config, device: torch.device) -> Clip:
     """Load the model that compares edits with texts and sources.
 
     Raises:
-        ModelError: its weights cannot be had.
+        ModelError: its weights cannot be loaded.
     """
     try:
         return load_clip(*model_of(config), device=device)
@@ -61,12 +63,12 @@ def load_filter_clip(config: Config, device: torch.device) -> Clip:
         raise ModelError(text) from error
 
 
-def thresholds(config: Config, checked: Checked, model: WiseModel, state: PartialState) -> NDArray[np.float64]:
-    """Return threshold_K from the run's probabilities of the held-out images."""
+def thresholds(config: Config, checked: Checked, model: ClipTask, state: PartialState) -> NDArray[np.float64]:
+    """Return threshold_K from the probabilities of the run's model on the held-out images."""
     assert checked.thresholds_from is not None, "the confidence filter has a split"
     samples = checked.thresholds_from.samples[state.process_index :: state.num_processes]
     loader = _loader(config, model.clip, state, max_unreadable=config.data.max_unreadable)
-    (logits_VK,) = _predict([model.variant(1.0)], loader, samples, f"filter.run = {config.filter.run}")
+    (logits_VK,) = _predict([_variant(model)], loader, samples, f"filter.run = {config.filter.run}")
     read = [(sample.label, row) for sample, row in zip(samples, logits_VK, strict=True) if row.size and np.isfinite(row).all()]
     gathered = [pair for part in gather_object([read]) for pair in part]
     if not gathered:
@@ -74,8 +76,12 @@ def thresholds(config: Config, checked: Checked, model: WiseModel, state: Partia
     return confident_thresholds(_softmax(np.stack([row for _, row in gathered])), [label for label, _ in gathered])
 
 
-def score_edits(config: Config, checked: Checked, clip: Clip, model: WiseModel | None, state: PartialState) -> Scores:
-    """Score the edits, every process those of its share of the sources; the first process gets all of them."""
+def score_edits(config: Config, checked: Checked, clip: Clip, model: ClipTask | None, state: PartialState) -> Scores:
+    """Score the edits; every process scores its share of the sources, and all get the whole.
+
+    Raises:
+        DataError: no edit can be read.
+    """
     sources = list(dict.fromkeys(edit.source_id for edit in checked.edits))
     mine = set(sources[state.process_index :: state.num_processes])
     share = [position for position, edit in enumerate(checked.edits) if edit.source_id in mine]
@@ -101,19 +107,32 @@ def score_edits(config: Config, checked: Checked, clip: Clip, model: WiseModel |
 
 
 def _score(
-    config: Config, checked: Checked, edits: Sequence[Edit], clip: Clip, model: WiseModel | None, state: PartialState
+    config: Config, checked: Checked, edits: Sequence[Edit], clip: Clip, model: ClipTask | None, state: PartialState
 ) -> Scores:
-    """Score some edits in this process; every edit and every source is read once (twice if two models preprocess differently)."""
+    """Score some edits in this process.
+
+    Every image is read once; edits are read twice if the two models preprocess differently.
+    """
     embed, name = _embedder(clip), model_of(config)[0]
     loader = _loader(config, clip, state)
     if model is None:
         (embeddings_ND,) = _predict([embed], loader, edits, name)
         logits_NK = np.empty((len(edits), 0))
     elif model.clip.config["preprocess_cfg"] == clip.config["preprocess_cfg"]:
-        embeddings_ND, logits_NK = _predict([embed, model.variant(1.0)], loader, edits, f"{name} or {config.filter.run}")
+        embeddings_ND, logits_NK = _predict(
+            [embed, _variant(model)],
+            loader,
+            edits,
+            f"{name} or {config.filter.run}",
+        )
     else:
         (embeddings_ND,) = _predict([embed], loader, edits, name)
-        (logits_NK,) = _predict([model.variant(1.0)], _loader(config, model.clip, state), edits, config.filter.run)
+        (logits_NK,) = _predict(
+            [_variant(model)],
+            _loader(config, model.clip, state),
+            edits,
+            config.filter.run,
+        )
     reasons = dict(loader.unreadable)
     unreadable = {n: reasons[str(edit.path)] for n, edit in enumerate(edits) if str(edit.path) in reasons}
     if len(unreadable) == len(edits):
@@ -136,7 +155,7 @@ def _score(
 
 
 def _loader(config: Config, clip: Clip, state: PartialState, *, max_unreadable: float = 1.0) -> ImageLoader:
-    """Return a reader; unreadable edits are scored `keep = false`, so by default any number of them is allowed."""
+    """Return a loader; unreadable edits get `keep = false`, so by default any number of them is allowed."""
     return ImageLoader(
         ImageReader(clip.preprocess, clip.config["preprocess_cfg"], scaled=config.data.decoding == "scaled"),
         batch_size=config.filter.batch_size,
@@ -148,8 +167,13 @@ def _loader(config: Config, clip: Clip, state: PartialState, *, max_unreadable: 
     )
 
 
+def _variant(model: ClipTask) -> Variant:
+    """Return what gives the predictor of a run's model."""
+    return partial(model.predictor, precision=model.config.train.precision)
+
+
 def _embedder(clip: Clip) -> Variant:
-    """Return what gives the predictor of normalised image embeddings."""
+    """Return a variant whose predictor gives normalised image embeddings."""
     device, tower = next(clip.model.parameters()).device, ImageTower(clip.model.visual)
 
     @torch.no_grad()

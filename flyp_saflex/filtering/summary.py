@@ -1,6 +1,6 @@
-"""What the filters would remove, for a person: tables per class and domain, sheets of kept and dropped edits (floor 3).
+"""Summary of the filters: tables of dropped edits per class and domain, contact sheets of kept and dropped edits.
 
-A part of filter.py. An edit may have several verdicts, so the numbers of a table's row need not add up.
+An edit may have several verdicts, so the numbers in a row of a table need not add up.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from flyp_saflex.images.decode import read_image
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.storage.results import align, percent
 
-"""Folder of the contact sheets in a cache entry."""
 PAIRS = 3
-"""Pairs of source and edit in a row of a sheet."""
+"""Pairs of source and edit per row of a sheet."""
 SHOWN = 40
-"""Rows of a table that are printed; the returned numbers have all of them."""
-CONFIDENCE = "unchanged, corrupted: confidently its source's class, another class (confident thresholds, arXiv 1911.00068)."
+"""Most rows of a table that are printed; the returned numbers have all of them."""
+CONFIDENCE = (
+    "unchanged, corrupted: predicted as the class of its source, or as another class, with at least the mean probability of "
+    "held-out images of that class (arXiv 1911.00068)."
+)
 MEANING = {
-    "semantic": "semantic: fits a negative text better than every positive one.",
+    "semantic": "semantic: a negative text fits better than every positive one.",
     "unchanged": CONFIDENCE,
     "corrupted": CONFIDENCE,
 }
@@ -37,10 +39,10 @@ Table = dict[str, dict[str, int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """Edits with what the filters say about them.
+    """Scored edits with their verdicts.
 
     Attributes:
-        dataset: the images that they were made from.
+        dataset: the dataset of the sources.
         edits: the scored edits.
         rows: their rows of scores.jsonl.
         flags: verdict -> flagged_N, for the verdicts of the filters that were run and for unreadable edits.
@@ -55,17 +57,17 @@ class Scored:
 
 
 def report(scored: Scored, sheets: Path, *, drop: Collection[str], sheet_rows: int) -> dict[str, Any]:
-    """Print the tables and write the sheets.
+    """Print the tables and write the contact sheets.
 
     Args:
         scored: the edits.
         sheets: folder of the sheets `filter-kept.jpg`, `filter-<verdict>.jpg`.
-        drop: verdicts that drop an edit; the others are only counted.
+        drop: verdicts that drop an edit; other verdicts are only counted.
         sheet_rows: rows per sheet; 0: no sheets.
 
     Returns:
-        "edits", "kept", each verdict, and by group "classes" and "domains" (as of `removal_table`); "similarity": mean of the
-        cosines to the sources, None if there is none.
+        Counts "edits", "kept" and one per verdict; tables "classes" and "domains" (see `alia.removal_table`); "similarity": mean
+        cosine to the sources, None if there is none.
     """
     flags, names = scored.flags, scored.dataset.class_names
     keep_N = keep(flags, drop)
@@ -93,12 +95,12 @@ def report(scored: Scored, sheets: Path, *, drop: Collection[str], sheet_rows: i
 
 
 def domain_of(edit: Edit) -> str:
-    """Return what an edit was turned into: the manifest's domain, else its instruction."""
+    """Return the domain of an edit from the manifest, else its instruction."""
     return str(edit.provenance.get("domain") or edit.instruction or "(unknown)")
 
 
 def table_text(title: str, table: Table, total: Table | None = None) -> str:
-    """Return a removal table as text, the part that is kept in percent."""
+    """Return a removal table as text, with the kept fraction in percent."""
     columns = list(next(iter(table.values())))
     if UNREADABLE in columns and not any(row[UNREADABLE] for row in table.values()):
         columns.remove(UNREADABLE)
@@ -110,9 +112,9 @@ def table_text(title: str, table: Table, total: Table | None = None) -> str:
 
 
 def write_sheets(scored: Scored, keep_N: NDArray[np.bool_], folder: Path, num_rows: int) -> list[str]:
-    """Write one sheet of the kept edits and one per verdict, each edit beside its source; return the names.
+    """Write one sheet of kept edits and one per verdict, each edit beside its source; return the file names.
 
-    A sheet shows edits that are spread over the whole manifest. Sheets of an earlier run that would now be empty are removed.
+    A sheet shows edits spread over the whole manifest. Sheets of an earlier run that would now be empty are removed.
     """
     sources = {sample.sample_id: sample for sample in scored.dataset.train.samples}
     groups = {"kept": keep_N} | {name: flagged_N for name, flagged_N in scored.flags.items() if name != UNREADABLE}
@@ -131,7 +133,7 @@ def write_sheets(scored: Scored, keep_N: NDArray[np.bool_], folder: Path, num_ro
 
 
 def _pair(scored: Scored, sources: Mapping[str, Sample], number: int) -> tuple[Tile, Tile]:
-    """Return the tiles of a source and of its edit, with what the filters say."""
+    """Return the tiles of a source and of its edit, with the scores of the filters."""
     edit, row, names = scored.edits[number], scored.rows[number], scored.dataset.class_names
     source = sources[edit.source_id]
     told = [edit.instruction or domain_of(edit)]

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 from flyp_saflex.errors import DataError
-from flyp_saflex.images.reader import ImageReader, Preprocess, reader_of
+from flyp_saflex.images.reader import Preprocess, Source, reader_of
 from flyp_saflex.records import Edit, Sample
 
 Row = tuple[int, Tensor | None, str]
@@ -54,7 +54,7 @@ class ImageLoader:
 
     def __init__(
         self,
-        preprocess: Preprocess | ImageReader,
+        preprocess: Preprocess | Source,
         *,
         batch_size: int,
         workers: int = 0,
@@ -84,7 +84,7 @@ class ImageLoader:
         with bar:
             for part in self._read(rows):
                 for position, reason in part.failures:
-                    self._skip(str(samples[position].path), reason, len(samples))
+                    self._skip(str(samples[position].item), reason, len(samples))
                 bar.update(len(part.positions) + len(part.failures))
                 if part.images is not None:
                     yield part.positions, part.images
@@ -126,7 +126,7 @@ def _collate(rows: Sequence[Row]) -> _Part:
 class _Rows(TorchDataset[Row]):
     """One row per image: its position, its tensor or None, and the reason if there is none."""
 
-    def __init__(self, samples: Sequence[Sample | Edit], reader: ImageReader, *, box_crop: bool) -> None:
+    def __init__(self, samples: Sequence[Sample | Edit], reader: Source, *, box_crop: bool) -> None:
         self.samples, self.reader, self.box_crop = samples, reader, box_crop
 
     def __len__(self) -> int:
@@ -134,8 +134,7 @@ class _Rows(TorchDataset[Row]):
 
     def __getitem__(self, position: int) -> Row:
         sample = self.samples[position]
-        box = sample.box if self.box_crop and isinstance(sample, Sample) else None
         try:
-            return position, self.reader.tensor(self.reader.picture(sample.path, box=box)), ""
+            return position, self.reader.tensor(self.reader.read(sample, box_crop=self.box_crop)), ""
         except DataError as error:
             return position, None, str(error)

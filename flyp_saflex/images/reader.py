@@ -15,23 +15,84 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from flyp_saflex.config import DataConfig
+from flyp_saflex.errors import DataError
 from flyp_saflex.images.decode import Box, read_picture
 from flyp_saflex.images.picture import Picture
 from flyp_saflex.images.preprocessing import Preprocessing
 from flyp_saflex.images.resized_copies import ResizedImages
-from flyp_saflex.records import Sample
+from flyp_saflex.records import Edit, Sample
 
 Preprocess = Callable[[Image.Image], Tensor]
 
 MARGIN = 2.25
 """A smaller decoding has at least this many times the pixels, per side, of what the model sees; twice, then, of what
 `random-crop` leaves. At 1 PSNR is 37..47 dB."""
+
+
+class Source(Protocol):
+    """Reader of samples: a file, a row of an array, or a row of a table becomes what the model takes.
+
+    Attributes:
+        notes: what a person should know about it.
+    """
+
+    notes: list[str]
+
+    def read(self, item: Sample | Edit, *, box_crop: bool = False) -> Any:
+        """Return a row as random operations take it: a `Picture`, or an array.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
+    def tensor(self, row: Any) -> Tensor:
+        """Return what the model takes."""
+
+    def key(self, item: Sample | Edit) -> str:
+        """Return a hash of the row's content; empty: not readable."""
+
+
+class RowReader:
+    """Rows of an array as float tensors: features of a table, or pixels that need no preprocessing.
+
+    Args:
+        rows: array-like; `Sample.item` is an index of it.
+    """
+
+    def __init__(self, rows: Sequence[Any] | None) -> None:
+        self.rows = rows
+        self.notes: list[str] = []
+
+    def read(self, item: Sample | Edit, *, box_crop: bool = False) -> Any:
+        """Return the row of a sample."""
+        return row_of(self.rows, item)
+
+    def tensor(self, row: Any) -> Tensor:
+        """Return the row as float32."""
+        return torch.as_tensor(np.asarray(row), dtype=torch.float32)
+
+    def key(self, item: Sample | Edit) -> str:
+        """Return a hash of the row."""
+        return hashlib.sha256(np.ascontiguousarray(self.read(item)).tobytes()).hexdigest()
+
+
+def row_of(rows: Sequence[Any] | None, item: Sample | Edit) -> Any:
+    """Return the row of an array that an item names.
+
+    Raises:
+        DataError: the item is a file, or the dataset has no rows.
+    """
+    if rows is None or not isinstance(item.item, int):
+        raise DataError(f"{item.item} is no row of an array, which this train.method takes: use a method that reads images")
+    return rows[item.item]
 
 
 class ImageReader:
@@ -42,6 +103,7 @@ class ImageReader:
         settings: open_clip's description of it (`preprocess_cfg`); empty: it is only known as a function.
         scaled: decode JPEGs smaller where that is enough.
         resized: copies that are read instead of the files.
+        rows: images of samples that are rows of an array (uint8, [H, W, 3] or [H, W]) instead of files.
 
     Attributes:
         notes: what a person should know about the copies.
@@ -55,8 +117,9 @@ class ImageReader:
         *,
         scaled: bool = False,
         resized: ResizedImages | None = None,
+        rows: Sequence[Any] | None = None,
     ) -> None:
-        self.preprocess = preprocess
+        self.preprocess, self.rows = preprocess, rows
         known = Preprocessing.of(settings or {})
         self._usual = known if scaled or resized is not None else None
         self._scaled = scaled
@@ -73,6 +136,20 @@ class ImageReader:
     def scaled(self) -> bool:
         """Whether JPEGs are decoded smaller where that is enough."""
         return self._scaled and self._usual is not None
+
+    def read(self, item: Sample | Edit, *, box_crop: bool = False) -> Picture:
+        """Return the picture of a sample or an edit.
+
+        Args:
+            item: a file, or a row of `rows`.
+            box_crop: crop samples to their bounding box.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        if isinstance(item.item, int):
+            return Picture.of(Image.fromarray(np.asarray(row_of(self.rows, item))).convert("RGB"))
+        return self.picture(item.path, box=item.box if box_crop and isinstance(item, Sample) else None)
 
     def picture(self, path: Path, *, box: Box | None = None) -> Picture:
         """Read an image.
@@ -96,22 +173,30 @@ class ImageReader:
             return self.preprocess(picture.image())
         return self._usual(picture)
 
-    def key(self, path: Path) -> str:
-        """Return a hash of the file's content, and of how the copy that is read instead was made; empty: not readable."""
-        if self.resized is not None and (known := self.resized.key(path)):
+    def key(self, item: Sample | Edit) -> str:
+        """Return a hash of the content, and of how the copy that is read instead was made; empty: not readable."""
+        if isinstance(item.item, int):
+            return hashlib.sha256(np.ascontiguousarray(row_of(self.rows, item)).tobytes()).hexdigest()
+        if self.resized is not None and (known := self.resized.key(item.path)):
             return known
         try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            return hashlib.sha256(item.path.read_bytes()).hexdigest()
         except OSError:
             return ""
 
 
-def reader_of(preprocess: Preprocess | ImageReader) -> ImageReader:
+def reader_of(preprocess: Preprocess | Source) -> Source:
     """Return the reader itself, or the exact one of a transform."""
-    return preprocess if isinstance(preprocess, ImageReader) else ImageReader(preprocess)
+    return ImageReader(preprocess) if callable(preprocess) else preprocess
 
 
-def open_reader(data: DataConfig, preprocess: Preprocess, settings: Mapping[str, Any], samples: Sequence[Sample]) -> ImageReader:
+def open_reader(
+    data: DataConfig,
+    preprocess: Preprocess,
+    settings: Mapping[str, Any],
+    samples: Sequence[Sample],
+    rows: Sequence[Any] | None = None,
+) -> ImageReader:
     """Return the reader that a recipe's `[data]` section asks for.
 
     Args:
@@ -119,6 +204,7 @@ def open_reader(data: DataConfig, preprocess: Preprocess, settings: Mapping[str,
         preprocess: the model's own transform.
         settings: open_clip's description of it.
         samples: images that may be read from resized copies.
+        rows: images of samples that are no files.
 
     Raises:
         DataError: the copies cannot be read, or are smaller than the model's images.
@@ -129,4 +215,4 @@ def open_reader(data: DataConfig, preprocess: Preprocess, settings: Mapping[str,
         resized = ResizedImages.open(
             Path(data.materialised), samples, box_crop=data.box_crop, image_size_px=known.size_px if known else 0
         )
-    return ImageReader(preprocess, settings, scaled=data.decoding == "scaled", resized=resized)
+    return ImageReader(preprocess, settings, scaled=data.decoding == "scaled", resized=resized, rows=rows)

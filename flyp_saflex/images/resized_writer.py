@@ -36,8 +36,7 @@ from flyp_saflex.images.resized_copies import (
     stamps,
 )
 from flyp_saflex.records import Sample
-from flyp_saflex.storage.augment_cache import mend_tail
-from flyp_saflex.storage.augment_cache_files import append_rows, replace_lines
+from flyp_saflex.storage.files import append_rows, mend_tail, replace_lines
 
 if sys.platform != "win32":
     import fcntl

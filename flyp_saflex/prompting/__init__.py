@@ -1,1 +1,1 @@
-"""From captions of the training images to edit texts."""
+"""Edit texts from captions of the training images: the command `prompts`."""

@@ -1,4 +1,4 @@
-"""Captions of training images, and a sample in which every class has its share (floor 2)."""
+"""Captions of training images, and samples of images that are balanced over classes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from flyp_saflex.records import Dataset, Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caption:
-    """What is said about one image; `sample_id` is empty if unknown."""
+    """A caption and the `sample_id` of its image; the empty string if that is unknown."""
 
     sample_id: str
     text: str
 
 
 def draw(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
-    """Draw at most `count` samples, as many of every class as possible; the order of `samples` has no say."""
+    """Draw at most `count` samples, balanced over classes; the draw depends on `seed` and not on the order of `samples`."""
     rng = random.Random(seed)
     classes: dict[int, list[Sample]] = defaultdict(list)
     for sample in sorted(samples, key=lambda sample: (sample.label, sample.sample_id)):
@@ -42,7 +42,7 @@ def read_captions(path: Path, dataset: Dataset) -> list[Caption]:
     Captions of images outside of the training split are left out and counted.
 
     Raises:
-        DataError: names file, line and column of what is wrong.
+        DataError: an unreadable file, or a wrong line or cell; the message names file, line and column.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -87,7 +87,7 @@ def read_captions(path: Path, dataset: Dataset) -> list[Caption]:
 
 
 def draw_captions(captions: Sequence[Caption], dataset: Dataset, count: int, seed: int) -> list[Caption]:
-    """Draw at most `count` captions: every class alike where the images are known, otherwise at random."""
+    """Draw at most `count` captions: balanced over classes where the images are known, otherwise at random."""
     if not captions[0].sample_id:
         chosen = random.Random(seed).sample(range(len(captions)), min(count, len(captions)))
         return [captions[number] for number in sorted(chosen)]

@@ -1,8 +1,8 @@
-"""Domain descriptions from a language model: the request, and the strict reading of its answer (floor 1; no torch).
+"""Domain descriptions from a language model: the request, and the strict parser of its answer; no torch.
 
 The request shows captions of training images and asks for the settings in them, one a line, each as `- in the forest at
-night`, none naming a class (ALIA, arXiv 2305.16289, has a person tidy such a list by hand). What breaks a rule is told
-with its reason, so that the model can be asked again; it never becomes an edit text.
+night`, none naming a class (in ALIA, arXiv 2305.16289, a person edits such a list). A line that breaks a rule never
+becomes an edit text. It is sent back with the reason, and the model is asked again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 MAX_WORDS = 12
 MAX_CAPTION = 200
-"""Characters of a caption that the request quotes."""
+"""Longest quotation of a caption in the request, in characters."""
 MAX_QUOTED = 60
-"""Characters of a wrong line that are quoted back."""
+"""Longest quotation of a wrong line, in characters."""
 MAX_COMPLAINTS = 10
 APOSTROPHES = "['\u2019]"
 MARKS = " ,-'\u2019"
-"""What a phrase may hold besides letters and digits."""
+"""Characters allowed in a phrase besides letters and digits."""
 PREPOSITIONS = frozenset(
     (
         "above", "across", "against", "along", "amid", "among", "around", "at", "atop", "before", "behind", "below", "beneath",
@@ -28,19 +28,19 @@ PREPOSITIONS = frozenset(
         "underneath", "with", "within", "without",
     )
 )  # fmt: skip
-"""A domain goes behind `put the {}`, so it has to begin like this."""
+"""First words of a domain: it is appended to `put the {}`."""
 CONNECTORS = frozenset(("of", "with", "without", "in", "on", "from", "at", "and", "or"))
 IRREGULAR = {"mouse": "mice", "goose": "geese", "man": "men", "woman": "women", "person": "people", "child": "children"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A language model's answer, read.
+    """A parsed answer of the language model.
 
     Attributes:
         text: the answer as it came.
-        domains: what can be used, in the answer's order.
-        wrong: (line, reason) of every line that cannot.
+        domains: the valid domain descriptions, in the order of the answer.
+        wrong: (line, reason) of every line that cannot be used.
     """
 
     text: str
@@ -49,7 +49,7 @@ class Answer:
 
 
 def request(captions: Sequence[str], class_names: Sequence[str], max_domains: int) -> str:
-    """Return the request to the language model."""
+    """Return the request to the language model: captions, rules and an example of an answer."""
     shown = "\n".join(f"* {' '.join(caption.split())[:MAX_CAPTION]}" for caption in captions)
     classes = ", ".join(dict.fromkeys(name.replace("_", " ") for name in class_names))
     return (
@@ -70,7 +70,7 @@ def request(captions: Sequence[str], class_names: Sequence[str], max_domains: in
 
 
 def complaint(answer: Answer) -> str:
-    """Return what is added to the request when an answer has lines that cannot be used."""
+    """Return the addition to the request that quotes the wrong lines of an answer with their reasons."""
     wrong = answer.wrong[:MAX_COMPLAINTS]
     more = len(answer.wrong) - len(wrong)
     lines = [f'* "{_quote(line)}": {reason}' for line, reason in wrong] + ([f"* and {more} more lines"] if more else [])
@@ -82,10 +82,10 @@ def complaint(answer: Answer) -> str:
 
 
 def parse(text: str, class_names: Sequence[str], max_domains: int, *, complete: bool = True) -> Answer:
-    """Read an answer strictly.
+    """Parse an answer strictly: every line is a valid domain or a wrong line with its reason.
 
     Args:
-        text: the answer; what a reasoning model thinks aloud before `</think>` is no part of it.
+        text: the answer; everything up to `</think>`, the thoughts of a reasoning model, is ignored.
         class_names: names that must not appear.
         max_domains: lines beyond these are wrong.
         complete: whether the model ended the answer itself; if not, its last line may be cut and is not used.
@@ -114,10 +114,10 @@ def parse(text: str, class_names: Sequence[str], max_domains: int, *, complete: 
 
 
 def forbidden_words(class_names: Iterable[str]) -> dict[str, str]:
-    """Return, by word that must not appear, the class name it stands for.
+    """Return the words that must not appear, each with the class name that it belongs to.
 
-    The word that says what the class is counts (`White-lipped peccary`: peccary), in singular and plural, and so does a
-    name of several words written as one (`dik-diks`: dikdik).
+    Forbidden are the head noun of a name (`White-lipped peccary`: peccary) and the whole name written as one word
+    (`dik-diks`: dikdik), both in singular and plural.
     """
     found: dict[str, str] = {}
     for name in class_names:
@@ -151,7 +151,7 @@ def _words(text: str) -> list[str]:
 
 
 def _forms(word: str) -> set[str]:
-    """Return a word with its likely singulars and plurals; a form that is no word harms nobody."""
+    """Return a word with its likely singulars and plurals; forms that are no English words do no harm."""
     forms = {word, f"{word}s", f"{word}es"}
     for ending, other in (("y", "ies"), ("f", "ves"), ("fe", "ves"), ("ies", "y"), ("ves", "f"), ("es", ""), ("s", "")):
         stem = word.removesuffix(ending)

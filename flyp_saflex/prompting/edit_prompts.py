@@ -1,4 +1,4 @@
-"""Files of edit texts, `prompts/<dataset>.<name>.toml`: what to turn the images into, and how to tell what came out (floor 1).
+"""Files of edit texts, `prompts/<dataset>.<name>.toml`: instructions, prompts and texts of the semantic filter.
 
     dataset = "iwildcam"
     [[edits]]
@@ -8,7 +8,7 @@
     [semantic]                                            # texts of the semantic filter
     positive = ["a photo of an animal"]
     negative = ["a photo of an object", "a drawing"]
-    [made]                                                # by the command `prompts`: models, seed, captions; never read
+    [made]                                                # provenance, written by the command `prompts`; never used
 
 A `{}` stands for the class name. An instruction may do without one (`make it night`), a prompt may not.
 """
@@ -25,7 +25,7 @@ import tomli_w
 
 from flyp_saflex.data.class_prompts import shipped_folder
 from flyp_saflex.errors import DataError, RunError, nearest
-from flyp_saflex.storage.run_folder import atomic_write
+from flyp_saflex.storage.files import atomic_write
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,10 +40,10 @@ HEADER = "# Edit texts: change, add or remove them as you like; prompts/README.m
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditText:
-    """One way to edit an image.
+    """One edit text: a domain with its instruction and its prompt.
 
     Attributes:
-        domain: what the image is turned into, without the class: `forest at night`.
+        domain: target of the edit, without the class: `forest at night`.
         instruction: for instruction editors, usually with one `{}` for the class name.
         prompt: description of the outcome, with one `{}`.
     """
@@ -55,14 +55,14 @@ class EditText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditPrompts:
-    """A file of edit texts.
+    """Content of a file of edit texts.
 
     Attributes:
-        dataset: what it was written for; told to people, not checked. The file's name says for which `data.name` it is found.
-        edits: at least one.
+        dataset: the dataset that it was written for, not checked: the file's name decides for which `data.name` it is found.
+        edits: the edit texts, at least one.
         positive, negative: texts of the semantic filter, possibly with a `{}`; empty if the file has none.
-        made: how the command `prompts` made it; empty for a file written by hand.
-        path: where it was read.
+        made: provenance from the command `prompts`; empty for a file written by hand.
+        path: path of the file; None before it is written.
     """
 
     dataset: str
@@ -74,7 +74,7 @@ class EditPrompts:
 
 
 def available(dataset: str = "") -> dict[str, Path]:
-    """Return the files at hand by name (`iwildcam.alia`): the shipped ones, and those in `prompts/` here, which come first."""
+    """Return the known files by name (`iwildcam.alia`): files in `./prompts/`, which take precedence, and the shipped ones."""
     found: dict[str, Path] = {}
     for folder in (shipped_folder(), Path("prompts")):
         if folder.is_dir():
@@ -143,7 +143,7 @@ def parse_edit_prompts(path: Path) -> EditPrompts:
 
 
 def check_target(path: Path, *, force: bool = False) -> None:
-    """Check, before anything is spent on it, that a file of edit texts can be written; write nothing.
+    """Check that a file of edit texts can be written, before models are loaded; write nothing.
 
     Raises:
         DataError: it exists and `force` is false, or its folder cannot be written to.

@@ -1,7 +1,7 @@
-"""Captions of images, and answers of a chat model, through transformers (floor 3, used by `prompts`).
+"""Image captioning models and chat models of transformers.
 
-Both models decode greedily, so the same input gives the same text. Weights that are not there, or not whole, are an error
-of one line; nothing is ever initialised at random.
+Both decode greedily, so the same input gives the same text. Missing or incomplete weights are an error of one line; no
+weight is ever initialised at random.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Precision = Literal["no", "bf16", "fp16"]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAPTION_TOKENS = 40
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-"""Settings of a model's own generation file that mean nothing to greedy decoding and are only warned about."""
+"""Sampling options in a model's generation file; greedy decoding ignores them with a warning, so they are removed."""
 BY_HAND = "write the file of edit texts by hand (prompts/README.md says how)"
 
 
@@ -55,7 +55,7 @@ class Captioner:
         self.revision: str = getattr(self._model.config, "_commit_hash", None) or revision
 
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """Caption images; a caption may come out empty.
+        """Caption images; a caption may be empty.
 
         Raises:
             ModelError: the device's memory is full.
@@ -68,7 +68,7 @@ class Captioner:
 
 
 class ChatModel:
-    """An instruction-tuned language model with a chat template; its weights are loaded when the first answer is wanted.
+    """An instruction-tuned language model with a chat template; its weights are loaded with the first answer.
 
     Args:
         name: hub id or folder.
@@ -95,20 +95,20 @@ class ChatModel:
         self.revision: str = getattr(self._config, "_commit_hash", None) or revision
 
     def load(self) -> None:
-        """Load the weights, unless they are.
+        """Load the weights, unless they are loaded already.
 
         Raises:
-            ModelError: they are not there, not whole, or do not fit into memory.
+            ModelError: the weights are missing or incomplete, or do not fit into memory.
         """
         if self._model is None:
             with _one_line(self._where, self.name, f"; or {BY_HAND}"):
                 self._model = _load(AutoModelForCausalLM, self._where, self.name, self._asked, self._dtype).to(self.device)
 
     def answer(self, text: str, max_new_tokens: int) -> tuple[str, bool]:
-        """Answer one message.
+        """Answer one message with at most `max_new_tokens` tokens.
 
         Returns:
-            The answer, and whether the model ended it itself (False: it was cut at `max_new_tokens`).
+            The answer, and whether the model ended it itself (False: it was cut off).
 
         Raises:
             ModelError: the message is too long for the model, its template refuses it, the weights cannot be loaded, or the
@@ -140,7 +140,7 @@ def _device() -> torch.device:
 
 
 def _load(kind: Any, where: str, name: str, revision: str, dtype: torch.dtype) -> Any:
-    """Load a model whose weights are all there, for inference and greedy decoding."""
+    """Load a model for greedy decoding; refuse incomplete weights."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what is missing is told below, in one line instead of a coloured table
     try:
@@ -164,7 +164,7 @@ def _load(kind: Any, where: str, name: str, revision: str, dtype: torch.dtype) -
 
 @contextmanager
 def _one_line(where: str, name: str, fix: str, memory: str = "") -> Iterator[None]:
-    """Turn what the libraries raise about a model into one line."""
+    """Turn exceptions of the libraries about a model into one line."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,8 +1,8 @@
-"""`flyp-saflex prompts`: captions of training images -> domain descriptions -> a file of edit texts (floor 3).
+"""The command `flyp-saflex prompts`: captions of training images -> domain descriptions -> a file of edit texts.
 
 ALIA's first half (arXiv 2305.16289): a captioner describes a sample of the training images, a language model summarises
-the captions into settings that name no class, and each setting becomes an instruction and a prompt. Only training images
-are looked at: what the test set looks like is not to be known.
+the captions into domains that name no class, and each domain becomes an instruction and a prompt. Only training images
+are used: the edit texts must not depend on the test set.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flyp_saflex.prompting.language_models import BY_HAND, Captioner, ChatModel
 from flyp_saflex.records import Sample
 
 SHOWN = 8
-"""Problems that are printed one by one."""
+"""Number of problems that are printed one by one."""
 NEGATIVE = (
     "a photo of a scene",
     "a photo of geometric shapes",
@@ -41,7 +41,7 @@ NEGATIVE = (
 def prompts(config: Config, *, force: bool = False, limit: int | None = None, dry_run: bool = False) -> Path:
     """Write prompts/<data.name>.<prompts.name>.toml in the current folder and return its path.
 
-    Under several processes only the main one works.
+    With several processes only the main one does the work.
 
     Args:
         config: the recipe.
@@ -50,9 +50,9 @@ def prompts(config: Config, *, force: bool = False, limit: int | None = None, dr
         dry_run: run all checks, load no model, write nothing.
 
     Raises:
-        ConfigError: a name that makes no file name.
+        ConfigError: `prompts.name` cannot be a file name.
         DataError: the dataset or the captions are wrong, or the file is there already.
-        ModelError: a model cannot be had, or its answers cannot be used.
+        ModelError: a model cannot be loaded, or its answers cannot be used.
     """
     options = config.prompts
     if not re.fullmatch(r"[\w-]+", options.name):
@@ -100,7 +100,7 @@ def prompts(config: Config, *, force: bool = False, limit: int | None = None, dr
 
 
 def caption_images(captioner: Captioner, samples: Sequence[Sample], batch_size: int, *, crop: bool = False) -> list[Caption]:
-    """Caption images; those that cannot be read, or get no caption, are skipped and counted.
+    """Caption images; skip and count those that cannot be read or get an empty caption.
 
     Args:
         captioner: the model.
@@ -147,13 +147,13 @@ def _caption(sample_id: str, text: str) -> Caption:
 def ask(
     model: ChatModel, captions: Sequence[str], class_names: Sequence[str], options: PromptsConfig
 ) -> tuple[tuple[str, ...], list[Answer]]:
-    """Have the language model name domains, and ask again while an answer has lines that cannot be used.
+    """Ask the language model for domains, and ask again while an answer has wrong lines.
 
     Returns:
         The domains of the answer with the most of them (of two such the later), and all answers.
 
     Raises:
-        ModelError: no answer had a line that can be used.
+        ModelError: no answer had a valid domain.
     """
     question = request(captions, class_names, options.max_domains)
     answers: list[Answer] = []
@@ -171,7 +171,7 @@ def ask(
     best = max(reversed(answers), key=lambda answer: len(answer.domains))
     if not best.domains:
         raise ModelError(
-            f"prompts.llm = '{model.name}' gave no domain that can be used in {len(answers)} answers (reasons above): "
+            f"prompts.llm = '{model.name}' gave no valid domain in {len(answers)} answers (reasons above): "
             f"take another model, raise prompts.attempts, or {BY_HAND}"
         )
     if best.wrong:

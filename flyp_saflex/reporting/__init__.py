@@ -1,1 +1,1 @@
-"""Comparisons of runs as text, rows or a page."""
+"""Comparisons of runs as text, rows or a page: the command `report`."""

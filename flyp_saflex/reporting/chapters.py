@@ -1,4 +1,4 @@
-"""The page's chapters without figures: results, gallery, mistakes, what was run (floor 3, part of report; no torch)."""
+"""Chapters of the page without figures: results, gallery, mistakes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from flyp_saflex.reporting.gallery import FATES, PER_FATE, Decision, Fate, Galle
 from flyp_saflex.reporting.html import NOTHING, Markup, cell, details, element, join, listing, paragraph, section, table
 from flyp_saflex.reporting.plots import glyph
 from flyp_saflex.reporting.runs import Run, by_recipe, confusions, mean_details
-from flyp_saflex.reporting.tables import METRICS, SHIFTS, Block, Cell, blocks, difference_text, is_baseline, value_text
+from flyp_saflex.reporting.tables import SHIFTS, Block, Cell, blocks, difference_text, is_baseline, value_text
+from flyp_saflex.tables import METRICS
 
 MOST_ROWS = 60
 MOST_CONFUSIONS = 12
@@ -23,14 +24,14 @@ FATE_NOTES: dict[Fate, str] = {
 
 
 def results_chapter(found: Sequence[Cell], remarks: Sequence[str], baseline: str, names: Sequence[str]) -> Markup:
-    """Return the tables of values and differences: a table per metric and shift, never two of either in one.
+    """Return the tables of values and differences, one table per metric and shift.
 
-    Splits that select stand apart, folded, as long as there are others: a choice was made on them.
+    Splits of role `select` are folded away if there are others: weights or alpha were chosen on them.
     """
     parts: list[object] = [
         listing(list(remarks), "remarks"),
         paragraph(
-            "In percent: mean ± standard deviation over n seeds. Differences from",
+            "Mean ± standard deviation over n seeds, in percent (calibration and losses: as they are). Differences from",
             element("b", baseline),
             "in points, paired by seed, with 95 % t-intervals;",
             element("b", "bold"),
@@ -56,7 +57,7 @@ def _result_tables(found: Sequence[Cell], baseline: str, names: Sequence[str]) -
         pair = sorted((block for block in made if block.metric == metric), key=lambda block: block.shift != "ood")
         tables = [_result_table(block, baseline, names) for block in pair]
         side_by_side = all(len(block.splits) == 1 for block in pair)
-        parts += [element("h3", METRICS[metric]), element("div", join(tables), class_="tables" if side_by_side else None)]
+        parts += [element("h3", METRICS[metric].title), element("div", join(tables), class_="tables" if side_by_side else None)]
     return parts
 
 
@@ -88,12 +89,12 @@ def _values(one: Cell, is_reference: bool) -> list[Markup]:
     if is_reference:
         text, sure = "baseline", False
     else:
-        text, sure = difference_text(change).replace("-", "\N{MINUS SIGN}"), _excludes_zero(change)
+        text, sure = difference_text(change, one.metric).replace("-", "\N{MINUS SIGN}"), _excludes_zero(change)
         if change is not None and change.n != one.summary.n:
             text += f" ({change.n} pairs)"
     muted = "muted" if is_reference or change is None else None
     return [
-        cell(value_text(one.summary)),
+        cell(value_text(one.summary, one.metric)),
         cell(one.summary.n, class_="muted"),
         cell(element("b", text) if sure else text, class_=muted),
     ]
@@ -104,7 +105,7 @@ def _excludes_zero(change: Interval | None) -> bool:
 
 
 def gallery_chapter(galleries: Sequence[Gallery]) -> Markup:
-    """Return what was decided about single images, in three groups per run."""
+    """Return SAFLEX's decisions about single images, in three groups per run."""
     title = "What SAFLEX did with augmented images"
     if not galleries:
         return section(
@@ -124,7 +125,7 @@ def gallery_chapter(galleries: Sequence[Gallery]) -> Markup:
         parts += [element("h3", f"{made.run.recipe}, seed {made.run.seed}"), paragraph(f"{total} augmented images: {shares}.")]
         if made.repeated:
             made.remarks.append(
-                "Random operations came on top (augment.upstream), so what was trained on looked a little different."
+                "Random operations followed (augment.upstream), so the images that were trained on looked a little different."
             )
         parts.append(listing(made.remarks, "remarks"))
         names = made.run.class_names
@@ -177,13 +178,11 @@ def _name(label: int | None, names: Mapping[int, str]) -> str:
 
 
 def mistakes_chapter(runs: Sequence[Run]) -> Markup:
-    """Return the most frequent confusions, and tables per class and per domain, of every split that is tested on."""
+    """Return the most frequent confusions and the tables per class and domain, for every test split."""
     groups = by_recipe(runs)
     id_split, ood_splits = scatter_splits(runs)
     parts: list[object] = [
-        paragraph(
-            "Finetuned models (alpha = 1), means over seeds. Bars are there for the eye; numbers are percent.", class_="note"
-        )
+        paragraph("Finetuned models (alpha = 1), means over seeds, in percent. Bars show the same numbers.", class_="note")
     ]
     for split in [*ood_splits, *([id_split] if id_split else [])]:
         found = [

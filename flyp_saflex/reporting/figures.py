@@ -1,4 +1,4 @@
-"""The page's chapters with figures: ID against OOD with the WiSE-FT paths, and training over steps (floor 3, part of report)."""
+"""Chapters of the page with figures: ID against OOD with WiSE-FT paths, and training curves."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 from flyp_saflex.reporting.html import Markup, element, figure, join, paragraph, plain, section
 from flyp_saflex.reporting.plots import Path2D, curves, glyph, mean_curve, scatter
 from flyp_saflex.reporting.runs import Run, by_recipe
+from flyp_saflex.tables import METRICS
 
-SCATTERED = {"accuracy": "Accuracy", "macro_f1": "Macro-F1"}
+SCATTERED = ("accuracy", "macro_f1")
+"""Metrics with a plot of OOD against ID."""
 MOST_SPLITS = 3
 QUANTITIES = {
     "loss": ("loss", False, "Training loss. Comparable between conditions only if they train on the same images and weights."),
@@ -21,7 +23,7 @@ QUANTITIES = {
 
 
 def legend(names: Sequence[str]) -> Markup:
-    """Return the conditions with their colours and markers."""
+    """Return the list of conditions with their colours and markers."""
     items = (element("li", join([Markup(glyph(number)), element("span", name)], "")) for number, name in enumerate(names))
     return element("ul", join(items), class_="legend")
 
@@ -35,7 +37,8 @@ def scatter_chapter(runs: Sequence[Run]) -> Markup:
         return section("scatter", title, paragraph("No figure: the runs were not evaluated both in and out of distribution."))
     figures, swept = [], False
     for split in ood_splits[:MOST_SPLITS]:
-        for metric, words in SCATTERED.items():
+        for metric in SCATTERED:
+            words = METRICS[metric].title
             paths: dict[int, list[Path2D]] = {}
             for number, seeds in enumerate(groups.values()):
                 found = [path for run in seeds if (path := path_of(run.results, id_split, split, metric)) is not None]
@@ -67,7 +70,7 @@ def scatter_chapter(runs: Sequence[Run]) -> Markup:
 
 
 def scatter_splits(runs: Sequence[Run]) -> tuple[str, list[str]]:
-    """Return the ID split and the OOD splits that are drawn: of role `test` if there are any, else of role `select`."""
+    """Return the ID split and the OOD splits to draw: of role `test` if any, else of role `select`."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for run in runs:
         for row in run.results["results"]:
@@ -77,7 +80,7 @@ def scatter_splits(runs: Sequence[Run]) -> tuple[str, list[str]]:
 
 
 def path_of(results: Mapping[str, Any], id_split: str, ood_split: str, metric: str) -> Path2D | None:
-    """Return a run's way through alpha in one panel; None if it was not evaluated on both splits at alpha = 1."""
+    """Return a run's path over alpha in one panel; None without results on both splits at alpha = 1."""
     values = {
         split: {
             row["wise_alpha"]: row[metric] for row in results["results"] if row["split"] == split and row.get(metric) is not None
@@ -93,7 +96,7 @@ def path_of(results: Mapping[str, Any], id_split: str, ood_split: str, metric: s
 
 
 def curves_chapter(runs: Sequence[Run]) -> Markup:
-    """Return loss, learning rate, share kept and label entropy over steps, as far as they were logged."""
+    """Return the curves of loss, learning rate, kept fraction and label entropy, as far as they were logged."""
     groups = by_recipe(runs)
     figures, missing = [], []
     for quantity, (y_label, percent, caption) in QUANTITIES.items():
@@ -121,7 +124,7 @@ def curves_chapter(runs: Sequence[Run]) -> Markup:
 
 
 def split_number(splits: Sequence[str], split: str) -> int:
-    """Return the place of a split: part of the identifiers in its figures."""
+    """Return the position of a split, which goes into the identifiers of its figures."""
     return list(splits).index(split)
 
 

@@ -1,8 +1,8 @@
-"""What SAFLEX did with single augmented images: decisions from augmented.jsonl, pictures as data URIs (floor 3, part of report).
+"""Gallery of SAFLEX's decisions: rows of augmented.jsonl, with pictures as data URIs.
 
-Which images are shown is drawn by a hash of their names, so that nobody picked them and a second report shows the same
-ones. Images are read where the run's configuration says; if they are not there (another machine, a deleted cache), the
-decisions are told without pictures.
+The images are drawn by a hash of their names: the choice is blind, and a second report shows the same ones. Images are read
+from the paths in the run's configuration. Where they are missing (another machine, a deleted cache), decisions are shown
+without pictures.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ SIZE_PX = 144
 
 @dataclass
 class Decision:
-    """What was decided about one augmented image at its last visit.
+    """SAFLEX's last decision about one augmented image.
 
     Attributes:
         identity: aug_id, or sample_id where training images themselves are augmented.
-        label: class that it came with.
+        label: its upstream label, a class index.
         weight: learned weight; 0: dropped.
-        soft_labels: (class or None, share), the largest share first; None: a caption that names no class.
-        visits: how often it was seen in training.
-        times_kept: how often its weight was above 0.
-        instruction: text that made it.
-        source: thumbnail of the image that it was made from, a data URI; the empty string without one.
-        edit: thumbnail of the augmented image, likewise.
+        soft_labels: (class index or None, share in 0..1), the largest share first; None: a caption that names no class.
+        visits: number of training steps that decided about it.
+        times_kept: number of those with a weight above 0.
+        instruction: text that made the edit.
+        source: thumbnail of the source as a data URI; the empty string without one.
+        edit: thumbnail of the augmented image as a data URI; the empty string without one.
     """
 
     identity: str
@@ -63,7 +63,7 @@ class Decision:
 
     @property
     def fate(self) -> Fate:
-        """Which group it belongs to; a caption that names no class is what such an image came with."""
+        """Group of the image; a caption that names no class is the image's own, so it counts as `kept`."""
         if self.weight <= 0:
             return "dropped"
         top = self.soft_labels[0][0] if self.soft_labels else self.label
@@ -72,14 +72,14 @@ class Decision:
 
 @dataclass
 class Gallery:
-    """The part of one run.
+    """Decisions of one run, and the images to show.
 
     Attributes:
         run: the run.
-        counts: number of images by fate.
-        shown: a bounded number of them by fate.
-        remarks: why there are no pictures, if so.
-        repeated: whether augmented images are redrawn at every visit, so that no file shows what was seen.
+        counts: number of images per group.
+        shown: the decisions to show per group, a bounded number.
+        remarks: reasons for missing pictures.
+        repeated: whether random operations change the images at every step, so that no file shows exactly the images seen.
     """
 
     run: Run
@@ -90,7 +90,7 @@ class Gallery:
 
 
 def gallery(run: Run, *, per_fate: int = PER_FATE) -> Gallery | None:
-    """Return the gallery of a run that learned weights; None if it did not, or did not log them."""
+    """Return the gallery of a run; None if the run learned no weights, or did not log them."""
     if run.config is not None and not run.config.saflex.enabled:
         return None
     decisions = last_decisions(run.decisions())
@@ -111,7 +111,7 @@ def gallery(run: Run, *, per_fate: int = PER_FATE) -> Gallery | None:
 
 
 def last_decisions(rows: Iterable[Mapping[str, Any]]) -> list[Decision]:
-    """Return what was decided last about every image, ordered by first visit; rows without a gain decided nothing."""
+    """Return the last decision about every image, ordered by first visit; rows without a gain are no decisions."""
     found: dict[str, Decision] = {}
     for row in rows:
         if not {"id", "label", "weight", "gain"} <= row.keys():
@@ -127,7 +127,7 @@ def last_decisions(rows: Iterable[Mapping[str, Any]]) -> list[Decision]:
 
 
 def thumbnail(path: Path, size_px: int = SIZE_PX) -> str:
-    """Return a small WebP of an image as a data URI; the empty string if it cannot be read."""
+    """Return a small WebP of an image as a data URI; the empty string if the image cannot be read."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # odd metadata is no reason to have no picture
@@ -146,7 +146,7 @@ def _draw(decision: Decision) -> str:
 
 
 def _add_pictures(made: Gallery, data: DataConfig, seed: int) -> None:
-    """Fill in instructions and thumbnails of what is shown, as far as the files are there."""
+    """Fill in instructions and thumbnails of the shown decisions, as far as the files exist."""
     chosen = [decision for group in made.shown.values() for decision in group]
     edits = _edits(made)
     samples = _samples(made, data, seed)
@@ -158,7 +158,7 @@ def _add_pictures(made: Gallery, data: DataConfig, seed: int) -> None:
         decision.source = thumbnail(source.path) if source else ""
     without = sum(not (decision.source or decision.edit) for decision in chosen)
     if without and not made.remarks:
-        made.remarks.append(f"{without} of {len(chosen)} images cannot be read any more; what was decided about them is told.")
+        made.remarks.append(f"{without} of {len(chosen)} images cannot be read any more; only their decisions are shown.")
 
 
 def _edits(made: Gallery) -> dict[str, Edit]:
@@ -190,10 +190,10 @@ def _samples(made: Gallery, data: DataConfig, seed: int) -> dict[str, Sample]:
 
 
 def resolve(path: str, run: Path) -> str:
-    """Return a path of a configuration as it is to be read from here.
+    """Return a path of a run's configuration as it is read from the current folder.
 
-    A relative path was meant from the folder where training was started; if it leads nowhere from here, the folders above
-    the run are tried, the nearest first.
+    A relative path starts at the folder where training was started. If it does not exist from the current folder, the parents
+    of the run's folder are tried, the nearest first.
     """
     if not path or Path(path).is_absolute() or Path(path).exists():
         return path

@@ -1,7 +1,7 @@
-"""The page's elements: escaped text, tables in boxes that scroll, figures, sections (floor 3, part of report; no torch).
+"""HTML elements of the page: escaped text, scrolling tables, figures, sections.
 
-Whatever comes from a run (names of recipes, classes, files, instructions) is a plain `str` and is escaped here, once;
-what is markup already is `Markup` and is not.
+Text from a run (names of recipes, classes, files, instructions) is a plain `str` and is escaped here, once. `Markup` is HTML
+already and is not escaped again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 NOTHING = "\N{EN DASH}"
-"""What stands where there is no number."""
+"""Placeholder of a missing number."""
 
 
 class Markup(str):
@@ -20,26 +20,26 @@ class Markup(str):
 
 
 def text(value: object) -> Markup:
-    """Return anything as HTML: escaped, without control characters; markup stays as it is."""
+    """Return a value as HTML: escaped, without control characters; `Markup` stays as it is."""
     if isinstance(value, Markup):
         return value
     return Markup(html.escape(plain(str(value))))
 
 
 def plain(value: str) -> str:
-    """Return text without characters that XML forbids or that turn the direction of the line."""
+    """Replace characters that XML forbids or that change the direction of the line."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in value
     )
 
 
 def join(parts: Iterable[object], separator: str = "\n") -> Markup:
-    """Return several parts as one."""
+    """Join several parts to one."""
     return Markup(separator.join(text(part) for part in parts))
 
 
 def element(tag: str, content: object = "", **attributes: object) -> Markup:
-    """Return `<tag attributes>content</tag>`; `class_` is `class`, an attribute that is None is left out."""
+    """Return `<tag attributes>content</tag>`; `class_` stands for `class`, and attributes that are None are left out."""
     pairs = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{text(value)}"' for name, value in attributes.items() if value is not None
     )
@@ -62,7 +62,7 @@ def listing(items: Sequence[object], class_: str | None = None) -> Markup:
 
 
 def details(summary: object, *parts: object, open_: bool = False) -> Markup:
-    """Return a part that is unfolded on request."""
+    """Return a block that the reader can unfold."""
     made = element("details", join([element("summary", summary), *parts]))
     return Markup(made.replace("<details>", "<details open>", 1)) if open_ else made
 
@@ -87,15 +87,15 @@ def table(
     class_: str | None = None,
     seen: str = "",
 ) -> Markup:
-    """Return a table in a box of its own that scrolls when the screen is narrow.
+    """Return a table in a box that scrolls on a narrow screen.
 
     Args:
-        caption: what the table shows, complete without what is around it: read aloud.
+        caption: complete caption for screen readers.
         header: names of the columns; the first column names the rows.
-        lines: the cells of every row, made by `cell` or plain.
+        lines: cells of every row, from `cell` or plain.
         groups: (name, number of columns) above the header.
-        class_: class of the table.
-        seen: caption to be seen instead, where the heading above says a part of it already.
+        class_: CSS class of the table.
+        seen: shorter visible caption, where the heading above says the rest; empty: none is visible.
     """
     rows = [element("caption", element("span", seen or caption), class_=None if seen else "unseen")]
     if groups:

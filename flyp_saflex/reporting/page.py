@@ -1,7 +1,7 @@
-"""The report as one self-contained page: no script, no network, light and dark (floor 3, part of report; no torch).
+"""The report as one self-contained HTML page: no script, no network, light and dark.
 
-A content security policy forbids the page to load anything, so that "self-contained" is enforced by the browser as well.
-Nothing on the page depends on the time or the machine it is made on: the same runs give the same bytes.
+A content security policy forbids the page to load anything, so the browser enforces "self-contained" as well. The page does
+not depend on time or machine: the same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flyp_saflex.reporting.runs import Preface, Run, by_recipe, read_runs, unlik
 from flyp_saflex.reporting.tables import Cell
 
 MOST_GALLERIES = 3
-"""Runs whose images are shown: the first seed of so many conditions that learned weights."""
+"""Most runs with a gallery: the first seed of each of so many conditions that learned weights."""
 CHAPTERS = {
     "results": "Results",
     "scatter": "ID against OOD",
@@ -34,20 +34,16 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(
-    results: Mapping[Path, dict[str, Any]],
-    found: Sequence[Cell],
-    remarks: Sequence[str],
-    baseline: str,
-    preface: Preface,
+    results: Mapping[Path, dict[str, Any]], found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface
 ) -> str:
-    """Return the whole page.
+    """Return the page as HTML.
 
     Args:
         results: results.json by run folder.
-        found: the cells of `report_tables`.
-        remarks: what a reader must know about them.
-        baseline: recipe that the others are compared with.
-        preface: what stands at the top; a question is set in bold.
+        found: cells from `tables.cells`.
+        remarks: remarks from `tables.notes`.
+        baseline: recipe that the other ones are compared with.
+        preface: paragraphs at the top; a leading question is set in bold.
     """
     runs = read_runs(results)
     names = list(by_recipe(runs))
@@ -78,10 +74,7 @@ def page(
 """
     top = [*map(_answer, preface.paragraphs), _lead(runs, baseline)]
     body = [
-        element(
-            "header",
-            join([element("h1", "flyp-saflex report"), *top, element("nav", links)]),
-        ),
+        element("header", join([element("h1", "flyp-saflex report"), *top, element("nav", links)])),
         element("main", join(chapters)),
         element("footer", paragraph(f"Made by flyp-saflex {__version__}: flyp-saflex report RUN... --out FILE.html")),
     ]

@@ -1,9 +1,8 @@
-"""The page's figures: matplotlib draws, the SVG is cleaned for a page in two colour schemes (floor 3, part of report; no torch).
+"""Figures of the page: drawn by matplotlib, as SVG with CSS variables for two colour schemes.
 
-matplotlib knows one colour for each thing, a page has two schemes. So figures are drawn in colours that stand for CSS
-variables (`STANDS_FOR`), and the style of every element is rewritten to `var(--...)` afterwards. Series differ in colour
-*and* in the shape of their markers and dashes, so that nothing hangs on seeing colours. Text stays text: it is selectable,
-read aloud, and set in the reader's own font.
+matplotlib has one colour per element, a page has two schemes. So figures are drawn in placeholder colours (`STANDS_FOR`),
+which are replaced by `var(--...)` afterwards. Series differ in colour *and* in markers and dashes, so they can be told apart
+without colours. Text stays text: it can be selected, is read aloud, and has the reader's own font.
 """
 
 from __future__ import annotations
@@ -54,10 +53,10 @@ COLOUR = re.compile(r"#[0-9a-f]{6}")
 
 @dataclass(frozen=True)
 class Path2D:
-    """A run's way from the pretrained to the finetuned weights in one panel.
+    """Path of a run from the pretrained to the finetuned weights in one panel.
 
     Attributes:
-        alphas: WiSE-FT's alphas, rising; 1 is the finetuned model.
+        alphas: alphas of WiSE-FT, increasing; 1 is the finetuned model.
         x, y: metric in and out of distribution, fractions.
         chosen: the alpha that the run chose; None if it did not choose.
     """
@@ -83,14 +82,14 @@ class Curve:
 
 
 def scatter(paths: Mapping[int, Sequence[Path2D]], *, x_label: str, y_label: str, name: str, alt: str) -> str:
-    """Draw ID against OOD: every seed faint, the mean over seeds bold, the finetuned end marked.
+    """Draw ID against OOD as SVG: seeds faint, the mean over seeds bold, the finetuned end marked.
 
     Args:
-        paths: by number of the condition, its seeds.
+        paths: paths of the seeds by number of the condition.
         x_label: title of the ID axis.
         y_label: title of the OOD axis.
         name: prefix of the figure's identifiers; every figure of a page needs its own.
-        alt: what the figure shows, for those who do not see it.
+        alt: text alternative of the figure.
     """
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(4.6, 3.7), layout="constrained")
@@ -115,7 +114,7 @@ def scatter(paths: Mapping[int, Sequence[Path2D]], *, x_label: str, y_label: str
 
 
 def mean_path(seeds: Sequence[Path2D]) -> Path2D:
-    """Average paths at the alphas that all seeds have; the choice stands if all of them made the same one."""
+    """Average paths at the alphas that all seeds have; `chosen` is kept if all seeds chose the same alpha."""
     shared = [alpha for alpha in seeds[0].alphas if all(alpha in seed.alphas for seed in seeds)]
     x, y = (
         tuple(sum(getattr(seed, axis)[seed.alphas.index(alpha)] for seed in seeds) / len(seeds) for alpha in shared)
@@ -127,7 +126,7 @@ def mean_path(seeds: Sequence[Path2D]) -> Path2D:
 
 
 def curves(lines: Mapping[int, Curve], *, y_label: str, name: str, alt: str, percent: bool = False) -> str:
-    """Draw one quantity over training: a line per condition, and a band over its seeds."""
+    """Draw one quantity over training steps as SVG: a line per condition, with a band over its seeds."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         axes = figure.subplots()
@@ -149,7 +148,12 @@ def curves(lines: Mapping[int, Curve], *, y_label: str, name: str, alt: str, per
 
 
 def mean_curve(runs: Sequence[Sequence[tuple[int, float]]], *, points: int = 150) -> Curve:
-    """Average (step, value) over seeds, at most `points` steps; values that are not finite are left out before."""
+    """Average (step, value) pairs over seeds.
+
+    Args:
+        runs: finite values by step, per seed.
+        points: longer series are thinned to at most this many steps, and the last one.
+    """
     by_step: dict[int, list[float]] = {}
     for rows in runs:
         for step, value in rows:
@@ -163,7 +167,7 @@ def mean_curve(runs: Sequence[Sequence[tuple[int, float]]], *, points: int = 150
 
 
 def glyph(number: int, *, hollow: bool = False) -> str:
-    """Return a small inline SVG of a condition's colour and marker, for legends and tables; hollow: its WiSE-FT variant."""
+    """Return a small inline SVG of a condition's colour and marker; `hollow` marks its WiSE-FT variant."""
     shapes = {
         "o": '<circle cx="6" cy="6" r="4.2"/>',
         "s": '<path d="M2.2 2.2h7.6v7.6H2.2z"/>',
@@ -195,7 +199,7 @@ def _few_ticks(axes: Axes) -> None:
 
 
 def _svg(figure: Figure, name: str, alt: str) -> str:
-    """Return the figure as an SVG element: no metadata, own identifiers, colours by variable, coordinates to a tenth."""
+    """Return the figure as an SVG element: no metadata, unique identifiers, CSS variables, coordinates to a tenth."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())

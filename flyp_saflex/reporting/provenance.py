@@ -1,4 +1,4 @@
-"""The page's last chapter: what was run, on what, for how long, from which configuration (floor 3, part of report; no torch)."""
+"""Provenance chapter of the page: runs with times and devices, configurations, environments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MACHINE = ("python", "platform", "processor", "cpu_count", "device", "processes"
 
 
 def provenance_chapter(runs: Sequence[Run], baseline: str) -> Markup:
-    """Return runs and times, configurations, and environments."""
+    """Return the chapter of runs and times, configurations and environments."""
     names = list(by_recipe(runs))
     header = ["run", "seed", "steps", "training", "per step", "evaluation", "device", "commit"]
     lines = []
@@ -40,7 +40,7 @@ def provenance_chapter(runs: Sequence[Run], baseline: str) -> Markup:
 
 
 def duration(seconds: Any) -> str:
-    """Return seconds in the largest units that matter: `48 s`, `12 min 3 s`, `5 h 20 min`."""
+    """Return a duration as text (`48 s`, `5 h 20 min`); a dash if it is unknown."""
     if not isinstance(seconds, (int, float)):
         return NOTHING
     minutes, rest = divmod(round(seconds), 60)
@@ -81,7 +81,7 @@ def _configurations(runs: Sequence[Run], baseline: str) -> list[Markup]:
 
 
 def _environments(runs: Sequence[Run]) -> list[Markup]:
-    """Return every distinct environment once, with the runs that it is of."""
+    """Return every distinct environment once, with its runs."""
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for run in runs:
         env = run.environment

@@ -1,7 +1,7 @@
-"""Compare runs: mean, spread and n over seeds, paired differences; as text, as rows, or as a page (floor 3; no torch).
+"""The command `flyp-saflex report`: mean, spread and n over seeds, and paired differences between runs.
 
-Markdown, CSV and JSON are made from results.json alone. The page (`report_page`) also reads what else lies in the run
-folders, and whatever is missing there it says instead of failing.
+Markdown, CSV and JSON are made from results.json alone. The HTML page (`page.py`) also reads the other files of the run
+folders; it names those that are missing instead of failing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Literal
 from flyp_saflex.errors import RunError, nearest
 from flyp_saflex.reporting.runs import Preface
 from flyp_saflex.reporting.tables import Cell, cells, notes, tables
+from flyp_saflex.storage.files import atomic_write
 from flyp_saflex.storage.results import align, read_results
-from flyp_saflex.storage.run_folder import atomic_write
 
 Form = Literal["md", "csv", "json", "html"]
 Results = dict[Path, dict[str, Any]]
@@ -32,14 +32,14 @@ def report(
     baseline: str | None = None,
     preface: Preface | None = None,
 ) -> str:
-    """Compare runs and return the report.
+    """Compare runs; write or print the report, and return it.
 
     Args:
         runs: run folders that `evaluate` has been run on.
-        out: write here, and print nothing but the name; a name in `.csv`, `.json` or `.html` sets the form if `form` is `md`.
+        out: file to write; None: print. With `form` = `md` a suffix `.csv`, `.json` or `.html` sets the form.
         form: Markdown, one row per cell (CSV, JSON), or a self-contained page with plots and a gallery (HTML).
-        baseline: recipe that the others are compared with; None: the first run's.
-        preface: what stands above everything else in Markdown and HTML.
+        baseline: recipe that the other ones are compared with; None: that of the first run.
+        preface: paragraphs above everything else in Markdown and HTML.
 
     Raises:
         RunError: a run without results.json, two runs with the same recipe and seed, an unknown baseline, or a file that

@@ -1,7 +1,7 @@
-"""What lies in a run's folder, read for the page: configuration, environment, curves, tables, decisions (floor 3; no torch).
+"""Files of run folders, read for the page: configuration, environment, curves, tables, decisions.
 
-Only results.json is needed for a report; everything else may be missing or unreadable (a run copied without it, an older
-version), which becomes an empty value and a remark, never an error.
+A report needs results.json only. Any other file may be missing or unreadable (an incomplete copy, an older version): it gives
+an empty value and a remark, never an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flyp_saflex.errors import UserError
 from flyp_saflex.storage.run_folder import RunDir
 
 PATHS = ("data.root", "data.prompts", "data.table", "data.materialised", "cache.root", "train.frozen_cache")
-"""Options that say where files are: they may differ between machines without making another experiment."""
+"""Options that are paths: they may differ between seeds of one experiment."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class Preface:
 
 @dataclass
 class Run:
-    """One run of the report.
+    """One run of the report, with the content of its folder.
 
     Attributes:
         path: its folder.
-        recipe, seed: its condition and its seed.
+        recipe, seed: its condition (the name of the recipe) and its seed.
         results: results.json.
         config: its configuration; None if config.toml is missing or of another version.
         config_text: config.toml as it is; the empty string if it is missing.
         environment: env.json.
-        metrics: rows of metrics.jsonl that are about training.
+        metrics: training rows of metrics.jsonl.
         details: details.json.
-        remarks: what could not be read.
+        remarks: files that could not be read.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def class_names(self) -> dict[int, str]:
-        """English class names by index, as far as an evaluated split has them."""
+        """English class names by index, as far as an evaluated split has the class."""
         names: dict[int, str] = {}
         for alphas in self.details.values():
             for tables in alphas.values():
@@ -77,10 +77,10 @@ class Run:
 
 
 def read_runs(results: Mapping[Path, dict[str, Any]]) -> list[Run]:
-    """Read the folders of some runs.
+    """Read the folders of runs.
 
     Args:
-        results: results.json by folder.
+        results: content of results.json by folder.
     """
     runs = []
     for path, result in results.items():
@@ -92,7 +92,7 @@ def read_runs(results: Mapping[Path, dict[str, Any]]) -> list[Run]:
             except UserError as error:
                 run.remarks.append(f"{path}: its config.toml does not fit this version ({error})")
         else:
-            run.remarks.append(f"{path}: no config.toml, so what was run is not told here")
+            run.remarks.append(f"{path}: no config.toml, so its configuration is not shown")
         run.environment = _mapping(path / "env.json")
         run.details = _details(path / "details.json")
         rows = _rows(path, "metrics.jsonl")
@@ -102,7 +102,7 @@ def read_runs(results: Mapping[Path, dict[str, Any]]) -> list[Run]:
 
 
 def by_recipe(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Return the runs of every condition, in the order given."""
+    """Group runs by condition, in the order given."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.recipe, []).append(run)
@@ -110,23 +110,23 @@ def by_recipe(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def differing(old: Config, new: Config, by_seed: Sequence[str] = ()) -> list[str]:
-    """Return the options in which two runs differ, apart from name, seed, where files are, and `by_seed`."""
+    """Return the options in which two runs differ, apart from name, seed, paths and `by_seed`."""
     silent = ("recipe:", "seed:", *(f"{name}:" for name in (*PATHS, *by_seed)))
     return [line for line in recipe_module.differences(old, new) if not line.startswith(silent)]
 
 
 def unlike_seeds(runs: Sequence[Run], by_seed: Sequence[str] = ()) -> list[str]:
-    """Return a remark per run that has the same name as another one, but other options: it is no seed of the same thing."""
+    """Return a remark per run that shares the name of an earlier run but differs in options."""
     remarks = []
     for first, *others in by_recipe(runs).values():
         for run in others:
             if first.config is not None and run.config is not None and (changed := differing(first.config, run.config, by_seed)):
-                remarks.append(f"{run.path} is no seed of the same experiment as {first.path}: {'; '.join(changed)}")
+                remarks.append(f"{run.path} is not another seed of {first.path}, its options differ: {'; '.join(changed)}")
     return remarks
 
 
 def confusions(run: Run, split: str, alpha: float = 1.0) -> Counter[tuple[str, str]]:
-    """Count (class, predicted class) of the mistakes on one split, from predictions/<split>.parquet; empty without it."""
+    """Count the mistakes on one split as (class, predicted class); empty without predictions/<split>.parquet."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -149,11 +149,11 @@ def mean_details(runs: Sequence[Run], split: str, table: str, key: str, value: s
         runs: the seeds.
         split: name of the split.
         table: `per_class` or `per_group`.
-        key: the column that names a row.
-        value: the column that is averaged; a None (a class without images) does not count.
+        key: column that names a row.
+        value: column to average; None (a class without images) does not count.
 
     Returns:
-        (n images of the first seed, mean or None) by name of the row.
+        (number of images of the first seed, mean or None) by name of the row.
     """
     sizes: dict[str, int] = {}
     values: defaultdict[str, list[float]] = defaultdict(list)
@@ -181,7 +181,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _details(path: Path) -> dict[str, Any]:
-    """Return details.json if its rows have what the tables need, else nothing: it is derived data."""
+    """Return details.json, or nothing if its rows lack what the tables need."""
     details = _mapping(path)
     try:
         for alphas in details.values():

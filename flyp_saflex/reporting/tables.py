@@ -1,8 +1,8 @@
-"""What runs say together: a cell per condition, split and metric, tables of them, remarks (floor 3, part of report; no torch).
+"""Results of several runs: a cell per condition, split and metric, tables of cells, remarks.
 
-Runs with the same recipe name are seeds of one condition. Accuracy and macro-F1 have tables of their own, and so have
-ID and OOD splits; splits that were trained on are left out. Rows at WiSE-FT's chosen alpha stand apart from the
-finetuned model's (alpha = 1).
+Runs with the same recipe name are seeds of one condition. Every metric has its own table for ID and for OOD splits; splits
+that were trained on are left out. Results at the chosen alpha of WiSE-FT are rows of their own, apart from the finetuned model
+(alpha = 1).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flyp_saflex.evaluation.statistics import Interval, Summary, paired_difference, summarise
+from flyp_saflex.tables import METRICS
 
 Kind = Literal["finetuned", "wise"]
 
-METRICS = {"accuracy": "Accuracy", "macro_f1": "Macro-F1", "worst_group_accuracy": "Worst-group accuracy"}
 SHIFTS = {"id": "in distribution (ID)", "ood": "out of distribution (OOD)"}
 
 
@@ -25,16 +25,16 @@ class Cell:
     """One condition on one split in one metric, over its seeds.
 
     Attributes:
-        metric: key of `METRICS`.
+        metric: name in `tables.METRICS`.
         shift: `id` or `ood`.
-        split: its name.
+        split: name of the split.
         role: `select` or `test`.
         recipe: the condition.
-        kind: `finetuned` (alpha = 1), or `wise` (every run at its chosen alpha).
-        alphas: the alphas of the runs, each once.
-        values: value by seed.
+        kind: `finetuned` (alpha = 1), or `wise` (WiSE-FT at the alpha that each run chose).
+        alphas: distinct alphas of the runs.
+        values: value by seed, a fraction.
         summary: mean, sample standard deviation and n of the values.
-        difference: from the baseline's finetuned model, paired by seed; None without a shared seed and for itself.
+        difference: difference from the finetuned baseline, paired by seed; None without a shared seed, and for the baseline.
     """
 
     metric: str
@@ -51,13 +51,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Block:
-    """One metric under one shift: what a table of values, a table of differences, or both in one, are made from.
+    """Cells of one metric and one shift, the content of one table.
 
     Attributes:
-        metric: key of `METRICS`.
+        metric: name in `tables.METRICS`.
         shift: key of `SHIFTS`.
         splits: role by name, in reporting order.
-        lines: (condition in words, its cells by split), the finetuned models first.
+        lines: (name of the condition, its cells by split), finetuned models first.
     """
 
     metric: str
@@ -67,8 +67,8 @@ class Block:
 
     @property
     def title(self) -> str:
-        """Metric and shift in words."""
-        return f"{METRICS[self.metric]}, {SHIFTS[self.shift]}"
+        """Title: metric and shift."""
+        return f"{METRICS[self.metric].title}, {SHIFTS[self.shift]}"
 
     @property
     def columns(self) -> list[str]:
@@ -78,7 +78,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text: what the terminal and Markdown show."""
+    """A table of text, for the terminal and Markdown."""
 
     title: str
     header: tuple[str, ...]
@@ -86,7 +86,7 @@ class Table:
 
 
 def cells(results: Sequence[dict[str, Any]], baseline: str) -> list[Cell]:
-    """Return every cell, ordered by metric, shift, split (as first seen), recipe (as first seen) and kind."""
+    """Return all cells, ordered by metric, shift, split, recipe (both as first seen) and kind."""
     splits: dict[tuple[str, str], str] = {}
     groups: dict[tuple[str, str, str, Kind], dict[int, tuple[float, dict[str, Any]]]] = {}
     for result in results:
@@ -102,7 +102,7 @@ def cells(results: Sequence[dict[str, Any]], baseline: str) -> list[Cell]:
                 group[result["seed"]] = row["wise_alpha"], row
     recipes = list(dict.fromkeys(result["recipe"] for result in results))
     found = []
-    for metric in METRICS:
+    for metric in (name for name in METRICS if METRICS[name].in_report):
         for shift in SHIFTS:
             for split in (name for row_shift, name in splits if row_shift == shift):
                 for recipe in recipes:
@@ -130,7 +130,7 @@ def cells(results: Sequence[dict[str, Any]], baseline: str) -> list[Cell]:
 
 
 def notes(results: dict[Path, dict[str, Any]]) -> list[str]:
-    """Return what a reader must know: rows on part of the images, with overrides, or on other images than the rest."""
+    """Return remarks on results that are not comparable: --limit, overrides, or unequal numbers of images."""
     lines: list[str] = []
     sizes: dict[str, dict[int, None]] = {}
     for run, result in results.items():
@@ -138,7 +138,7 @@ def notes(results: dict[Path, dict[str, Any]]) -> list[str]:
             if row["wise_alpha"] == 1 and row["role"] != "train":
                 sizes.setdefault(row["split"], {})[row["n"]] = None
         if any(row.get("limit") for row in result["results"]):
-            lines.append(f"{run}: evaluated with --limit, a quick look and no result")
+            lines.append(f"{run}: evaluated with --limit, on a part of the images only")
         overrides = sorted({override for row in result["results"] for override in row.get("overrides", [])})
         if overrides:
             lines.append(f"{run}: evaluated with --set {' --set '.join(overrides)}")
@@ -149,7 +149,7 @@ def notes(results: dict[Path, dict[str, Any]]) -> list[str]:
 
 
 def blocks(found: Sequence[Cell]) -> list[Block]:
-    """Return the cells by metric and shift; worst groups only where they are another number than the accuracy."""
+    """Group cells by metric and shift; worst-group accuracy is left out where it equals the accuracy."""
     made = []
     for metric in METRICS:
         for shift in SHIFTS:
@@ -166,47 +166,61 @@ def blocks(found: Sequence[Cell]) -> list[Block]:
 
 
 def tables(found: Sequence[Cell], baseline: str) -> list[Table]:
-    """Return one table of values and one of differences per metric and shift, in percent and points."""
+    """Return a table of values (percent) and one of differences (points) per metric and shift."""
     made = []
     for block in blocks(found):
         header = ("", *block.columns)
+        is_fraction = METRICS[block.metric].is_fraction
+        unit, points = ("percent, ", " in points") if is_fraction else ("", "")
         values = [
-            (name, *(value_text(line[split].summary, count=True) if split in line else "-" for split in block.splits))
+            (
+                name,
+                *(value_text(line[split].summary, block.metric, count=True) if split in line else "-" for split in block.splits),
+            )
             for name, line in block.lines
         ]
-        made.append(Table(f"{block.title}: percent, mean ± standard deviation (n seeds)", header, tuple(values)))
+        made.append(Table(f"{block.title}: {unit}mean ± standard deviation (n seeds)", header, tuple(values)))
         changes = [
-            (name, *(difference_text(line[split].difference, count=True) if split in line else "-" for split in block.splits))
+            (
+                name,
+                *(
+                    difference_text(line[split].difference, block.metric, count=True) if split in line else "-"
+                    for split in block.splits
+                ),
+            )
             for name, line in block.lines
             if not is_baseline(line, baseline)
         ]
         if changes:
-            title = f"{block.title}: difference from {baseline} in points, paired by seed [95 % t-interval] (n pairs)"
+            title = f"{block.title}: difference from {baseline}{points}, paired by seed [95 % t-interval] (n pairs)"
             made.append(Table(title, header, tuple(changes)))
     return made
 
 
 def is_baseline(line: dict[str, Cell], baseline: str) -> bool:
-    """Whether a block's line is what the others are compared with."""
+    """Return whether a line of a block is the baseline."""
     return all((cell.recipe, cell.kind) == (baseline, "finetuned") for cell in line.values())
 
 
-def value_text(summary: Summary, *, count: bool = False) -> str:
-    """Return mean and standard deviation in percent, and on request n in brackets."""
-    spread = "" if summary.deviation is None else f" ± {100 * summary.deviation:.1f}"
-    return f"{100 * summary.mean:.1f}{spread}" + (f" ({summary.n})" if count else "")
+def value_text(summary: Summary, metric: str, *, count: bool = False) -> str:
+    """Return mean and standard deviation in the metric's unit; with `count` also n in brackets."""
+    unit = METRICS[metric]
+    spread = "" if summary.deviation is None else f" ± {unit.text(summary.deviation)}"
+    return f"{unit.text(summary.mean)}{spread}" + (f" ({summary.n})" if count else "")
 
 
-def difference_text(change: Interval | None, *, count: bool = False) -> str:
-    """Return a difference in points with its interval, and on request the number of pairs in brackets."""
+def difference_text(change: Interval | None, metric: str, *, count: bool = False) -> str:
+    """Return a difference with its interval in the metric's unit; with `count` also the number of pairs in brackets."""
     if change is None:
         return "no shared seed"
-    ends = "" if change.low is None or change.high is None else f" [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
-    return f"{100 * change.mean:+.1f}{ends}" + (f" ({change.n})" if count else "")
+    unit = METRICS[metric]
+    known = change.low is not None and change.high is not None
+    ends = f" [{unit.text(change.low, sign=True)}, {unit.text(change.high, sign=True)}]" if known else ""
+    return f"{unit.text(change.mean, sign=True)}{ends}" + (f" ({change.n})" if count else "")
 
 
 def _has_groups(found: Sequence[Cell], shift: str) -> bool:
-    """Whether the worst group is anywhere another number than the accuracy: with one domain per split it is not."""
+    """Return whether worst-group accuracy differs from accuracy anywhere: with one domain per split it does not."""
     here = [cell for cell in found if cell.shift == shift]
     values = {metric: [cell.values for cell in here if cell.metric == metric] for metric in ("accuracy", "worst_group_accuracy")}
     return values["worst_group_accuracy"] not in ([], values["accuracy"])

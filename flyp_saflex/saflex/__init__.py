@@ -1,1 +1,1 @@
-"""SAFLEX in tensors: losses, gains, closed form, estimators; knows no model, no file and no trainer."""
+"""SAFLEX on tensors: losses, gains, closed form and estimators, independent of models, files and trainer."""

@@ -1,7 +1,7 @@
-"""From gains to weights and soft labels: the closed form of Eq. (10) and (11), its variants by name (floor 2).
+"""Closed form of SAFLEX, Eq. (10) and (11): weights and soft labels from gains, with weight rules by name.
 
-The linear program of Theorem 1 separates over rows. With `u` the label that a row came with ("upstream"), `s` the gains'
-scale, `tau` the temperature and `beta` the penalty, its softened solution is
+The linear program of Theorem 1 separates over rows. With `u` the upstream label, `s` the scale of the gains, `tau` the
+temperature and `beta` the penalty, its softened solution is
 
     y_i = softmax((Pi_i / s + beta u_i) / tau)                 Eq. (10); tau -> 0 is the hard solution
     w_i = 1 if the named rule keeps the row, else 0            Eq. (11) is the rule `sum`
@@ -12,61 +12,53 @@ Shapes: A augmented rows, K labels (classes, or the distinct captions of the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-WeightRule = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+from flyp_saflex.saflex.losses import at_least_float32
 
 
-def _keep_all(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
-    """Keep every row: only the labels are learned."""
+def keep_all(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
+    """Keep every row, so that only the labels are learned."""
     return torch.ones_like(gains_AK[:, 0])
 
 
-def _keep_upstream(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
-    """Keep rows whose own label helps: the linear program's solution when labels are retained (beta -> infinity)."""
+def keep_upstream(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
+    """Keep rows whose upstream label has a gain >= 0: the linear program with fixed labels (beta -> infinity)."""
     return ((gains_AK * upstream_AK).sum(dim=1) >= 0).to(gains_AK.dtype)
 
 
-def _keep_sum(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
-    """Eq. (11) as printed: keep rows for which the uniform label helps."""
+def keep_sum(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
+    """Keep rows whose gains sum to >= 0, as printed in Eq. (11): the uniform label helps."""
     return (gains_AK.sum(dim=1) >= 0).to(gains_AK.dtype)
 
 
-def _keep_label(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
-    """The main text's rule: keep rows whose learned label helps; with a small tau that is every row."""
+def keep_label(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
+    """Keep rows whose learned label helps, as in the paper's main text; with a small tau every row is kept."""
     pull_A = penalty * (labels_AK * upstream_AK).sum(dim=1)
     return ((gains_AK * labels_AK).sum(dim=1) + pull_A >= 0).to(gains_AK.dtype)
 
 
-def _weigh_soft(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
-    """Weigh rows by how much their own label helps, w proportional to max(0, Pi_upstream)."""
+def weigh_soft(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
+    """Weigh rows by the gain of their upstream label: w proportional to max(0, Pi_upstream)."""
     return (gains_AK * upstream_AK).sum(dim=1).clamp(min=0)
-
-
-WEIGHT_RULES: dict[str, WeightRule] = {
-    "upstream": _keep_upstream,
-    "sum": _keep_sum,
-    "label": _keep_label,
-    "soft": _weigh_soft,
-    "all": _keep_all,
-}
-"""Rules by name: (gains_AK in units of s, labels_AK, upstream_AK, penalty) -> weights_A >= 0. A new rule is one function."""
 
 
 def soft_labels(gains_AK: Tensor, upstream_AK: Tensor, temperature: float, penalty: float) -> Tensor:
     """Return softmax((Pi + beta * onehot(upstream)) / tau) per row, Eq. (10) softened.
 
-    If the label that the row came with is itself soft (Mixup, CutMix), the result is its mean over the classes that it
-    names, so that beta -> infinity gives back the upstream label, soft or not.
+    For a soft upstream label (Mixup, CutMix) the result is the mean over its classes, weighted by the label, so that
+    beta -> infinity returns the upstream label, soft or one-hot.
 
     Args:
-        gains_AK: already divided by their scale; finite.
+        gains_AK: finite gains, already divided by their scale s.
         upstream_AK: rows on the simplex.
         temperature: tau > 0.
         penalty: beta >= 0, infinity included.
+
+    Returns:
+        Soft labels [A, K], rows on the simplex.
     """
     # With p = softmax(Pi / tau) and b = beta / tau, pulling towards class k moves the share
     # r_k = p_k (e^b - 1) / (1 + p_k (e^b - 1)) = sigmoid(log p_k + log(e^b - 1)) of the mass to it and leaves the rest
@@ -79,14 +71,14 @@ def soft_labels(gains_AK: Tensor, upstream_AK: Tensor, temperature: float, penal
 
 
 def renormalise(weights_A: Tensor) -> Tensor:
-    """Scale weights to sum to the number of rows kept, so that kept rows weigh one on average; all zero stays zero."""
+    """Scale weights to a mean of one over the kept rows (weight > 0); all-zero weights stay zero."""
     total = weights_A.sum()
     scale = (weights_A > 0).sum() / torch.where(total > 0, total, torch.ones_like(total))
     return weights_A * scale
 
 
 def spread(gains_AK: Tensor, valid_A: Tensor) -> Tensor:
-    """Return the standard deviation of the valid rows' gains; one where there is none to divide by."""
+    """Return the standard deviation of the gains of valid rows, as a scalar tensor; one if it is zero."""
     weights_A1 = valid_A.to(gains_AK.dtype)[:, None]
     count = (weights_A1.sum() * gains_AK.shape[1]).clamp(min=1)
     mean = (gains_AK * weights_A1).sum() / count
@@ -95,16 +87,16 @@ def spread(gains_AK: Tensor, valid_A: Tensor) -> Tensor:
 
 
 class KeptRates:
-    """Running share of kept rows per class, to undo the class bias of dropping (ours).
+    """Running fraction of kept rows per class, which corrects the class bias of dropping rows (not in the paper).
 
-    A gradient finds some classes' edits helpful more often than others', so dropping rows shifts the class prior of what is
-    trained on; out of distribution the class that loses fewest rows then takes over. Kept rows of class c are weighed by
-    (r / r_c) ** strength, where r_c is the class's kept share and r that of all classes: with strength 1 every class weighs
-    what it would weigh if nothing were dropped.
+    The rows of some classes are dropped more often than those of others, so dropping shifts the class prior of the training
+    data; out of distribution the model then predicts the least dropped class too often. Kept rows of class c are weighted by
+    (r / r_c) ** strength, with r_c the kept fraction of the class and r that of all rows: with strength 1 every class has the
+    total weight that it would have without dropping.
 
     Args:
-        decay: of the counts, per call.
-        prior: rows of the overall rate that every class starts with: few rows seen, little correction.
+        decay: decay of the counts per step.
+        prior: pseudo-count: rows with the overall kept fraction added to every class, so that few rows correct little.
     """
 
     def __init__(self, decay: float = 0.95, prior: float = 8.0) -> None:
@@ -112,14 +104,19 @@ class KeptRates:
         self.counts: dict[int, tuple[float, float]] = {}
 
     def update(self, classes_A: Tensor, kept_A: Tensor) -> None:
-        """Count the rows of a step."""
+        """Add the rows of a step to the counts.
+
+        Args:
+            classes_A: class indices.
+            kept_A: boolean, whether a row is kept.
+        """
         self.counts = {k: (kept * self.decay, seen * self.decay) for k, (kept, seen) in self.counts.items()}
         for label, kept in torch.stack([classes_A, kept_A.to(classes_A.dtype)], dim=1).tolist():  # once from the device
             before = self.counts.get(label, (0.0, 0.0))
             self.counts[label] = before[0] + kept, before[1] + 1
 
     def factors(self, classes_A: Tensor, strength: float) -> Tensor:
-        """Return (r / r_c) ** strength for every row; ones before anything was kept."""
+        """Return the factor (r / r_c) ** strength of every row; ones as long as no row was kept."""
         kept, seen = (sum(part) for part in zip(*self.counts.values(), strict=True)) if self.counts else (0.0, 0.0)
         if kept == 0:
             return torch.ones(len(classes_A), device=classes_A.device)
@@ -127,3 +124,39 @@ class KeptRates:
         rates = {k: (hits + self.prior * overall) / (rows + self.prior) for k, (hits, rows) in self.counts.items()}
         values = [(overall / rates.get(label, overall)) ** strength for label in classes_A.tolist()]
         return torch.tensor(values, device=classes_A.device)
+
+
+def gains(logits_AK: Tensor, tangent_AK: Tensor) -> Tensor:
+    """Return gains_AK, the first-order decrease of the validation loss per row and label, Eq. (9).
+
+    Exact for cross entropy, NT-Xent and the first term (image to caption) of the CLIP loss. A row with a NaN in logits or
+    tangent is NaN in all gains.
+    """
+    logits_AK, tangent_AK = at_least_float32(logits_AK), at_least_float32(tangent_AK)
+    return (logits_AK.softmax(dim=1) * tangent_AK).sum(dim=1, keepdim=True) - tangent_AK
+
+
+def symmetric_gains(
+    logits_AC: Tensor, tangent_AC: Tensor, train_logits_TC: Tensor | None = None, train_tangent_TC: Tensor | None = None
+) -> Tensor:
+    """Return gains_AC for both terms of the CLIP loss: the mean of the row and the column term.
+
+    Eq. (14) generalises the first term only, whose gains `gains` returns. `clip_loss` has both terms: mass on (i, j) also adds
+    `-log softmax_i(Z)_ij` to the second one. Its negatives are all augmented rows and, if given, all train rows of the step,
+    because the dropped rows are not known before the gains. Divide by the number of rows of the step for the decrease per
+    unit of the averaged loss.
+
+    Args:
+        logits_AC: logits of the augmented rows.
+        tangent_AC: their derivative along the validation gradient.
+        train_logits_TC: logits of the train rows; None: no train rows.
+        train_tangent_TC: their derivative, required with train logits.
+    """
+    logits_AC, tangent_AC = at_least_float32(logits_AC), at_least_float32(tangent_AC)
+    logits_NC, tangent_NC = logits_AC, tangent_AC
+    if train_logits_TC is not None:
+        assert train_tangent_TC is not None, "train logits need their tangent"
+        logits_NC = torch.cat([logits_AC, train_logits_TC.to(logits_AC)])
+        tangent_NC = torch.cat([tangent_AC, train_tangent_TC.to(tangent_AC)])
+    column_gains_AC = (logits_NC.softmax(dim=0) * tangent_NC).sum(dim=0, keepdim=True) - tangent_AC
+    return (gains(logits_AC, tangent_AC) + column_gains_AC) / 2

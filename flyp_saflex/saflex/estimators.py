@@ -1,8 +1,8 @@
-"""Which estimator of the directional derivative is used, and whether it can be trusted (floor 2: tensors only).
+"""Choice of the estimator of the directional derivative, and its comparison with the exact derivative.
 
-A one-sided difference costs a third of the exact derivative of all parameters and errs by some tenths of a percent, unless
-rounding is coarse or the model is rough where it stands. So it is chosen by precision, device and scope, and compared with
-the exact one on a few rows every now and then.
+A one-sided finite difference costs a third of the exact derivative of all parameters. Its error is some tenths of a percent,
+except with coarse rounding or where the model is not smooth. The estimator is therefore chosen by precision, device and
+scope, and compared at intervals with the exact derivative on a few rows.
 
 Shapes: A augmented rows, K labels.
 """
@@ -22,21 +22,25 @@ from flyp_saflex.saflex.jvp import Estimator, Parameters, rms
 Choice = Literal["auto", "exact", "central", "one-sided"]
 
 CHECK_ROWS = 8
-"""Augmented rows (of each process) whose exact gains are computed at a comparison."""
+"""Augmented rows per process whose exact gains a comparison computes."""
 MIN_ROW_COSINE = 0.98
-"""Of estimated and exact gains; below this mean over rows the estimator is given up."""
+"""Smallest mean over rows of the cosine of estimated and exact gains; below it the estimator is replaced by `exact`."""
 MIN_SIGN_AGREEMENT = 0.97
-"""Of the gains of the labels that rows came with: their sign decides about a row."""
+"""Smallest fraction of rows with the right sign of the upstream label's gain, which decides whether a row is kept."""
 _AGREED_BEFOREHAND = 32
-"""Rows that count as agreeing before any was seen: one row whose gain is next to zero decides nothing."""
+"""Pseudo-count of agreeing rows, so that a single row with a gain near zero does not decide."""
 
 
 def choose(parameters: Parameters, scope: str) -> Estimator:
-    """Return the cheapest estimator that can be trusted with these parameters.
+    """Return the cheapest estimator that is accurate enough for these parameters.
 
-    Head scope: `exact`, because it costs a text pass. All parameters: `one-sided` in float32; `exact` in half precision and
-    with matrix products in TF32, whose rounding is larger than the difference, and in float64, which asks for exactness.
-    (Convolutions are in TF32 by default; a model where that matters is found out by the comparison.)
+    Head scope: `exact`, which costs one text pass only. All parameters: `one-sided` in float32; `exact` under autocast and
+    with matrix products in TF32, whose rounding is larger than the difference, and in float64, which is used for exact
+    results. (Convolutions use TF32 by default; the comparison finds a model where that matters.)
+
+    Args:
+        parameters: parameters of the derivative, by name.
+        scope: `all` or `head`.
     """
     value = next(iter(parameters.values()))
     device_type = value.device.type
@@ -53,14 +57,14 @@ def _is_tf32_on() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """How estimated gains compare with exact ones, over the rows whose exact gains are finite.
+    """Agreement of estimated and exact gains, over the rows with finite exact gains.
 
     Attributes:
-        rows: how many they are.
-        error: root mean square of the difference, relative to the exact gains'.
-        row_cosine: mean over rows of the cosine.
-        sign_agreement: share of rows whose own label's gain has the right sign.
-        argmax_agreement: share of rows whose best label is the right one.
+        rows: number of these rows.
+        error: root mean square of the difference, relative to that of the exact gains.
+        row_cosine: mean over rows of the cosine similarity, -1..1.
+        sign_agreement: fraction of rows with the right sign of the upstream label's gain.
+        argmax_agreement: fraction of rows with the right label of largest gain.
     """
 
     rows: int
@@ -71,12 +75,15 @@ class Fidelity:
 
 
 def fidelity(found_AK: Tensor, exact_AK: Tensor, upstream: Tensor) -> Fidelity:
-    """Compare gains with exact ones.
+    """Compare estimated with exact gains.
 
     Args:
-        found_AK: estimated gains. A row that is not finite agrees in nothing.
+        found_AK: estimated gains; a row that is not finite counts as no agreement.
         exact_AK: exact gains of the same rows.
-        upstream: labels that the rows came with: indices [A] or rows on the simplex [A, K].
+        upstream: upstream labels, indices [A] or rows on the simplex [A, K].
+
+    Returns:
+        The agreement; perfect, with zero rows, if no exact row is finite.
     """
     upstream_AK = F.one_hot(upstream, exact_AK.shape[1]) if upstream.ndim == 1 else upstream
     valid_A = exact_AK.isfinite().all(dim=1)
@@ -101,16 +108,17 @@ def fidelity(found_AK: Tensor, exact_AK: Tensor, upstream: Tensor) -> Fidelity:
 
 
 class Watch:
-    """Compares an estimator with the exact derivative every now and then, and gives it up for good when it errs.
+    """Monitor that compares the estimator with the exact derivative at intervals.
 
     Args:
         every: calls between comparisons; 0: never.
-        may_give_up: whether `exact` follows a poor comparison (`estimator = "auto"`), or it is only told.
+        may_give_up: whether a poor comparison replaces the estimator by `exact` for good (`estimator = "auto"`); otherwise
+            comparisons are only logged.
 
     Attributes:
-        last: the last comparison, None before the first.
-        given_up: one line that says why the estimator was given up; empty while it is trusted.
-        tell: called with that line.
+        last: the last comparison; None before the first.
+        given_up: one line with the reason why the estimator was replaced; empty while it is in use.
+        tell: function that is called with that line; `print` by default.
     """
 
     def __init__(self, *, every: int, may_give_up: bool) -> None:
@@ -119,21 +127,21 @@ class Watch:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all comparisons: trust the estimator again."""
+        """Discard all comparisons and use the estimator again."""
         self.calls = 0
         self.last: Fidelity | None = None
         self.given_up = ""
         self._rows, self._agreeing = float(_AGREED_BEFOREHAND), float(_AGREED_BEFOREHAND)
 
     def due(self, estimator: Estimator) -> bool:
-        """Count a call; return whether its gains are to be compared with exact ones: those of the first, and every n-th."""
+        """Count a call; return whether its gains are to be compared: those of the first and every `every`-th call."""
         self.calls += 1
         return self.every > 0 and estimator != "exact" and (self.calls - 1) % self.every == 0
 
     def compare(self, found_AK: Tensor, exact_AK: Tensor, upstream: Tensor) -> bool:
-        """Note how gains agree with exact ones (see `fidelity`); return whether the estimator is given up from now on.
+        """Record a comparison (arguments: see `fidelity`); return whether the estimator is now replaced by `exact`.
 
-        Given the same rows every process decides the same.
+        The decision depends on the rows only, so that processes with the same rows agree.
         """
         self.last = fidelity(found_AK, exact_AK, upstream)
         self._rows += self.last.rows
@@ -148,16 +156,16 @@ class Watch:
         return bool(self.given_up)
 
     def log_row(self) -> dict[str, Any]:
-        """Return the last comparison for a log row; empty before the first."""
+        """Return the last comparison as entries `estimator_...` of a log row; empty before the first."""
         return {} if self.last is None else {f"estimator_{name}": value for name, value in asdict(self.last).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state that a resumed run needs."""
         last = None if self.last is None else asdict(self.last)
         return {"calls": self.calls, "last": last, "given_up": self.given_up, "rows": self._rows, "agreeing": self._agreeing}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.calls, self.given_up = state["calls"], state["given_up"]
         self.last = None if state["last"] is None else Fidelity(**state["last"])
         self._rows, self._agreeing = state["rows"], state["agreeing"]

@@ -1,4 +1,4 @@
-"""The gain of giving an augmented row a label, from one directional derivative (floor 2: tensors only).
+"""Gains of the labels of augmented rows, from one Jacobian-vector product.
 
 With `g` the gradient of the validation loss and `Z' = J_Z(theta) g` the derivative of the augmented rows' logits along
 it, the first-order decrease of the validation loss when row i is trained towards label k is (Eq. 9, with the sign and the
@@ -6,13 +6,13 @@ logarithm of Eq. 7 written out)
 
     Pi_ik = < g, grad_theta (-log p_ik) > = -( Z'_ik - sum_j p_ij Z'_ij ).
 
-One Jacobian-vector product gives every row's and every label's gain. Facts: `sum_k p_ik Pi_ik = 0`, so the best label
-never has a negative gain; `sum_k Pi_ik` is K times the gain of the uniform label.
+One Jacobian-vector product gives the gains of all rows and labels. Since `sum_k p_ik Pi_ik = 0`, the best label never has a
+negative gain; `sum_k Pi_ik` is K times the gain of the uniform label.
 
-Models are run as functions of their parameters (`torch.func.functional_call`), in evaluation mode: batch statistics and
-dropout would make the derivative that of another function.
+Models run as functions of their parameters (`torch.func.functional_call`), in evaluation mode: with batch statistics or
+dropout it would be the derivative of another function.
 
-Shapes: A augmented rows, T train rows, K labels, C caption columns.
+Shapes: A augmented rows, T train rows, K labels, C proxy classes (caption columns).
 """
 
 from __future__ import annotations
@@ -36,17 +36,20 @@ Estimator = Literal["exact", "central", "one-sided"]
 ESTIMATORS = ("exact", "central", "one-sided")
 
 _PROBES = 6
-"""Forward passes that the search for a first step size may take."""
+"""Largest number of forward passes in the search for the first step size."""
 
 
 def gradient(loss_fn: Callable[[dict[str, Tensor]], Tensor], parameters: Parameters) -> dict[str, Tensor]:
-    """Return the gradient of `loss_fn(parameters)`, by name; zeros for parameters that the loss does not use.
+    """Return the gradient of `loss_fn(parameters)` by name, without writing to `.grad`.
 
-    No `.grad` is written, and it works under `torch.no_grad()`.
+    It also works under `torch.no_grad()`.
 
     Args:
         loss_fn: takes parameters by name, returns a scalar.
-        parameters: where to differentiate; those left out stay constants of `loss_fn`.
+        parameters: parameters to differentiate with respect to; all others are constants of `loss_fn`.
+
+    Returns:
+        Detached gradients; zeros for parameters that the loss does not use.
     """
     with torch.enable_grad():
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
@@ -69,29 +72,30 @@ def directional_derivative(
     length: Tensor | None = None,
     products: Products | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits and their derivative along `direction`, detached, outside of autocast.
+    """Return the logits and their derivative along `direction`, detached, computed outside of autocast.
 
     Args:
-        logits_fn: takes parameters by name, returns logits of any shape. Deterministic, in evaluation mode.
-        parameters: the point.
-        direction: the same names; usually the validation gradient.
-        estimator: `exact`: forward-mode differentiation (attention is computed by its plain formula: the fused kernels
-            have no forward mode). `central`: two passes. `one-sided`: one pass beside the base logits. Both need parameters
-            in float32 or better.
-        logits: `one-sided`: the logits at `parameters`, if the caller has them from the same function in the same
-            precision. Recomputed if they are half precision or autocast is on: the rounding would be the whole difference.
-        target_rms: finite differences: root mean square change of the logits that the step aims at. In float32 rounding
-            falls as it grows and truncation grows with it. During finetunes of two small convnets (scripts/benchmarks/
-            estimator_fidelity.py) the one-sided error was 0.3..0.7 % at 1e-3, 0.3..1.1 % at 3e-3, 0.9..2.1 % at 1e-2; of a
-            12-layer ViT with a scale of 100, where rounding is larger, 1.4 % at 3e-4, 0.4, 0.2 and 0.4 %. Rows' cosines
-            are 0.9999 or more at all of them from 1e-3 to 3e-3, so it stays at the one that is safer from rounding.
-        previous_rms: finite differences: root mean square of a recent derivative, which fixes the step size
-            h = target_rms / previous_rms; None: found by trial, one or two passes more.
+        logits_fn: takes parameters by name, returns logits of any shape; deterministic, in evaluation mode.
+        parameters: parameters to differentiate at (the primal).
+        direction: direction (the tangent) with the same names, usually the validation gradient.
+        estimator: `exact`: forward-mode differentiation, with attention by its plain formula, because the fused kernels have
+            no forward mode. `central`: two forward passes. `one-sided`: one forward pass besides the base logits. Both finite
+            differences need parameters in float32 or better.
+        logits: `one-sided`: logits at `parameters`, if the caller has them from the same function in the same precision.
+            They are recomputed if they are in half precision or autocast is on: rounding would exceed the difference.
+        target_rms: finite differences: root mean square change of the logits at which the step size aims. As it grows, the
+            rounding error in float32 falls and the truncation error grows. In finetuning of two small convnets
+            (scripts/benchmarks/estimator_fidelity.py) the one-sided error was 0.3..0.7 % at 1e-3, 0.3..1.1 % at 3e-3 and
+            0.9..2.1 % at 1e-2; for a 12-layer ViT with a logit scale of 100, where rounding is larger, 1.4 % at 3e-4, then
+            0.4, 0.2 and 0.4 %. The cosine per row is at least 0.9999 from 1e-3 to 3e-3; the default is the value with less
+            rounding.
+        previous_rms: finite differences: root mean square of a recent derivative, which gives the step size
+            h = target_rms / previous_rms; None: search the step size, in one or two more passes.
         length: finite differences: `norm(direction)`, if the caller has it.
-        products: `exact`: of a pass of the same function at the same parameters, outside of autocast.
+        products: `exact`: primal cache of a pass of the same function at the same parameters, outside of autocast.
 
     Returns:
-        logits and tangent, float32 or float64. A zero direction gives a zero tangent.
+        Logits and tangent, float32 or float64. A zero direction gives a zero tangent.
     """
     assert parameters.keys() == direction.keys(), "parameters and direction must have the same names"
     assert parameters, "there must be at least one parameter"
@@ -122,43 +126,13 @@ def directional_derivative(
     return at_least_float32(values.detach()), at_least_float32(tangent.detach())
 
 
-def gains(logits_AK: Tensor, tangent_AK: Tensor) -> Tensor:
-    """Return gains_AK, the first-order decrease of the validation loss per row and label, Eq. (9).
-
-    Exact for cross entropy, for NT-Xent and for the first term (image to caption) of the CLIP loss. Rows with a NaN in
-    logits or tangent are NaN throughout.
-    """
-    logits_AK, tangent_AK = at_least_float32(logits_AK), at_least_float32(tangent_AK)
-    return (logits_AK.softmax(dim=1) * tangent_AK).sum(dim=1, keepdim=True) - tangent_AK
-
-
-def symmetric_gains(
-    logits_AC: Tensor, tangent_AC: Tensor, train_logits_TC: Tensor | None = None, train_tangent_TC: Tensor | None = None
-) -> Tensor:
-    """Return gains_AC for both terms of the CLIP loss: the mean of the row and the column term.
-
-    Eq. (14) generalises the first term only, for which `gains` is the answer. The loss here has both, and putting mass
-    on (i, j) changes the second one by `-log softmax_i(Z)_ij` as well. Its negatives are the augmented rows and, if given,
-    the train rows of the step, all of them: which rows will be dropped is not known before the gains are. Divide by the
-    step's number of rows for the decrease per unit of the averaged loss.
-    """
-    logits_AC, tangent_AC = at_least_float32(logits_AC), at_least_float32(tangent_AC)
-    logits_NC, tangent_NC = logits_AC, tangent_AC
-    if train_logits_TC is not None:
-        assert train_tangent_TC is not None, "train logits need their tangent"
-        logits_NC = torch.cat([logits_AC, train_logits_TC.to(logits_AC)])
-        tangent_NC = torch.cat([tangent_AC, train_tangent_TC.to(tangent_AC)])
-    column_gains_AC = (logits_NC.softmax(dim=0) * tangent_NC).sum(dim=0, keepdim=True) - tangent_AC
-    return (gains(logits_AC, tangent_AC) + column_gains_AC) / 2
-
-
 def rms(values: Tensor) -> float:
-    """Return the root mean square, 0 for an empty tensor; what `previous_rms` wants."""
+    """Return the root mean square, as for `previous_rms`; 0 for an empty tensor."""
     return float(values.square().mean().sqrt()) if values.numel() else 0.0
 
 
 def norm(values: Parameters) -> Tensor:
-    """Return the Euclidean norm over all tensors together, as a scalar tensor: nobody waits for the device."""
+    """Return the Euclidean norm over all tensors, as a detached scalar tensor, without a host sync."""
     return torch.stack([torch.linalg.vector_norm(value.detach()) for value in values.values()]).norm()
 
 
@@ -198,10 +172,10 @@ def _finite_difference(
 def _first_step(
     at: Callable[[float], Tensor], base: Tensor, point: dict[str, Tensor], length: float, target_rms: float
 ) -> tuple[float, Tensor]:
-    """Return a step size that changes the logits by about `target_rms`, and the logits there.
+    """Return a step size that changes the logits by about `target_rms`, and the logits at that step.
 
-    No relative step transfers between models, so it starts from a millionth of the parameters' norm and follows the
-    change that it sees, up to that norm: logits that do not depend on the direction would never change.
+    No relative step size suits all models. The search starts at a millionth of the norm of the parameters and rescales the
+    step by the observed change, up to that norm, because logits that do not depend on the direction never change.
     """
     longest = (float(norm(point)) or 1.0) / length
     step = 1e-6 * longest
@@ -219,7 +193,7 @@ def _first_step(
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """Compute attention by its plain formula: the fused and the inference kernels have no forward-mode derivative."""
+    """Compute attention by its plain formula, because fused and inference kernels have no forward-mode derivative."""
     _load_forward_mode()
     with _training_kernels(), sdpa_kernel(SDPBackend.MATH):
         yield
@@ -227,7 +201,7 @@ def forward_mode() -> Iterator[None]:
 
 @cache
 def _load_forward_mode() -> None:
-    """Let PyTorch compile its forward-mode formulas, once, without its warning that its own compiler is deprecated."""
+    """Make PyTorch compile its forward-mode formulas once, without the deprecation warning of its own compiler."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*", category=Warning)
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
@@ -235,7 +209,7 @@ def _load_forward_mode() -> None:
 
 @contextmanager
 def _training_kernels() -> Iterator[None]:
-    """Keep attention off its inference kernel, which rounds unlike a training step."""
+    """Disable the inference kernel of attention, which rounds differently from a training step."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,22 +1,20 @@
-"""Weighted soft-label losses: cross entropy, CLIP/FLYP and NT-Xent (floor 2: tensors only).
+"""Weighted soft-label losses: cross entropy, contrastive CLIP/FLYP loss and NT-Xent.
 
-All of them are linear in the mass `M_ij = w_i y_ij` (SAFLEX, Eq. 7 and 14), which is what makes the weights and labels a
-linear program (Theorem 1). With weights one and one-hot labels each equals the plain loss of its field, bit for bit
-where the reference is PyTorch's or open_clip's. Half-precision logits are computed in float32.
+All are linear in the label mass `M_ij = w_i y_ij` (SAFLEX, Eq. 7 and 14); therefore the choice of weights and labels is a
+linear program (Theorem 1). With weights one and one-hot labels each loss equals its standard form, bit for bit where the
+reference is PyTorch's or open_clip's. Half-precision logits are converted to float32.
 
-Shapes: N rows (images), K classes, C caption columns ("proxy classes"), A augmented rows, B pairs, D embedding.
+Shapes: N rows (images), K classes, C proxy classes (caption columns), A augmented rows, B pairs, V validation rows,
+D embedding width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Proxies = Literal["captions", "batch"]
 
 
 def soft_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_N: Tensor | None = None) -> Tensor:
@@ -38,17 +36,17 @@ def soft_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_N: Tensor |
 
 
 def clip_loss(logits_NC: Tensor, assignment_NC: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """Return the symmetric contrastive loss of images and captions, both terms of Eq. (13) generalised as Eq. (14).
+    """Return the symmetric contrastive loss of images and captions: both terms of Eq. (13), generalised as Eq. (14).
 
     With `M = w_i y_ij`:  L = 1/2 [ - sum M log softmax_j(Z) - sum M log softmax_i(Z) ] / sum M.
 
-    A caption column may have several positives (images that share the caption): its term is then the sum of their log
-    probabilities. Rows of weight zero are no negatives of the second term either; a column without mass adds nothing.
-    Weights one and the identity give open_clip's `ClipLoss`, to the last bit for the same logits.
+    A proxy class may have several positives (images that share the caption): its term is then the sum of their log
+    probabilities. Rows of weight zero are not negatives of the second term either; a proxy class without mass adds zero.
+    Weights one and the identity as assignment give open_clip's `ClipLoss`, bit for bit for the same logits.
 
     Args:
         logits_NC: `logit_scale * image_i . caption_j`.
-        assignment_NC: label mass of every row over the columns, rows sum to one; see `proxy_columns`.
+        assignment_NC: label mass of every row over the proxy classes, rows sum to one; see `proxy_columns`.
         weights_N: non-negative; None: ones.
 
     Returns:
@@ -71,51 +69,6 @@ def clip_loss(logits_NC: Tensor, assignment_NC: Tensor, weights_N: Tensor | None
     return (_ordered_sum(image_losses_N) / total + _ordered_sum(caption_losses_C) / total) / 2
 
 
-def proxy_columns(caption_ids_N: Tensor, proxies: Proxies = "captions") -> tuple[Tensor, Tensor]:
-    """Return the proxy classes of a batch, as the caption id of every column, and plain FLYP's assignment of its rows.
-
-    Args:
-        caption_ids_N: an integer per row; equal captions have equal ids.
-        proxies: `captions`: every distinct caption is one column, in the order of the ids, and each row is assigned to its
-            own; `batch`: one column per row, as FLYP was published: the assignment is the identity, even where captions
-            repeat.
-
-    Returns:
-        columns_C and assignment_NC (float32).
-    """
-    if proxies == "batch":
-        return caption_ids_N, torch.eye(len(caption_ids_N), device=caption_ids_N.device)
-    columns_C = torch.unique(caption_ids_N, sorted=True)
-    return columns_C, assignment(caption_ids_N, columns_C)
-
-
-def assignment(caption_ids_N: Tensor, columns_C: Tensor) -> Tensor:
-    """Return the mass of every caption over the columns that carry it: one-hot, or equal shares where it repeats.
-
-    Returns:
-        assignment_NC, float32, rows sum to one. A caption without a column is a mistake of the caller.
-    """
-    carries_NC = (caption_ids_N[:, None] == columns_C[None, :]).to(torch.float32)
-    copies_N1 = carries_NC.sum(dim=1, keepdim=True)
-    assert bool((copies_N1 > 0).all()), "a row's caption is in no column"
-    return carries_NC / copies_N1
-
-
-def spread_over_columns(labels_AK: Tensor, captions_K: Tensor, columns_C: Tensor) -> Tensor:
-    """Return soft labels over K distinct captions as mass over C columns; columns of one caption share its mass."""
-    with torch.autocast(labels_AK.device.type, enabled=False):  # a share is no rounding matter
-        return labels_AK @ assignment(captions_K, columns_C).to(labels_AK.dtype)
-
-
-def average_over_columns(gains_AC: Tensor, captions_K: Tensor, columns_C: Tensor) -> Tensor:
-    """Return the gain of every distinct caption: the mean over the columns that share its mass.
-
-    The adjoint of `spread_over_columns`: <gains, spread(labels)> = <average(gains), labels>.
-    """
-    with torch.autocast(gains_AC.device.type, enabled=False):
-        return gains_AC @ assignment(captions_K, columns_C).to(gains_AC.dtype).T
-
-
 def nt_xent(
     first_BD: Tensor,
     second_BD: Tensor,
@@ -126,12 +79,15 @@ def nt_xent(
     """Return the contrastive loss of two views of each image, Eq. (12), averaged over the N = 2B views.
 
     Args:
-        first_BD: embeddings of the first views, any length (they are normalised here).
+        first_BD: embeddings of the first views, of any norm (they are normalised here).
         second_BD: embeddings of the second views of the same images.
         temperature: tau of Eq. (12).
-        labels_NC: soft labels over the proxies of `nt_xent_logits`; None: every view's own partner.
-        weights_N: weight of each view as an anchor; None: ones. A view of weight zero stays a candidate of the others,
+        labels_NC: soft labels over the proxy classes of `nt_xent_logits`; None: the partner of every view.
+        weights_N: weight of each view as an anchor; None: ones. A view of weight zero stays a proxy class of the others,
             because their learned labels may put mass on it.
+
+    Returns:
+        A scalar, in float32 or float64; zero if every weight is zero.
     """
     logits_NC = nt_xent_logits(first_BD, second_BD, temperature)
     if labels_NC is None:
@@ -140,10 +96,13 @@ def nt_xent(
 
 
 def nt_xent_logits(first_BD: Tensor, second_BD: Tensor, temperature: float = 0.5) -> Tensor:
-    """Return `cosine / temperature` of every view with the C = 2B - 1 others: the proxy classes of Eq. (12).
+    """Return `cosine / temperature` of every view with all others, the proxy classes of Eq. (12).
 
-    Views are numbered 0 .. B-1 (first) and B .. 2B-1 (second). Column j of row i is view j for j < i, else view j + 1: a
-    view is no candidate for itself, and so no column has to be masked.
+    There are C = 2B - 1 others. Views are numbered 0 .. B-1 (first) and B .. 2B-1 (second). Column j of row i is view j for
+    j < i, else view j + 1: a view is not a proxy class of itself, so that no column needs a mask.
+
+    Returns:
+        Logits [2B, 2B - 1], float32 or float64.
     """
     views_ND = F.normalize(at_least_float32(torch.cat([first_BD, second_BD])), dim=1)
     num_views = len(views_ND)
@@ -153,7 +112,7 @@ def nt_xent_logits(first_BD: Tensor, second_BD: Tensor, temperature: float = 0.5
 
 
 def nt_xent_partners(num_pairs: int, device: torch.device | None = None) -> Tensor:
-    """Return the column, in `nt_xent_logits`, of every view's partner (the other view of its image)."""
+    """Return the column of every view's partner (the other view of its image) in `nt_xent_logits`, [2B]."""
     pairs_B = torch.arange(num_pairs, device=device)
     return torch.cat([pairs_B + num_pairs - 1, pairs_B])
 
@@ -166,19 +125,19 @@ def cross_entropy(logits_VK: Tensor, labels_V: Tensor) -> Tensor:
 def margin(logits_VK: Tensor, labels_V: Tensor) -> Tensor:
     """Return the mean over rows of `mean_k z_k - z_y` (`saflex.validation_loss = "margin"`).
 
-    Cross entropy at infinite temperature: lim T (CE(z / T) - log K). Its gradient does not fade when the rows are already
-    classified right.
+    It is the cross entropy at infinite temperature: lim T (CE(z / T) - log K). Its gradient does not vanish when the rows
+    are already classified correctly.
     """
     logits_VK = at_least_float32(logits_VK)
     return (logits_VK.mean(dim=1) - logits_VK.gather(1, labels_V[:, None])[:, 0]).mean()
 
 
 VALIDATION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin}
-"""By name; the third choice, `train`, is the training loss itself and belongs to the caller."""
+"""Validation losses by name; the third choice, `train`, is the training loss, which the caller has."""
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Return half-precision values as float32, others as they are."""
+    """Convert half-precision values to float32; return others unchanged."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
@@ -200,7 +159,7 @@ def _weighted_mean(losses_N: Tensor, weights_N: Tensor) -> Tensor:
 
 
 def _ordered_sum(losses_N: Tensor) -> Tensor:
-    """Sum in the order in which PyTorch's cross entropy sums its rows: `Tensor.sum` differs in the last bit."""
+    """Sum in the order of PyTorch's cross entropy; `Tensor.sum` differs in the last bit."""
     if not len(losses_N):
         return losses_N.sum()
     only_class_N = torch.zeros(len(losses_N), dtype=torch.long, device=losses_N.device)

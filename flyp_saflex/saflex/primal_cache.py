@@ -1,12 +1,12 @@
-"""Matrix products of a pass, kept for the exact derivative of the same function (floor 2: tensors only).
+"""Primal cache: layer outputs of a forward pass, reused by the exact derivative of the same function.
 
-Forward-mode differentiation of `W x + b` takes three products: the value `W x`, and `dW x` and `W dx`. When the training pass
-has just computed the values, a third of the derivative's work is there already. So the pass runs in `recording()`, where
-linear layers and convolutions of the given parameters leave their results, and in `jvp()` the same layers take them from
-there. All else (norms, activations, attention, a few percent of the work) is computed again.
+Forward-mode differentiation of `W x + b` takes three products: the primal `W x`, and `dW x` and `W dx` of the tangent. If the
+training pass has just computed the primals, a third of that work is done. The pass runs inside `recording()`, which stores the
+outputs of linear layers and convolutions with the given parameters; `jvp()` reuses them in the same layers. The rest (norms,
+activations, attention: a few percent of the work) is computed again.
 
-What cannot be told to be the same is computed: other shapes or precisions, layers that the pass did not run, results that
-were changed in place. Only the caller knows that the parameters, and the function, have not changed in between.
+A layer is computed again if its stored output may differ: other shapes or precision, layers that the pass did not run, outputs
+changed in place. The caller ensures that parameters and function do not change between pass and derivative.
 
 Shapes: N rows of the pass, of which the derivative takes the last A.
 """
@@ -25,15 +25,15 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 _KINDS = (F.linear, F.conv2d)
-"""Functions of input, weight and bias, linear in the first and in the other two."""
+"""Cached functions of (input, weight, bias): linear in the input, and linear in weight and bias."""
 
 
 class Products:
-    """Results of linear layers and convolutions, by their weight.
+    """Stored outputs of linear layers and convolutions, by weight.
 
     Args:
-        parameters: whose layers are of interest: those that the derivative has a direction for.
-        num_rows: N; what has N rows in the pass may have fewer in the derivative.
+        parameters: parameters of the layers to store: those with a direction in the derivative.
+        num_rows: N, rows of the pass; of an output with N rows the derivative may use the last A.
     """
 
     def __init__(self, parameters: Iterable[Tensor], num_rows: int) -> None:
@@ -43,16 +43,21 @@ class Products:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep results of the pass within; their graph is not kept, their memory is."""
+        """Store the outputs of a pass run in this context, detached; they stay in memory until used."""
         with _Through(self._record):
             yield
 
     def jvp(
         self, function: Callable[[dict[str, Tensor]], Tensor], point: Mapping[str, Tensor], direction: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return value and derivative of a function of parameters; every kept result is used once.
+        """Return value and derivative of a function of parameters; every stored output is used once.
 
-        Not under autocast: PyTorch's dual tensors then mix precisions (on CPUs behind LayerNorm).
+        It must run outside of autocast, under which PyTorch's dual tensors mix precisions (on CPUs after LayerNorm).
+
+        Args:
+            function: takes parameters by name, returns a tensor.
+            point: parameters by name (the primal).
+            direction: direction with the same names (the tangent).
         """
         with forward_ad.dual_level(), _Through(self._replay):
             duals = {name: forward_ad.make_dual(value, direction[name]) for name, value in point.items()}
@@ -99,7 +104,7 @@ def _key(weight: Tensor) -> tuple[Any, ...]:
 
 
 class _Through(TorchFunctionMode):
-    """Sends calls of the known kinds through a function, with their arguments in order."""
+    """Torch function mode that passes calls of the cached functions, with positional arguments, to a handler."""
 
     def __init__(self, handler: Callable[[Callable[..., Tensor], tuple[Any, ...]], Tensor]) -> None:
         super().__init__()

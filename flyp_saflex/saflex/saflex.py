@@ -1,10 +1,10 @@
-"""SAFLEX: weights and soft labels of augmented rows, in closed form from their gains (floor 2: tensors only).
+"""SAFLEX (arXiv 2410.02512): weights and soft labels of augmented rows, in closed form from their gains.
 
-Each row's weight and label are chosen so that the coming step lowers the validation loss most, to first order (Eq. 3-4).
-That is a linear program which separates over rows (Theorem 1); `closed_form.py` solves it, `gains.py` has its
-coefficients, `saflex_settings.py` the settings, this file the object that a training loop talks to.
+Weights and labels are chosen so that the next step lowers the validation loss most, to first order (Eq. 3-4). This is a linear
+program that separates over rows (Theorem 1): `jvp.py` computes its coefficients, `closed_form.py` solves it, `settings.py` has
+the options, and this module the object for a training loop.
 
-With a few lines it joins any training loop; the model is any function of named parameters:
+Use in a training loop; the model is any function of named parameters:
 
     saflex = Saflex(preset="robust")
     for step, (x, y, x_aug, y_aug) in enumerate(batches):
@@ -28,47 +28,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flyp_saflex.errors import ConfigError
-from flyp_saflex.saflex.closed_form import WEIGHT_RULES, KeptRates, renormalise, soft_labels, spread
+from flyp_saflex.presets import SaflexSettings, preset
+from flyp_saflex.saflex.closed_form import KeptRates, gains, renormalise, soft_labels, spread
 from flyp_saflex.saflex.estimators import Watch, choose
-from flyp_saflex.saflex.jvp import Estimator, Parameters, directional_derivative, gains, gradient, norm
+from flyp_saflex.saflex.jvp import Estimator, Parameters, directional_derivative, gradient, norm
 from flyp_saflex.saflex.losses import at_least_float32
 from flyp_saflex.saflex.primal_cache import Products
-from flyp_saflex.saflex.settings import SaflexSettings, preset
 from flyp_saflex.saflex.validation_bank import ValidationBank
+from flyp_saflex.tables import WEIGHT_RULES
 
 _preset = preset  # `Saflex.__init__` has an argument of that name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostics:
-    """What the last call decided, for a log row."""
+    """Summary of the last call, for a log row."""
 
     num_rows: int
-    """Augmented rows."""
+    """Number of augmented rows."""
     kept_fraction: float
-    """Part of them with a weight above zero; 0 without rows."""
+    """Fraction of rows with a weight above zero; 0 without rows."""
     label_entropy: float
-    """Mean entropy of the kept rows' labels in nats; 0: one-hot."""
+    """Mean entropy of the labels of kept rows, in nats; 0: one-hot."""
     mean_gain: float
-    """Mean gain of the label that the row came with, over rows with finite gains, in the gains' raw unit."""
+    """Mean gain of the upstream label over rows with finite gains, in the raw unit of the gains."""
     num_invalid: int
-    """Rows dropped because a gain was not finite."""
+    """Number of rows dropped because of a gain that is not finite."""
 
 
 class Saflex:
     """Weights and soft labels for augmented rows in any training loop.
 
-    It holds the running average of the validation gradient (and, for a trainer that renews them in turn, features of
-    validation rows), nothing else of the model; it writes no `.grad`, changes no parameter, and what it returns is detached.
+    It stores the running average of the validation gradient and, for a trainer that renews them in turn, features of
+    validation rows. It writes no `.grad`, changes no parameter, and returns detached tensors.
 
     Args:
-        settings: what to do; None: the named preset with overrides.
+        settings: the settings; None: the named preset with overrides.
         preset: `robust` or `paper`, if `settings` is None.
         overrides: fields of `SaflexSettings`.
 
     Attributes:
-        watch: compares estimated gains with exact ones now and then; under `estimator = "auto"` it may give them up.
-        bank: validation features that a trainer keeps from refresh to refresh (`validation_renewed`).
+        watch: comparison of estimated with exact gains at intervals; with `estimator = "auto"` it may switch to `exact`.
+        bank: validation features that a trainer keeps between refreshes (`validation_renewed`).
+
+    Raises:
+        ConfigError: unknown preset or field, or a value out of range.
     """
 
     def __init__(self, settings: SaflexSettings | None = None, *, preset: str = "robust", **overrides: Any) -> None:
@@ -83,7 +87,7 @@ class Saflex:
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
     def due(self, step: int) -> bool:
-        """Return whether the validation gradient is to be refreshed before this optimiser step."""
+        """Return whether the validation gradient needs a refresh before this optimiser step."""
         return self._gradient is None or step % self.settings.refresh_every == 0
 
     def refresh(
@@ -92,18 +96,30 @@ class Saflex:
         validation_loss_fn: Callable[[dict[str, Tensor]], Tensor],
         reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> Tensor:
-        """Take the validation gradient and add it to the running average; return the new gradient's norm, a scalar tensor.
+        """Compute the validation gradient and add it to the running average.
 
         Args:
-            parameters: the scope, by name.
+            parameters: parameters of the scope, by name.
             validation_loss_fn: takes those parameters, returns the scalar validation loss.
             reduce: averages a gradient over processes (`lambda g: accelerator.reduce(g, "mean")`); None: one process.
+
+        Returns:
+            Norm of the new gradient, a detached scalar tensor.
+
+        Raises:
+            ConfigError: other parameter names than before.
         """
         newest = gradient(validation_loss_fn, parameters)
         return self.update(reduce(newest) if reduce else newest)
 
     def update(self, newest: Mapping[str, Tensor]) -> Tensor:
-        """Add a validation gradient that the caller computed to the running average; return its norm, a scalar tensor.
+        """Add a validation gradient computed by the caller to the running average.
+
+        Args:
+            newest: gradient by parameter name, already averaged over processes.
+
+        Returns:
+            Its norm, a detached scalar tensor.
 
         Raises:
             ConfigError: other parameter names than before.
@@ -125,14 +141,14 @@ class Saflex:
         return norm(detached)
 
     def estimator_for(self, parameters: Parameters) -> Estimator:
-        """Return the estimator that the next call with these parameters uses."""
+        """Return the estimator of the next call with these parameters."""
         if self.settings.estimator != "auto":
             return self.settings.estimator
         return "exact" if self.watch.given_up else choose(parameters, self.settings.scope)
 
     @property
     def direction(self) -> dict[str, Tensor]:
-        """The averaged validation gradient; read it only, and before the next refresh, which writes into it.
+        """Averaged validation gradient by name; read-only, and valid until the next refresh, which overwrites it.
 
         Raises:
             ConfigError: before the first `refresh`.
@@ -153,11 +169,11 @@ class Saflex:
         """Return logits and their derivative along the averaged validation gradient (see `directional_derivative`).
 
         Args:
-            logits_fn: as in a call of the object, like the next two.
-            parameters: by name.
-            logits: at the parameters.
-            estimator: another one than `estimator_for(parameters)`.
-            products: `exact`: of a pass of the same function at the same parameters, outside of autocast.
+            logits_fn: takes the parameters by name, returns logits.
+            parameters: the same names as at `refresh`.
+            logits: logits at the parameters, for `one-sided`; None: they are computed.
+            estimator: None: `estimator_for(parameters)`.
+            products: `exact`: primal cache of a pass of the same function at the same parameters, outside of autocast.
 
         Raises:
             ConfigError: before the first `refresh`.
@@ -194,9 +210,12 @@ class Saflex:
         Args:
             logits_fn: takes the parameters by name, returns logits_AK.
             parameters: the same names as at `refresh`.
-            upstream: labels that the rows came with: indices [A] or rows on the simplex [A, K].
-            logits: the training step's own logits, for `one-sided`.
-            gains_fn: turns logits and tangent into gains; `symmetric_gains` for both terms of the CLIP loss.
+            upstream: upstream labels, indices [A] or rows on the simplex [A, K].
+            logits: logits of the training step at the parameters, for `one-sided`; None: they are computed.
+            gains_fn: computes gains from logits and tangent; `symmetric_gains` for both terms of the CLIP loss.
+
+        Raises:
+            ConfigError: before the first `refresh`.
         """
         values, tangent = self.tangent(logits_fn, parameters, logits)
         gains_AK = gains_fn(values, tangent)
@@ -217,22 +236,25 @@ class Saflex:
         agrees_A: Tensor | None = None,
         classes_A: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return weights_A and labels_AK for given gains: all of the method but the derivative.
+        """Return weights_A and labels_AK for given gains: the whole method except the derivative.
 
-        A row whose gains are not all finite gets weight zero and its upstream label, and is counted. A row whose gains are
-        all exactly zero has no preference: every label solves the program, and it keeps its upstream one. If no row is kept
-        the weights are all zero and the step is a plain one on the train rows.
+        A row with a gain that is not finite gets weight zero and its upstream label, and is counted in `diagnostics`. A row
+        with all gains exactly zero has no preference, since every label solves the program; it keeps its upstream label. If
+        no row is kept, all weights are zero and the step trains on the train rows only.
 
         Args:
-            gains_AK: of every row of the step, over all processes: their scale is the batch's.
-            upstream: indices [A] or rows on the simplex [A, K].
-            keep_A: rows that are False are dropped whatever their gains: a filter's verdict.
-            agrees_A: whether the model itself predicts the label that the row came with; None: it has no vote.
-            classes_A: class of every row, for `class_balance`, where the K labels are not the classes; None: upstream's.
+            gains_AK: gains of all rows of the step, over all processes, because their scale is that of the batch.
+            upstream: upstream labels, indices [A] or rows on the simplex [A, K].
+            keep_A: verdict of a filter; rows that are False are dropped whatever their gains. None: no filter.
+            agrees_A: whether the model itself predicts the upstream label of a row; None: `agreement` has no effect.
+            classes_A: class of every row, for `class_balance`, if the K labels are not the classes; None: upstream labels.
 
         Returns:
-            Weights, renormalised to sum to the number of kept rows (the paper: to one; the losses divide by the sum, and
-            beside train rows of weight one a kept row counts like one of them), and labels, rows on the simplex.
+            Weights, renormalised to sum to the number of kept rows, and labels, rows on the simplex. (In the paper the
+            weights sum to one. The losses divide by the sum of weights, so here a kept row counts as much as a train row.)
+
+        Raises:
+            ConfigError: `agreement = "require"` without `agrees_A`.
         """
         settings = self.settings
         raw_AK = at_least_float32(gains_AK.detach())
@@ -270,7 +292,7 @@ class Saflex:
 
     @property
     def diagnostics(self) -> Diagnostics:
-        """What the last call decided. Computed when asked, so that a step which logs nothing waits for no device."""
+        """Summary of the last call, computed on access, so that a step without a log row needs no host sync."""
         if self._last is None:
             return Diagnostics(num_rows=0, kept_fraction=0.0, label_entropy=0.0, mean_gain=0.0, num_invalid=0)
         raw_AK, upstream_AK, weights_A, labels_AK, valid_A = self._last
@@ -286,27 +308,27 @@ class Saflex:
         )
 
     def log_row(self) -> dict[str, Any]:
-        """Return what the last call decided, and the last comparison of the estimator, for a row of metrics."""
+        """Return the summary of the last call and the last comparison of the estimator, for a row of metrics."""
         summary = self.diagnostics
         row = {"label_entropy": summary.label_entropy, "mean_gain": summary.mean_gain, "invalid_rows": summary.num_invalid}
         return row | self.watch.log_row()
 
     def reset(self) -> None:
-        """Forget everything: the next step starts with a refresh (another set of parameters is trained from now on)."""
+        """Discard all state, for example when other parameters are trained; the next step then starts with a refresh."""
         self._length = None
         self._gradient, self._previous_rms, self._rates, self._last = None, None, KeptRates(), None
         self.watch.reset()
         self.bank.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on bit for bit; later calls leave it as it is."""
+        """Return the state for a bit-exact resume, as copies that later calls do not change."""
         stored = None if self._gradient is None else {name: value.clone() for name, value in self._gradient.items()}
         previous = None if self._previous_rms is None else float(self._previous_rms)
         rates, watch, bank = dict(self._rates.counts), self.watch.state_dict(), self.bank.state_dict()
         return {"gradient": stored, "previous_rms": previous, "kept_rates": rates, "watch": watch, "bank": bank}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         stored = state["gradient"]
         self._gradient = None if stored is None else {name: value.clone() for name, value in stored.items()}
         self._previous_rms, self._length = state["previous_rms"], None

@@ -1,10 +1,10 @@
-"""Gains of a step's augmented rows: the derivative of their logits, by the cheapest way that is exact enough (floor 2).
+"""Gains of a step's augmented rows: the derivative of their logits, by the cheapest way that is exact enough.
 
 What the training pass has already computed is used again: in head scope its pooled features (a text pass is left to do), for
 a one-sided difference its logits (one pass at the second point is), for the exact derivative its matrix products (two thirds
 of the derivative are).
 
-Shapes: A augmented rows (of all processes where said so), C columns, K label choices, N rows, T train rows, U texts.
+Shapes: A augmented rows (of all processes where said so), C space, K label choices, N rows, T train rows, U texts.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flyp_saflex.saflex import jvp, losses
+from flyp_saflex.saflex.closed_form import gains
 from flyp_saflex.saflex.estimators import CHECK_ROWS
 from flyp_saflex.saflex.primal_cache import Products
 from flyp_saflex.saflex.saflex import Saflex
-from flyp_saflex.tasks.clip_task import Learner, Outputs
-from flyp_saflex.tasks.proxy_classes import Columns, Rows
+from flyp_saflex.tasks.label_space import LabelSpace, Rows
+from flyp_saflex.tasks.network import Network, Outputs
 
 _Derivative = tuple[Tensor, Tensor]
 """Logits and their derivative along the validation gradient."""
 
 
 def step_gains(
-    learner: Learner,
+    network: Network,
     saflex: Saflex,
     inputs: Tensor,
-    columns: Columns,
+    space: LabelSpace,
     gather: Callable[[Tensor], Tensor],
     *,
+    gains_fn: Callable[[Tensor, Tensor], Tensor] = gains,
     own_AC: Tensor | None = None,
     products: Products | None = None,
     rows_at_once: int = 0,
@@ -44,105 +45,105 @@ def step_gains(
     is given up, what is returned is exact already.
 
     Args:
-        learner: in evaluation mode.
+        network: in evaluation mode.
         saflex: with a validation gradient.
         inputs: of this process's augmented rows, at least one; pooled features in head scope.
-        columns: of the step.
+        space: of the step.
         gather: concatenation over processes.
+        gains_fn: the objective's gains.
         own_AC: the training pass's own logits of these rows, if that pass was this function.
         products: of the training pass (`products_for`), if there are any.
         rows_at_once: rows per pass; 0: all.
     """
     head = saflex.settings.scope == "head"
-    parameters = learner.parameters_in(saflex.settings.scope)
+    parameters = network.parameters_in(saflex.settings.scope)
     estimator = saflex.estimator_for(parameters)
 
     def gains_of(derivative: _Derivative) -> tuple[Tensor, Tensor]:
         logits_AC, tangent_AC = (gather(part) for part in derivative)
-        gains_AC = jvp.gains(logits_AC, tangent_AC)
-        return logits_AC, losses.average_over_columns(gains_AC, columns.choices_K, columns.columns_C)
+        return logits_AC, space.average(gains_fn(logits_AC, tangent_AC))
 
     def few(values: Tensor) -> Tensor:
         return values.unflatten(0, (-1, len(inputs)))[:, :CHECK_ROWS].flatten(0, 1)
 
     def exact_of(inputs: Tensor) -> _Derivative:
-        return saflex.tangent(_logits_fn(learner, inputs, columns, head, rows_at_once, "exact"), parameters, estimator="exact")
+        return saflex.tangent(_logits_fn(network, inputs, space, head, rows_at_once, "exact"), parameters, estimator="exact")
 
-    logits_fn = _logits_fn(learner, inputs, columns, head, rows_at_once, estimator)
+    logits_fn = _logits_fn(network, inputs, space, head, rows_at_once, estimator)
     logits_AC, gains_AK = gains_of(saflex.tangent(logits_fn, parameters, own_AC, products=products))
     if saflex.watch.due(estimator):
         exact_AK = gains_of(exact_of(inputs[:CHECK_ROWS]))[1]
-        if saflex.watch.compare(few(gains_AK), exact_AK, few(columns.upstream_NK[columns.augmented_N])):
+        if saflex.watch.compare(few(gains_AK), exact_AK, few(space.upstream_NK[space.augmented_N])):
             logits_AC, gains_AK = gains_of(exact_of(inputs))
     return logits_AC, gains_AK
 
 
-def products_for(forward: Callable[..., Outputs], learner: Learner, saflex: Saflex | None, rows: Rows) -> Products | None:
+def products_for(forward: Callable[..., Outputs], network: Network, saflex: Saflex | None, rows: Rows) -> Products | None:
     """Return what the coming training pass is to leave for the exact derivative; None if it is of no use there.
 
-    It is where the pass is the learner's own (not a compiler's, which rounds differently), equals the one in evaluation mode,
+    It is where the pass is the network's own (not a compiler's, which rounds differently), equals the one in evaluation mode,
     is in full precision and is not made in order to be forgotten and computed again.
 
     Args:
-        forward: the learner, possibly wrapped.
-        learner: the bare module, in training's mode.
+        forward: the network, possibly wrapped.
+        network: the bare module, in training's mode.
         saflex: with a validation gradient.
         rows: of the pass.
     """
-    if saflex is None or len(rows.inputs) == rows.num_train or not _is_its_own(forward, learner):
+    if saflex is None or len(rows.inputs) == rows.num_train or not _is_its_own(forward, network):
         return None
-    parameters = learner.parameters_in(saflex.settings.scope)
+    parameters = network.parameters_in(saflex.settings.scope)
     if torch.is_autocast_enabled(rows.inputs.device.type):
         return None
-    if learner.tower.checkpointing or saflex.estimator_for(parameters) != "exact" or not learner.acts_as_evaluated():
+    if network.recomputes or saflex.estimator_for(parameters) != "exact" or not network.acts_as_evaluated():
         return None
     return Products(parameters.values(), len(rows.inputs))
 
 
-def own_logits(forward: Callable[..., Outputs], learner: Learner, seen: Outputs | None, columns: Columns) -> Tensor | None:
+def own_logits(forward: Callable[..., Outputs], network: Network, seen: Outputs | None, space: LabelSpace) -> Tensor | None:
     """Return the training pass's own logits of its augmented rows; None if that pass was not the evaluated function.
 
     Args:
-        forward: the learner, possibly wrapped. A compiled one rounds differently, by as much as a finite difference is.
-        learner: the bare module, in training's mode.
+        forward: the network, possibly wrapped. A compiled one rounds differently, by as much as a finite difference is.
+        network: the bare module, in training's mode.
         seen: what it made of the augmented rows, texts included.
-        columns: of the step.
+        space: of the step.
     """
-    if seen is None or not _is_its_own(forward, learner) or not learner.acts_as_evaluated():
+    if seen is None or not _is_its_own(forward, network) or not network.acts_as_evaluated():
         return None
     with torch.no_grad():
-        return seen.logits(columns_C=columns.inverse_C)
+        return seen.logits(columns_C=space.inverse_C)
 
 
-def _is_its_own(forward: Callable[..., Outputs], learner: Learner) -> bool:
-    """Return whether a forward pass is the learner's, at most wrapped for several processes."""
-    return getattr(forward, "module", forward) is learner
+def _is_its_own(forward: Callable[..., Outputs], network: Network) -> bool:
+    """Return whether a forward pass is the network's, at most wrapped for several processes."""
+    return getattr(forward, "module", forward) is network
 
 
 def _logits_fn(
-    learner: Learner, inputs: Tensor, columns: Columns, from_pooled: bool, rows_at_once: int, estimator: str
+    network: Network, inputs: Tensor, space: LabelSpace, from_pooled: bool, rows_at_once: int, estimator: str
 ) -> Callable[[dict[str, Tensor]], Tensor]:
     """Return the rows' logits as a function of parameters."""
-    batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in learner.modules())
-    called = _outside_autocast(learner) if estimator != "exact" or batchnorm else learner
+    batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    called = _outside_autocast(network) if estimator != "exact" or batchnorm else network
     first, *others = inputs.detach().split(rows_at_once or len(inputs))
 
     def run(parameters: dict[str, Tensor], few: Tensor, tokens_UL: Tensor) -> Outputs:
         return functional_call(called, parameters, (few, tokens_UL), {"from_pooled": from_pooled}, tie_weights=False)
 
     def logits_fn(parameters: dict[str, Tensor]) -> Tensor:
-        outputs = run(parameters, first, columns.tokens_UL)
-        rest = [run(parameters, few, columns.tokens_UL[:0]).images_ND for few in others]  # the texts are read once
-        return outputs.logits(torch.cat([outputs.images_ND, *rest]), columns.inverse_C)
+        outputs = run(parameters, first, space.tokens_UL)
+        rest = [run(parameters, few, space.tokens_UL[:0]).images_ND for few in others]  # the texts are read once
+        return outputs.logits(torch.cat([outputs.images_ND, *rest]), space.inverse_C)
 
     return logits_fn
 
 
-def _outside_autocast(learner: Learner) -> Learner:
+def _outside_autocast(network: Network) -> Network:
     """Return the same module without the autocast that accelerate puts around the `forward` of an instance.
 
     Finite differences are lost in half precision, and PyTorch has no forward mode for BatchNorm that mixes precisions.
     """
-    twin = copy.copy(learner)
+    twin = copy.copy(network)
     twin.__dict__.pop("forward", None)
     return twin

@@ -1,15 +1,15 @@
-"""The cache of augmented images: a manifest, the files, their scores (floor 1; no torch).
+"""Cache of augmented images on disk: manifest, image files, filter scores.
 
 Layout of an entry, `<root>/<dataset>/<key>/`, readable by Hugging Face's `imagefolder`:
 
-    metadata.jsonl    one row per image: file_name, aug_id, dataset, source_id, label, instruction, and its provenance
+    metadata.jsonl    one row per image: file_name, aug_id, dataset, source_id, label, instruction, provenance
     images/**         the images
-    scores.jsonl      one row per image, keyed by aug_id: what filters say; nothing is ever deleted
+    scores.jsonl      one row per image, keyed by aug_id: scores of the filters, which delete no image
     DONE              written last
 
-An image is written before its row, so a row's image is complete; an image without a row does not exist for the cache.
-While several processes write an entry (`cache_writer.py`), each keeps its newest rows in `.writers/<i>-of-<n>/`; they are read
-as if they stood in the manifest.
+An image is written before its row, so the image of every row is complete; images without a row are ignored.
+While several processes write an entry (`augment_cache_writer.py`), each keeps its newest rows in `.writers/<i>-of-<n>/`; they
+are read as rows of the manifest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import msgspec
 
 from flyp_saflex.errors import DataError, RunError, nearest
 from flyp_saflex.records import Dataset, Edit
-from flyp_saflex.storage.run_folder import atomic_write
+from flyp_saflex.storage.files import atomic_write, mend_tail
 
 MANIFEST = "metadata.jsonl"
 SCORES = "scores.jsonl"
@@ -35,23 +35,23 @@ WRITERS, ROWS, DONE = ".writers", "rows.jsonl", "DONE"
 SPLIT_WORDS = re.compile(
     r"(?i)(?:^|[-._ 0-9/])(train|training|val|valid|validation|dev|test|testing|eval|evaluation)(?:$|[-._ 0-9/])"
 )
-"""Words that Hugging Face's `imagefolder` takes for splits in a path; it then overlooks the manifest."""
+"""Words in a path that Hugging Face's `imagefolder` takes for split names; it then ignores the manifest."""
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
 class SavableImage(Protocol):
-    """A Pillow image, for who writes one; Pillow itself is not needed here."""
+    """Protocol of a Pillow image to be written; Pillow itself is not imported."""
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
-        """Write it to a file or its path."""
+        """Write the image to a path or an open file."""
 
 
 class AugmentCache:
-    """One entry of the cache, for one dataset. Use `open`, `at` or `create`.
+    """Cache entry: the edits of one dataset; made by `open`, `at` or `create`.
 
     Attributes:
-        folder: the entry.
-        dataset: name of the dataset that its images were made from.
+        folder: folder of the entry.
+        dataset: name of the dataset of the source images.
     """
 
     def __init__(self, folder: Path, dataset: str, class_names: Sequence[str] = ()) -> None:
@@ -63,10 +63,12 @@ class AugmentCache:
 
     @classmethod
     def open(cls, root: str | Path, dataset: str = "", key: str = "", class_names: Sequence[str] = ()) -> AugmentCache:
-        """Open `<root>/<dataset>/<key>`; without a key, the only entry there; without a dataset, the entry at `root`: see `at`.
+        """Open the entry `<root>/<dataset>/<key>`.
+
+        Without a key, open the only entry of the dataset; without a dataset, the entry at `root` (see `at`).
 
         Raises:
-            DataError: there is no such entry, or several to choose from.
+            DataError: no such entry, or no key although there are several entries.
         """
         if not dataset:
             return cls.at(root, class_names=class_names)
@@ -87,12 +89,13 @@ class AugmentCache:
 
     @classmethod
     def at(cls, folder: str | Path, dataset: str = "", class_names: Sequence[str] = ()) -> AugmentCache:
-        """Open an entry by its folder; the dataset is the name of the folder above, or what the manifest says.
+        """Open an entry by its folder.
 
         Args:
-            folder: with `metadata.jsonl` and `images/` in it.
-            dataset: name of the dataset that the edits were made from.
-            class_names: for manifests made elsewhere whose `label` is a class's name; `check_against` knows them by itself.
+            folder: folder with `metadata.jsonl` and `images/`.
+            dataset: name of the dataset of the source images; empty: the name of the parent folder.
+            class_names: class names by index, for manifests of other tools with class names as labels; `check_against` takes
+                them from its dataset.
 
         Raises:
             DataError: the folder has no manifest.
@@ -106,7 +109,7 @@ class AugmentCache:
 
     @classmethod
     def create(cls, folder: str | Path, dataset: str) -> AugmentCache:
-        """Make an entry, or go on with one that was interrupted: what the manifest holds is done.
+        """Create an entry, or resume an interrupted one, whose manifest lists the finished edits.
 
         Raises:
             DataError: the folder cannot be written, or is an entry of another dataset.
@@ -125,12 +128,12 @@ class AugmentCache:
 
     @staticmethod
     def file_name(source_id: str, instruction: str = "", number: int = 0, suffix: str = ".png") -> str:
-        """Return a name for an edit that is the same on every run and free of words that mean something to other tools.
+        """Return the file name of an edit: a hash, equal on every run and without split words.
 
         Args:
-            source_id: the image that it is made from.
-            instruction: the text that makes it.
-            number: counts several edits with the same text.
+            source_id: `sample_id` of the source image.
+            instruction: edit prompt.
+            number: index among the edits of this source and prompt.
             suffix: `.png` or `.jpg`.
         """
         digest = hashlib.sha256(f"{source_id}\n{instruction}\n{number}".encode("utf-8", "surrogateescape")).hexdigest()
@@ -144,29 +147,29 @@ class AugmentCache:
 
     @property
     def done(self) -> bool:
-        """Whether the entry was finished."""
+        """True if the entry is finished."""
         return (self.folder / DONE).is_file()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know about the entry: a cut-off last line, an unfinished entry."""
+        """Messages for the user about the entry: a truncated last line, an unfinished entry."""
         unfinished = () if self.done else (f"{self.folder} is unfinished (no DONE): {len(self.edits)} edits so far",)
         return (*self._notes, *unfinished)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        """All edits in the manifest's order.
+        """All edits in the order of the manifest.
 
         Raises:
-            DataError: a broken row (but for the last line, cut off by a kill), a row twice, or an image that is not there.
+            DataError: an invalid row (except a last line truncated by a kill), a repeated row, or a missing image.
         """
         return tuple(self._by_id.values())
 
     def scores(self, file: str = SCORES) -> dict[str, dict[str, Any]]:
-        """Return the score rows by aug_id; of several rows for one edit the last one counts.
+        """Return the score rows by aug_id; the last row of an edit counts.
 
         Raises:
-            DataError: no such file, a broken row, or a row of an edit that is not in the manifest.
+            DataError: no such file, an invalid row, or a row of an edit that is not in the manifest.
         """
         path = self.folder / file
         if not path.is_file():
@@ -182,10 +185,10 @@ class AugmentCache:
         return rows
 
     def kept(self, file: str = SCORES) -> tuple[Edit, ...]:
-        """Return the edits whose score row says `"keep": true`.
+        """Return the edits with `"keep": true` in their score row.
 
         Raises:
-            DataError: an edit has no row, or its `keep` is neither true nor false.
+            DataError: an edit without a row, or a `keep` that is neither true nor false.
         """
         scores = self.scores(file)
         kept = []
@@ -199,11 +202,11 @@ class AugmentCache:
         return tuple(kept)
 
     def check_against(self, dataset: Dataset, *, partial: bool = False) -> tuple[Edit, ...]:
-        """Return the edits that may be trained on: those made from images of the training split.
+        """Check the entry against a dataset and return the edits of its training images.
 
         Args:
-            dataset: what is trained on.
-            partial: the dataset was cut (`data.shots`, `--limit`), so edits of images that it lacks are left out.
+            dataset: dataset to train on.
+            partial: whether the dataset was reduced (`data.shots`, `--limit`); edits of removed images are then skipped.
 
         Raises:
             DataError: the entry belongs to another dataset, by name, source ids or labels.
@@ -239,7 +242,7 @@ class AugmentCache:
             row: `file_name` (below `images/`, see `AugmentCache.file_name`), `source_id`, `label`, and any provenance.
 
         Raises:
-            DataError: the row is incomplete, points outside of the entry or is there already; or the disk is full.
+            DataError: an incomplete row, a path outside of the entry, a repeated row, or a full disk.
         """
         assert self._writable, "open the entry with AugmentCache.create to write to it"
         fields = {"aug_id": row.get("file_name"), "dataset": self.dataset, "instruction": "", **row}
@@ -275,12 +278,12 @@ class AugmentCache:
         return edit
 
     def write_scores(self, rows: Iterable[Mapping[str, object]], file: str = SCORES) -> None:
-        """Write score rows (each with `aug_id`), replacing the file at once."""
+        """Replace the score file atomically by rows with an `aug_id` each."""
         with atomic_write(self.folder / file, "wb") as out:
             out.writelines(msgspec.json.encode(row) + b"\n" for row in rows)
 
     def finish(self) -> None:
-        """Write DONE."""
+        """Mark the entry as finished: write DONE."""
         with atomic_write(self.folder / DONE) as file:
             file.write(f"{len(self.edits)} edits\n")
 
@@ -293,10 +296,14 @@ class AugmentCache:
         return {edit.aug_id: edit for edit in self.checked()}
 
     def checked(self) -> Iterator[Edit]:
-        """Yield the edits one by one, for entries that are too large to be held; see `edits`."""
+        """Yield the edits one by one, for entries too large for memory.
+
+        Raises:
+            DataError: see `edits`.
+        """
         seen: dict[str, tuple[Path, int, int]] = {}
         listings: dict[str, frozenset[str]] = {}
-        # The manifest is read last: a writer that ends in between has merged its rows into it.
+        # The manifest is read last: a writer that ends meanwhile merges its rows into it.
         parts = [(path, self._rows(path)) for path in sorted(self.folder.glob(f"{WRITERS}/*/{ROWS}"))]
         for path, rows in ((self._manifest, self._rows(self._manifest)), *parts):
             for number, row in rows:
@@ -304,7 +311,7 @@ class AugmentCache:
                 known, digest = seen.get(edit.aug_id), hash(msgspec.json.encode(row)) if parts else 0
                 if known is not None:
                     if known[0] != path and known[2] == digest:
-                        continue  # a writer's row that has just been merged into the manifest
+                        continue  # a row of a writer that has just been merged into the manifest
                     where = "" if known[0] == path else f" of {known[0]}"
                     raise DataError(f"{path} line {number}: '{edit.aug_id}' is already on line {known[1]}{where}; remove one")
                 seen[edit.aug_id] = (path, number, digest)
@@ -345,14 +352,14 @@ class AugmentCache:
         return found[0]
 
     def _stated_dataset(self) -> str:
-        """Return the dataset that the rows name, or the empty string."""
+        """Return the dataset name in the rows, or the empty string."""
         return next((str(edit.provenance["dataset"]) for edit in self.edits if edit.provenance.get("dataset")), "")
 
     def _rows(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Read a file now, and return an iterator over (line number, row); a cut-off last line is left out with a note."""
+        """Read a file at once; return an iterator over (line number, row) that skips a truncated last line with a note."""
         try:
             lines = path.read_bytes().split(b"\n")
-        except FileNotFoundError:  # a writer's part, merged in this moment
+        except FileNotFoundError:  # rows of a writer that were merged in the meantime
             lines = []
         return self._decoded(path, lines)
 
@@ -367,15 +374,3 @@ class AugmentCache:
                     self._notes.append(f"{path} line {number} was cut off and is left out")
                     return
                 raise DataError(f"{path} line {number}: no valid JSON row ({error}); mend or remove the line") from None
-
-
-def mend_tail(path: Path) -> None:
-    """Cut off what a killed writer left after the last newline, so that the next row starts on a line of its own."""
-    if not path.is_file() or not path.stat().st_size:
-        return
-    with open(path, "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            os.fsync(file.fileno())

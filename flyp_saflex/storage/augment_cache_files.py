@@ -1,44 +1,38 @@
-"""The files of a cache entry that is being written: locks, settings, rejections, appended and replaced lines (floor 1).
+"""File operations for writing a cache entry: locks, settings, rejections, appending and replacing lines.
 
-Parts of `cache_writer.py`, which says what belongs where.
+`augment_cache_writer.py` documents the layout of the files and uses these functions.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.storage.augment_cache import MANIFEST, WRITERS
-from flyp_saflex.storage.run_folder import atomic_write, write_json
-
-if sys.platform != "win32":
-    import fcntl
+from flyp_saflex.storage.files import entry_lock, whole_lines, write_json
 
 SETTINGS, REJECTED = "settings.json", "rejected.jsonl"
 
 
 class _Id(msgspec.Struct):
-    """What has to be known of a row to merge it."""
+    """Fields of a row that merging needs."""
 
     aug_id: str | None = None
     source_id: str = ""
 
 
 def state_settings(folder: Path, settings: Mapping[str, Any], *, write: bool) -> None:
-    """Check an entry's settings.json against `settings`, and write it where there is none.
+    """Check settings.json of an entry against `settings`, and write it if it is missing.
 
     Args:
-        folder: the entry.
-        settings: what decides how its edits look; options that are not in both are not compared.
-        write: whether to write; otherwise only check.
+        folder: folder of the entry.
+        settings: options that determine the edits; options missing on either side are not compared.
+        write: whether to write a missing or incomplete file; otherwise only check.
 
     Raises:
         DataError: the entry was made with other settings, or the file cannot be read or written.
@@ -72,7 +66,7 @@ def read_rejected(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, di
     """Return the rejected edits by aug_id and the unreadable sources by source_id, of all writers.
 
     Raises:
-        DataError: a row that is no rejection.
+        DataError: a row without aug_id or source_id.
     """
     edits, sources = {}, {}
     for path in (folder / REJECTED, *sorted(folder.glob(f"{WRITERS}/*/{REJECTED}"))):
@@ -89,43 +83,12 @@ def read_rejected(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, di
     return edits, sources
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows, all or none, and flush them to disk."""
-    if not rows:
-        return
-    with open(path, "ab", buffering=0) as file:
-        before = file.seek(0, os.SEEK_END)
-        data = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
-        try:
-            written = file.write(data)
-            if written != len(data):  # a disk that fills up takes what fits
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(before)
-            raise
-
-
-def replace_lines(path: Path, lines: Sequence[bytes]) -> None:
-    """Replace a file at once; without lines it is removed, but for the manifest."""
-    data = b"".join(line + b"\n" for line in lines)
-    if not lines and path.name != MANIFEST:
-        path.unlink(missing_ok=True)
-    elif not path.is_file() or path.read_bytes() != data:
-        with atomic_write(path, "wb") as file:
-            file.write(data)
-
-
-def whole_lines(path: Path) -> list[bytes]:
-    """Return the whole lines of a file, none if it is not there; what follows the last newline was cut off by a kill."""
-    try:
-        return [line for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
-    except FileNotFoundError:
-        return []
-
-
 def rows_by_id(files: Sequence[Path]) -> dict[str, bytes]:
-    """Return rows as they are written, by aug_id; the first one counts."""
+    """Return the undecoded rows of several files by aug_id; the first row of an edit counts.
+
+    Raises:
+        DataError: an invalid row, or one without aug_id.
+    """
     decoder = msgspec.json.Decoder(_Id)
     rows: dict[str, bytes] = {}
     for path in files:
@@ -140,39 +103,6 @@ def rows_by_id(files: Sequence[Path]) -> dict[str, bytes]:
     return rows
 
 
-@contextmanager
-def entry_lock(folder: Path) -> Iterator[bool]:
-    """Wait for the entry's lock, which writers hold for moments only; yield whether the file system has locks."""
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        locked = False
-        if sys.platform != "win32":
-            with suppress(OSError):  # without locks nothing is protected from a second process
-                fcntl.flock(file, fcntl.LOCK_EX)
-                locked = True
-        yield locked
-
-
-def hold(path: Path) -> IO[str]:
-    """Open and lock a file until it is closed or the process ends, however it ends."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
-    if sys.platform != "win32":
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
-
-
-def held_by_other(path: Path) -> bool | None:
-    """Return whether a living process holds the lock; None where that cannot be known."""
-    if sys.platform == "win32":
-        return None
-    try:
-        with open(path, "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError as error:
-        return True if error.errno in (errno.EAGAIN, errno.EACCES) else None
-
-
 def _short(value: Any) -> str:
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -180,7 +110,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def troubles(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line."""
+    """Convert errors of the file system into a one-line `DataError`."""
     try:
         yield
     except (OSError, RunError) as error:

@@ -1,12 +1,12 @@
-"""The writing side of a cache entry, for any number of processes that may be killed at any moment (floor 1; no torch).
+"""Writer of a cache entry, for one or several processes that may be killed at any time.
 
-    settings.json          what the edits are made with; other settings are refused
-    rejected.jsonl         edits that were made and not kept, and sources that cannot be read (those without an aug_id)
-    .writers/<i>-of-<n>/   of writer i while it works: its lock, images under way, and with several writers their rows
+    settings.json          settings of the edits; an entry refuses other settings
+    rejected.jsonl         rejected edits, and unreadable source images (rows without an aug_id)
+    .writers/<i>-of-<n>/   files of writer i while it runs: its lock, unfinished images and, with several writers, its rows
 
-A single writer appends to the manifest itself. With several, each has rows of its own, merged into the manifest when it ends
-or, after a kill, when any writer starts next. Whoever finds everything planned done writes the manifest anew in the plan's
-order: the finished entry has the same bytes whatever the number of writers, the kills and the order of the work.
+A single writer appends to the manifest directly. Several writers append to files of their own, which are merged into the
+manifest when the writer ends or, after a kill, when the next writer starts. The writer that finishes the plan rewrites the
+manifest in the order of the plan, so the finished entry has the same bytes for any number of writers, kills and any order.
 """
 
 from __future__ import annotations
@@ -24,45 +24,25 @@ from typing import IO, Any
 import msgspec
 
 from flyp_saflex.errors import DataError
-from flyp_saflex.storage.augment_cache import (
-    DONE,
-    FORMATS,
-    MANIFEST,
-    ROWS,
-    SHEETS,
-    WRITERS,
-    AugmentCache,
-    SavableImage,
-    mend_tail,
-)
-from flyp_saflex.storage.augment_cache_files import (
-    REJECTED,
-    SETTINGS,
-    append_rows,
-    entry_lock,
-    held_by_other,
-    hold,
-    read_rejected,
-    replace_lines,
-    rows_by_id,
-    troubles,
-    whole_lines,
-)
+from flyp_saflex.storage.augment_cache import DONE, FORMATS, MANIFEST, ROWS, SHEETS, WRITERS, AugmentCache, SavableImage
+from flyp_saflex.storage.augment_cache_files import REJECTED, SETTINGS, read_rejected, rows_by_id, troubles
+from flyp_saflex.storage.files import append_rows, entry_lock, held_by_other, hold, mend_tail, replace_lines, whole_lines
 
 JPEG_QUALITY = 95
 
 
 class CacheWriter:
-    """Writes one entry, alone or as one of several writers. A context manager.
+    """Writer of one cache entry, alone or as one of several; a context manager.
 
     Args:
-        folder: the entry; it is made if missing.
-        dataset: name of the dataset that the edits are made from.
-        index, count: this is writer `index` of `count`.
+        folder: folder of the entry; it is created if missing.
+        dataset: name of the dataset of the source images.
+        index: number of this writer, 0 .. count - 1.
+        count: number of writers.
 
     Attributes:
-        made: aug_ids of the edits that the entry has.
-        rejected: aug_ids of the edits that were made and not kept.
+        made: aug_ids of the edits in the entry.
+        rejected: aug_ids of the rejected edits.
 
     Raises:
         DataError: the entry cannot be written, is broken, or is being written by another process.
@@ -98,7 +78,7 @@ class CacheWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Merge this writer's rows, unless the disk refuses: then the next start does."""
+        """Merge the rows of this writer; if that fails, the next writer that starts merges them."""
         try:
             with troubles(self.folder), entry_lock(self.folder):
                 self._merge([self._home])
@@ -113,15 +93,15 @@ class CacheWriter:
                 self._lock.close()
 
     def write(self, edits: Sequence[tuple[SavableImage, Mapping[str, Any]]], rejected: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Write images, then their rows; a kill in between leaves images without rows, which do not exist for the cache.
+        """Write images, then their rows; after a kill in between, the images without rows are ignored.
 
         Args:
-            edits: images and manifest rows with `file_name` (of `AugmentCache.file_name`), `source_id` and `label`; `sha256`
-                of the file is added.
-            rejected: rows with `aug_id` (None: the source cannot be read), `source_id` and `reason`.
+            edits: images and manifest rows with `file_name` (see `AugmentCache.file_name`), `source_id` and `label`; the
+                `sha256` of the file is added.
+            rejected: rows with `aug_id` (None: the source is unreadable), `source_id` and `reason`.
 
         Raises:
-            DataError: the disk is full or refuses; the entry is then as it was before.
+            DataError: the disk is full or not writable; the entry is then as before.
         """
         with troubles(self.folder):
             if edits:
@@ -139,19 +119,22 @@ class CacheWriter:
             self.made |= {row["aug_id"] for row in rows}
             self.rejected |= {str(row["aug_id"]) for row in rejected if row["aug_id"]}
             if first and rows and not self._alone:
-                # Hugging Face's imagefolder takes the columns from the manifest and stumbles over an empty one.
+                # Hugging Face's imagefolder reads its columns from the manifest and fails on an empty one.
                 with entry_lock(self.folder):
                     self._merge([self._home])
 
     def finish(self, plan: Sequence[tuple[str, str]], max_unreadable: int) -> bool:
-        """Finish the entry if all of the plan is done, by whomever, and return whether it is.
+        """Finish the entry if every planned edit is done, by any writer.
 
         Args:
-            plan: (aug_id, source_id) of every planned edit, in the order that the manifest gets.
-            max_unreadable: as many sources may be unreadable.
+            plan: (aug_id, source_id) of every planned edit, in the order of the final manifest.
+            max_unreadable: largest number of unreadable source images.
+
+        Returns:
+            Whether the entry is finished.
 
         Raises:
-            DataError: more sources are unreadable, or the disk refuses.
+            DataError: more sources are unreadable, or the disk is not writable.
         """
         with troubles(self.folder), entry_lock(self.folder):
             homes = [home for home in self._home.parent.iterdir() if home.is_dir()]
@@ -171,7 +154,7 @@ class CacheWriter:
             ]
             planned = {aug_id for aug_id, _ in plan}
             order = [aug_id for aug_id, _ in plan if aug_id in rows] + [aug_id for aug_id in rows if aug_id not in planned]
-            replace_lines(self.folder / MANIFEST, [rows[aug_id] for aug_id in order])
+            replace_lines(self.folder / MANIFEST, [rows[aug_id] for aug_id in order], keep_empty=True)
             replace_lines(self.folder / REJECTED, [msgspec.json.encode(row) for row in refused])
             replace_lines(self.folder / DONE, [f"{len(order)} edits".encode()])
         return True
@@ -190,10 +173,10 @@ class CacheWriter:
         os.replace(temporary, path)
 
     def _dead_writers(self) -> list[Path]:
-        """Return the homes that a kill left, this writer's own among them.
+        """Return the folders of killed writers, including a former one with this index.
 
         Raises:
-            DataError: another process has this writer's part, or writes the entry in another number of parts.
+            DataError: another process is this writer, or writes the entry with another number of writers.
         """
         dead = []
         for home in sorted(path for path in self._home.parent.iterdir() if path.is_dir()):
@@ -209,13 +192,13 @@ class CacheWriter:
         return dead
 
     def _tidy(self, *, alone: bool) -> None:
-        """Remove temporary files that a kill left; those of the entry's own files are only ever written with its lock."""
+        """Remove temporary files of killed writers; the caller holds the lock under which these files are written."""
         left = [path for name in (MANIFEST, REJECTED, DONE, SETTINGS) for path in self.folder.glob(f".{name}.*.tmp")]
         for path in (*left, *(self.folder.glob(f"{SHEETS}/.[0-9]*.tmp") if alone else ())):
             path.unlink(missing_ok=True)
 
     def _merge(self, homes: Sequence[Path]) -> None:
-        """Add the rows of these writers to the manifest and their rejections to rejected.jsonl; to be called with the lock."""
+        """Merge rows and rejections of writers into manifest and rejected.jsonl; the caller holds the lock."""
         mend_tail(self.folder / MANIFEST)
         mend_tail(self.folder / REJECTED)
         files = [home / ROWS for home in homes if (home / ROWS).is_file()]
@@ -223,7 +206,7 @@ class CacheWriter:
             manifest = rows_by_id([self.folder / MANIFEST])
             merged = manifest | {key: row for key, row in rows_by_id(files).items() if key not in manifest}
             if len(merged) > len(manifest):
-                replace_lines(self.folder / MANIFEST, list(merged.values()))
+                replace_lines(self.folder / MANIFEST, list(merged.values()), keep_empty=True)
         refused = [line for home in homes if (home / REJECTED).is_file() for line in whole_lines(home / REJECTED)]
         known = set(whole_lines(self.folder / REJECTED)) if refused else set()
         new = [line for line in dict.fromkeys(refused) if line not in known]

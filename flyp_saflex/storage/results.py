@@ -1,9 +1,9 @@
-"""results.json of a run: rows by split and alpha, merged, ordered, read back (floor 1; no torch).
+"""Results of a run: results.json with one row per split and WiSE-FT alpha, tables and predictions.
 
     {"recipe", "seed", "results": [{"split", "role", "shift", "wise_alpha", "n", "accuracy", "macro_f1",
      "worst_group_accuracy", ...}], "select_split", "select_metric", "chosen_alpha"}
 
-Fractions in 0..1. `chosen_alpha` is null unless several alphas were evaluated on the split that may choose one.
+Metrics are fractions in 0..1. `chosen_alpha` is null unless several alphas were evaluated on the select split.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from flyp_saflex.errors import RunError
-from flyp_saflex.storage.run_folder import atomic_write, write_json
+from flyp_saflex.storage.files import atomic_write, write_json
+from flyp_saflex.tables import METRICS, Metric
 
 Row = dict[str, Any]
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """Read a run's results.json.
+    """Read results.json of a run.
 
     Raises:
-        RunError: it is missing or not ours; says which command writes it.
+        RunError: the file is missing or invalid; the message names the command that writes it.
     """
     path = run / "results.json"
     command = f"run `flyp-saflex evaluate {run}`"
@@ -42,15 +43,15 @@ def read_results(run: Path) -> dict[str, Any]:
 
 
 class Results:
-    """The results of one run, old rows included.
+    """Results of one run, including rows of earlier evaluations.
 
     Args:
-        run: the run's folder; an existing results.json is read.
+        run: run folder; an existing results.json is read.
         recipe: name of the recipe.
-        seed: the run's seed.
+        seed: seed of the run.
         order: split names in reporting order.
-        select_split: the split that chooses alpha; empty: none does, and an earlier choice stands.
-        select_metric: metric that chooses it, the larger the better.
+        select_split: split that chooses alpha; empty: none, and an earlier choice remains.
+        select_metric: metric that chooses alpha; larger is better.
     """
 
     def __init__(self, run: Path, *, recipe: str, seed: int, order: Sequence[str], select_split: str, select_metric: str) -> None:
@@ -66,10 +67,11 @@ class Results:
             self._earlier = (old.get("select_split") or "", old.get("select_metric") or select_metric)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Merge rows: one for the same split and alpha is replaced, those of other splits stay.
+        """Merge rows into the results.
 
-        Rows of the same split at other alphas stay only if they are about as many images (`n`, `limit`, `overrides`):
-        numbers on other images are not comparable, and alpha is chosen among them.
+        A row replaces the row of the same split and alpha. Rows of the same split at other alphas stay only if they were
+        evaluated on the same images (equal `n`, `limit`, `overrides`), because alpha is chosen among them. Rows of other
+        splits stay.
         """
         for new in rows:
             kept = [
@@ -87,15 +89,16 @@ class Results:
 
     @property
     def chosen_alpha(self) -> float | None:
-        """The alpha with the best metric on the select split, the larger of equals; None if there is no choice."""
+        """Alpha with the best metric on the select split, the larger one of a tie; None without a choice."""
         split, metric = self._select if self._select[0] else self._earlier
         rows = [row for row in self.rows if row["split"] == split and row.get(metric) is not None]
         if len(rows) < 2 or rows[0]["role"] != "select":
             return None
-        return float(max(rows, key=lambda row: (row[metric], row["wise_alpha"]))["wise_alpha"])
+        sign = 1 if METRICS[metric].larger_is_better else -1
+        return float(max(rows, key=lambda row: (sign * row[metric], row["wise_alpha"]))["wise_alpha"])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what results.json holds."""
+        """Return the content of results.json."""
         split, metric = self._select if self._select[0] else self._earlier
         return self.values | {
             "results": self.rows,
@@ -105,21 +108,21 @@ class Results:
         }
 
     def write(self) -> None:
-        """Write results.json, atomically."""
+        """Write results.json atomically."""
         write_json(self.run / "results.json", self.as_dict())
 
     def write_details(self, split: str, details: Mapping[str, Any]) -> None:
-        """Replace one split's part of details.json: by alpha, the tables per class and per group."""
+        """Replace the part of one split in details.json: tables per class and per group, by alpha."""
         path = self.run / "details.json"
         try:
             everything = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError:
-            everything = {}  # derived data: what cannot be read is written anew
+            everything = {}  # derived data: an unreadable file is written anew
         everything[split] = dict(details)
         write_json(path, everything)
 
     def write_predictions(self, split: str, columns: Mapping[str, Any]) -> None:
-        """Write predictions/<split>.parquet, one row per image and alpha."""
+        """Write predictions/<split>.parquet with one row per image and alpha."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -129,27 +132,21 @@ class Results:
             pq.write_table(pa.table(dict(columns)), file)
 
     def table(self, splits: Sequence[str]) -> str:
-        """Return the rows of some splits as a text table, in percent."""
-        head = ("split", "role", "shift", "alpha", "images", "accuracy", "95 %", "macro-F1", "95 %", "worst group", "ECE")
+        """Return the rows of the given splits as a text table; fractions in percent."""
+        shown = [row for row in self.rows if row["split"] in splits]
+        with_interval = {name for name in METRICS if any(f"{name}_interval" in row for row in shown)}
+        head = ["split", "role", "shift", "alpha", "images"]
+        for name in METRICS:
+            head += [METRICS[name].short, *(["95 %"] if name in with_interval else [])]
         lines = [head]
-        for row in self.rows:
-            if row["split"] in splits:
-                mark = "*" if row["wise_alpha"] == self.chosen_alpha else ""
-                lines.append(
-                    (
-                        row["split"],
-                        row["role"],
-                        row["shift"],
-                        f"{row['wise_alpha']:g}{mark}",
-                        str(row["n"]),
-                        percent(row["accuracy"]),
-                        _interval(row.get("accuracy_interval")),
-                        percent(row["macro_f1"]),
-                        _interval(row.get("macro_f1_interval")),
-                        percent(row["worst_group_accuracy"]),
-                        percent(row["ece"]),
-                    )
-                )
+        for row in shown:
+            mark = "*" if row["wise_alpha"] == self.chosen_alpha else ""
+            line = [row["split"], row["role"], row["shift"], f"{row['wise_alpha']:g}{mark}", str(row["n"])]
+            for name in METRICS:
+                line.append(METRICS[name].text(row.get(name)))
+                if name in with_interval:
+                    line.append(_interval(row.get(f"{name}_interval"), METRICS[name]))
+            lines.append(line)
         text = align(lines)
         unreadable = {row["split"]: row["unreadable"] for row in self.rows if row["split"] in splits and row.get("unreadable")}
         if self.chosen_alpha is not None:
@@ -160,12 +157,12 @@ class Results:
 
 
 def percent(fraction: float | None) -> str:
-    """Return a fraction as percent with one decimal, `-` for None."""
+    """Format a fraction as percent with one decimal; `-` for None."""
     return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def align(lines: Sequence[Sequence[str]], *, left: int = 3, separator: str = "  ") -> str:
-    """Return rows of cells as aligned text: the first `left` columns to the left, the others to the right."""
+    """Format rows of cells as aligned text: the first `left` columns left-aligned, the others right-aligned."""
     widths = [max(len(line[c]) for line in lines) for c in range(len(lines[0]))]
     text = []
     for line in lines:
@@ -174,8 +171,8 @@ def align(lines: Sequence[Sequence[str]], *, left: int = 3, separator: str = "  
     return "\n".join(text)
 
 
-def _interval(interval: Sequence[float] | None) -> str:
-    return "-" if interval is None else f"{100 * interval[0]:.1f}..{100 * interval[1]:.1f}"
+def _interval(interval: Sequence[float] | None, metric: Metric) -> str:
+    return "-" if interval is None else f"{metric.text(interval[0])}..{metric.text(interval[1])}"
 
 
 def _same(old: Row, new: Row) -> bool:

@@ -1,6 +1,7 @@
-"""A run's folder: lock, atomic writes, metrics, environment, the final DONE (floor 1; no torch).
+"""Run folder: lock, atomic writes, configuration, metrics, environment and the final DONE.
 
-Nothing in it is ever half written: a file is written under a temporary name, flushed to disk and renamed.
+Files are written under a temporary name, flushed to disk and renamed, so that no reader sees a half-written file; logs
+(`metrics.jsonl`, `augmented.jsonl`) are appended to, and an incomplete last line is ignored.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ import msgspec
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
+from flyp_saflex.storage.files import atomic_write, write_json
 
 if sys.platform != "win32":
     import fcntl
@@ -41,42 +42,15 @@ PACKAGES = (
 )
 
 
-@contextmanager
-def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; on a clean exit flush it to disk and rename it, otherwise remove it.
-
-    Raises:
-        RunError: the folder is read-only, missing or the disk is full; `path` is then as it was before.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; free disk space or choose another --run-dir") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    with atomic_write(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-
-
 class RunDir:
-    """The folder of one run, held by one process at a time.
+    """Run folder, locked by one process at a time.
 
     Args:
-        path: the folder; it is made if missing.
-        lock: hold it against other processes (only the main process of a distributed run does).
+        path: the folder; it is created if missing.
+        lock: whether to lock it against other processes (in a distributed run only the main process does).
 
     Raises:
-        RunError: the folder cannot be written, or another process holds it.
+        RunError: the folder cannot be written, or another process has locked it.
     """
 
     def __init__(self, path: Path, *, lock: bool = True) -> None:
@@ -106,17 +80,17 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """Full-state checkpoints."""
+        """Folder of the full-state checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def model(self) -> Path:
-        """The finetuned model in open_clip's `local-dir:` layout."""
+        """Folder of the finetuned model, in open_clip's `local-dir:` layout."""
         return self.path / "model"
 
     @property
     def done(self) -> bool:
-        """Whether the run was finished."""
+        """True if the run is finished."""
         return (self.path / "DONE").is_file()
 
     def mark_done(self) -> None:
@@ -125,15 +99,16 @@ class RunDir:
             file.write(time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
 
     def write_config(self, config: Config) -> None:
-        """Write config.toml with every option as it is in force."""
+        """Write config.toml with the options of the run, defaults included."""
         with atomic_write(self.path / "config.toml") as file:
             file.write(recipe_module.dumps(config))
 
     def read_config(self) -> Config:
-        """Read config.toml back.
+        """Read config.toml.
 
         Raises:
-            RunError: there is none.
+            RunError: the folder has no config.toml.
+            ConfigError: the file is invalid, see `recipe.load`.
         """
         path = self.path / "config.toml"
         if not path.is_file():
@@ -143,26 +118,34 @@ class RunDir:
         return recipe_module.load(str(path))
 
     def write_environment(self, **extra: Any) -> None:
-        """Write env.json: versions, commit, hardware, command line."""
+        """Write env.json: `environment()` and the given entries."""
         write_json(self.path / "env.json", environment() | extra)
 
     def note_seconds(self, stage: str, part: str, seconds: float) -> None:
-        """Note in env.json how long a part of a later stage took; a part that is done again replaces its time."""
+        """Record in env.json the seconds that a part of a later command took; a repeated part replaces its time."""
         path = self.path / "env.json"
         try:
             values = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            values = {}  # a run that was copied without it
+            values = {}  # a run copied without its env.json
         noted = values.get("stage_seconds") or {}
         values["stage_seconds"] = noted | {stage: (noted.get(stage) or {}) | {part: round(seconds, 3)}}
         write_json(path, values)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one row to metrics.jsonl; NaN and infinity become null."""
+        """Append one row to metrics.jsonl; NaN and infinity become null.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
         self._append("metrics.jsonl", [row])
 
     def append_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows to augmented.jsonl: what was decided about each augmented row."""
+        """Append rows to augmented.jsonl: weight, gain and learned label of each augmented row.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
         self._append("augmented.jsonl", rows)
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -175,7 +158,7 @@ class RunDir:
             ) from error
 
     def read_rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """Read metrics.jsonl or augmented.jsonl; a last line cut off by a kill is left out."""
+        """Read metrics.jsonl or augmented.jsonl, without a last line truncated by a kill; empty if the file is missing."""
         path, rows = self.path / name, []
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
@@ -185,7 +168,7 @@ class RunDir:
         return rows
 
     def rewind(self, step: int) -> None:
-        """Drop logged rows after `step`: a resumed run writes them again."""
+        """Remove the logged rows after `step`, which a resumed run writes again."""
         for name in ("metrics.jsonl", "augmented.jsonl"):
             if (self.path / name).is_file():
                 rows = [row for row in self.read_rows(name) if row.get("step", 0) <= step and "diverged" not in row]
@@ -194,7 +177,7 @@ class RunDir:
 
 
 def environment() -> dict[str, Any]:
-    """Return Python, platform, package versions, the project's commit if it is a checkout, and the command line."""
+    """Return versions of Python and packages, platform, CPU, commit (None outside of a checkout) and command line."""
     versions = {}
     for package in ("flyp-saflex", *PACKAGES):
         try:

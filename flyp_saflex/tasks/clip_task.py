@@ -1,181 +1,311 @@
-"""The trained module: image tower in parts, text tower, optional linear head (floor 2).
+"""CLIP as a task: captions as columns (FLYP and cross entropy over captions), or a linear head on its embeddings.
 
-One `forward` serves every method, so that one wrapped module (DistributedDataParallel) sees every trained parameter.
-Shapes: N images, C captions (columns), L tokens, F pooled width, D embedding, K classes.
+Shapes: M captions that can occur, L tokens, K classes, V validation rows, U texts, N images.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Literal, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from flyp_saflex.clip.model import ImageTower
-from flyp_saflex.clip.text_tower import encode_text
-from flyp_saflex.saflex.jvp import forward_mode
-from flyp_saflex.saflex.losses import at_least_float32
+from flyp_saflex.clip.model import RANDOM, Clip, load_clip, num_blocks, save_clip
+from flyp_saflex.clip.zero_shot import zero_shot_head
+from flyp_saflex.config import Config, DataConfig
+from flyp_saflex.errors import ConfigError, RunError
+from flyp_saflex.images.loader import ImageLoader
+from flyp_saflex.images.reader import Source, open_reader
+from flyp_saflex.records import Dataset, Edit, Sample
+from flyp_saflex.tables import METHODS
+from flyp_saflex.tasks.captions import Captions
+from flyp_saflex.tasks.clip_network import ClipNetwork
+from flyp_saflex.tasks.feature_cache import FeatureCache, LoweredImages, open_feature_cache
+from flyp_saflex.tasks.label_space import Gather, LabelSpace, Rows, ValidationSpace, class_space
+from flyp_saflex.tasks.network import Outputs
+from flyp_saflex.tasks.proxy_classes import Proxies, first_with_equal_tokens, proxy_columns, proxy_space
+from flyp_saflex.tasks.task import Loader, Over, Predictor, Task, TaskInputs, autocast
 
-Trainable = Literal["all", "head"]
-
-
-class Outputs(NamedTuple):
-    """What a forward pass gives: pooled features, embeddings of length one (float32), and how they meet in logits."""
-
-    pooled_NF: Tensor
-    images_ND: Tensor
-    columns_CD: Tensor
-    scale: Tensor
-    bias: Tensor
-
-    def logits(self, images_ND: Tensor | None = None, columns_C: Tensor | None = None) -> Tensor:
-        """Return `scale * image . column + bias`, in float32 under autocast too: small gains lose their sign in bf16.
-
-        Args:
-            images_ND: other images than this pass's own (those of all processes).
-            columns_C: which columns, repeats allowed (a linear head's columns are taken whole); None: all.
-        """
-        images_ND = self.images_ND if images_ND is None else images_ND
-        with torch.autocast(images_ND.device.type, enabled=False):
-            columns_CD = self.columns_CD if columns_C is None else self.columns_CD[columns_C]
-            return self.scale * images_ND @ columns_CD.T + self.bias
-
-    def rows_from(self, first: int) -> Outputs:
-        """Return the same without the images before the `first`."""
-        return self._replace(pooled_NF=self.pooled_NF[first:], images_ND=self.images_ND[first:])
+MAX_LOGIT_SCALE = math.log(100)
+"""CLIP's bound on log logit_scale."""
+HEAD = "head.safetensors"
 
 
-class Learner(nn.Module):
-    """A CLIP model with its image tower cut behind the frozen blocks, and a linear head where the method has one.
+class ClipTask(Task):
+    """CLIP with captions as columns.
 
     Args:
-        model: open_clip's module; its parameters are shared, so saving `model` saves what was trained.
-        num_frozen: image blocks behind which the tower is cut.
-        head: linear classifier [K, D] on normalised embeddings, or None for captions as columns.
+        clip: model, tokenizer, preprocessing.
+        network: the same model, cut and perhaps with a linear head.
+        dataset: classes, templates, captions of training samples.
+        config: of the run.
     """
 
-    def __init__(self, model: Any, *, num_frozen: int = 0, head: nn.Linear | None = None) -> None:
-        super().__init__()
-        self.clip = model
-        self.tower = ImageTower(model.visual, num_frozen)
-        self.head = head
-        self.text_is_frozen = False
-        self._frozen_texts: dict[tuple[bytes, bool], Tensor] = {}
+    files: ClassVar[tuple[str, ...]] = ("model/open_clip_config.json", "model/open_clip_model.safetensors")
+    network: ClipNetwork
 
-    def forward(self, inputs: Tensor, tokens_CL: Tensor | None = None, from_pooled: bool = False) -> Outputs:
-        """Embed images and columns.
+    def __init__(self, clip: Clip, network: ClipNetwork, dataset: Dataset, config: Config) -> None:
+        super().__init__(network, dataset)
+        self.clip, self.config = clip, config
+        self.input_size_px = clip.image_size_px
+        self.proxies: Proxies = config.train.proxies
+        self.captions = Captions.of(dataset, dataset.train.samples if "train" in dataset.splits else ())
+        self.tokens_ML = clip.tokenizer(self.captions.texts)
+        self.same_M = first_with_equal_tokens(self.tokens_ML)
+        self._class_columns: Tensor | None = None
 
-        Args:
-            inputs: activations behind the frozen blocks (`tower.lower`), or pooled features [N, F] with `from_pooled`.
-            tokens_CL: captions, one per column (none of them: no columns); unused with a linear head.
-            from_pooled: start behind the pooling: the head scope of SAFLEX.
+    @classmethod
+    def build(cls, inputs: TaskInputs) -> ClipTask:
+        """Return CLIP as the recipe names it, or as a run left it."""
+        clip = cls._load(inputs)
+        return cls(clip, ClipNetwork(clip.model, num_frozen=frozen_blocks(inputs.config, clip)), inputs.dataset, inputs.config)
+
+    @staticmethod
+    def _load(inputs: TaskInputs) -> Clip:
+        if inputs.run is not None:
+            return load_clip(f"local-dir:{inputs.run / 'model'}", device=inputs.device)
+        return load_clip(inputs.config.model.name, inputs.config.model.pretrained, device=inputs.device)
+
+    def save(self, model: Path, run: Path) -> None:
+        """Write RUN/model in open_clip's layout."""
+        save_clip(self.clip, model)
+
+    def initial_state(self) -> dict[str, Tensor] | None:
+        """Load the pretrained weights that the run started from.
+
+        Raises:
+            ConfigError: the run started from random weights.
         """
-        texts_CD = None
-        if self.head is None:
-            assert tokens_CL is not None, "captions are the columns of a model without a linear head"
-            if len(tokens_CL):  # before the images: a GPU is asked for the shape of the texts' tree, and has little to do yet
-                encode = self._encode_frozen if self.text_is_frozen else partial(encode_text, self.clip)
-                texts_CD = F.normalize(at_least_float32(encode(tokens_CL)), dim=-1)
-        pooled_NF = inputs if from_pooled else self.tower.upper(inputs)
-        images_ND = F.normalize(at_least_float32(self.tower.project(pooled_NF)), dim=-1)
-        if self.head is not None:
-            weight, bias = at_least_float32(self.head.weight), at_least_float32(self.head.bias)
-            return Outputs(pooled_NF, images_ND, weight, images_ND.new_ones(()), bias)
-        columns_CD = images_ND[:0] if texts_CD is None else texts_CD
-        scale = at_least_float32(self.clip.logit_scale).exp()
-        return Outputs(pooled_NF, images_ND, columns_CD, scale, images_ND.new_zeros(()))
+        model = self.config.model
+        if model.pretrained == RANDOM:
+            raise ConfigError(
+                f"model.pretrained = {RANDOM}: the run started from random weights, there is nothing to average with"
+            )
+        state = load_clip(model.name, model.pretrained).model.state_dict()
+        return {f"clip.{name}": value for name, value in state.items()}
 
-    @torch.no_grad()
-    def _encode_frozen(self, tokens_CL: Tensor) -> Tensor:
-        """Do what `encode_text` does, each text once for as long as the text tower stays frozen."""
-        half = torch.is_autocast_enabled(tokens_CL.device.type)  # another precision, other digits
-        keys = [(row.tobytes(), half) for row in tokens_CL.cpu().numpy()]
-        for place, key in enumerate(keys):
-            if key not in self._frozen_texts:  # alone: what it is among would change its last digits, and a resumed run
-                with forward_mode():  # always the same kernels: the derivative of an image tower may be the first to ask
-                    self._frozen_texts[key] = encode_text(self.clip, tokens_CL[place : place + 1])[0]
-        return torch.stack([self._frozen_texts[key] for key in keys])
+    def source(self, data: DataConfig, samples: Sequence[Sample]) -> Source:
+        """Return the reader of images with the model's preprocessing."""
+        return open_reader(data, self.clip.preprocess, self.clip.config["preprocess_cfg"], samples, rows=self.dataset.rows)
 
-    def freeze(
-        self,
-        *,
-        text: bool = False,
-        image: bool = False,
-        token_embedding: bool = False,
-        only_head: bool = False,
-    ) -> None:
-        """Set `requires_grad` of every parameter: what is not frozen, and is used, is trained."""
-        self.requires_grad_(not only_head)
-        if self.head is not None:
-            self.head.requires_grad_(True)
-            text = True
-            self.clip.logit_scale.requires_grad_(False)
-        self.text_is_frozen = text
-        self._frozen_texts.clear()  # in case its weights were exchanged
-        visual = {id(parameter) for parameter in self.clip.visual.parameters()}
-        locked = {id(parameter) for parameter in self.tower.frozen_parameters()}
-        for name, parameter in self.clip.named_parameters():
-            is_text = id(parameter) not in visual and name != "logit_scale"
-            frozen = (text and is_text) or (image and id(parameter) in visual) or id(parameter) in locked
-            frozen |= token_embedding and "token_embedding" in name
-            frozen |= name == "logit_bias"  # shifts all logits alike: softmax never sees it
-            if frozen:
-                parameter.requires_grad_(False)
+    def feature_cache(self, config: Config, loader: ImageLoader, device: torch.device) -> FeatureCache | None:
+        """Return the cache of activations behind the frozen image blocks, if `train.frozen_cache` names a folder."""
+        return open_feature_cache(config, self.clip, self.network.tower, loader, device)
 
-    def set_mode(self, *, training: bool, freeze_batchnorm: bool) -> None:
-        """Like `train(training)`, with BatchNorm kept on its running statistics if asked (and always when frozen)."""
-        self.train(training)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                fixed = freeze_batchnorm or not any(parameter.requires_grad for parameter in module.parameters())
-                module.train(training and not fixed)
+    def evaluation_inputs(
+        self, config: Config, loader: ImageLoader, device: torch.device, start: dict[str, Tensor] | None = None
+    ) -> tuple[Loader, bool]:
+        """Return the images, or activations behind blocks that are the same for every average of weights."""
+        cache = self.feature_cache(config, loader, device)
+        if cache is not None:
+            return cache, True
+        tower, precision = self.network.tower, config.train.precision
+        if start is None or not self._is_shared(start):
+            return loader, False
 
-    def acts_as_evaluated(self) -> bool:
-        """Return whether a pass in the present mode equals one in evaluation mode: no dropout, no batch statistics."""
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
-                return False
-            if module.training and drops_at_random(module):
-                return False
-        return True
+        def lower(images_BCHW: Tensor) -> Tensor:
+            with autocast(device, precision):
+                return tower.lower(images_BCHW.to(device, non_blocking=True))
 
-    def parameters_in(self, scope: Trainable) -> dict[str, Tensor]:
-        """Return the trained parameters whose gradient SAFLEX looks at.
+        return LoweredImages(loader, lower), True
 
-        Args:
-            scope: `all`, or `head`: image projection, text tower, logit_scale and the linear head. A tower whose
-                projection cannot be told apart has no projection in its head scope.
+    def _is_shared(self, start: Mapping[str, Tensor]) -> bool:
+        """Return whether the image tower was frozen up to its pooling, so that it is one and the same for every alpha.
+
+        Cut further down it would be the same up to there, but a thousand activations in the middle of a tower can be many
+        times as large as the images.
         """
-        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if scope == "all":
-            return dict(trained)
-        trunk = {id(parameter) for parameter in self.clip.visual.parameters()}
-        trunk -= {id(parameter) for parameter in self.tower.projection_parameters()}
-        return {name: parameter for name, parameter in trained.items() if id(parameter) not in trunk}
+        tower = self.network.tower
+        if not tower.num_frozen or tower.num_frozen < num_blocks(tower.visual):
+            return False
+        frozen = {id(parameter) for parameter in tower.frozen_parameters()}
+        return all(
+            torch.equal(value.detach().cpu(), start[f"clip.visual.{name}"].cpu())
+            for name, value in tower.visual.state_dict(keep_vars=True).items()
+            if (id(value) in frozen or not isinstance(value, nn.Parameter)) and f"clip.visual.{name}" in start
+        )
+
+    def caption_of(self, item: Sample | Edit, seed: int) -> int:
+        """Return the caption id of a row: the sample's own caption, or its class in a random template."""
+        return self.captions.of_row(item, seed)
+
+    def class_caption(self, labels_V: Tensor) -> Tensor:
+        """Return the caption ids of classes in the first template."""
+        return labels_V * self.captions.num_templates
+
+    def class_captions(self, seed: int = 0) -> Tensor:
+        """Return the caption ids [K] of all classes in one template."""
+        return torch.arange(self.dataset.num_classes) * self.captions.num_templates + seed % self.captions.num_templates
+
+    def label_space(self, rows: Rows, over: Over, seed: int, gather: Gather) -> LabelSpace:
+        """Return the batch's captions, or the classes in a template that the seed picks, as label space."""
+        self._follow(rows.labels_N.device)
+        if over == "captions":
+            return proxy_space(rows, self.tokens_ML, self.same_M, self.proxies, gather)
+        tokens_KL = self.tokens_ML[self.class_captions(seed).to(rows.labels_N.device)]
+        return class_space(rows, self.dataset.num_classes, tokens_KL, gather)
+
+    def class_tokens(self) -> Tensor:
+        """Return the tokens [K, L] of the classes' captions in the first template."""
+        self._follow(next(self.network.parameters()).device)
+        return self.tokens_ML[self.class_captions().to(self.tokens_ML.device)]
+
+    def validation_space(self, captions_V: Tensor) -> ValidationSpace:
+        """Return the captions of validation rows as their label space."""
+        self._follow(captions_V.device)
+        captions_V = self.same_M[captions_V]
+        labels_K = torch.unique(captions_V)
+        columns_C, assignment_VC = proxy_columns(captions_V, self.proxies)
+        return ValidationSpace(self.tokens_ML[labels_K], torch.searchsorted(labels_K, columns_C), assignment_VC)
+
+    def class_of(self, label: int, over: Over) -> int | None:
+        """Return the class of a caption id; None for a sample's own caption, which names no class."""
+        if over == "classes":
+            return label
+        templates = self.captions.num_templates
+        return label // templates if label < self.dataset.num_classes * templates else None
+
+    def _follow(self, device: torch.device) -> None:
+        """Keep the tokens where the rows are."""
+        if self.tokens_ML.device != device:
+            self.tokens_ML, self.same_M = self.tokens_ML.to(device), self.same_M.to(device)
+
+    def begin_phase(self, *, only_head: bool) -> None:
+        """Freeze what the recipe freezes, and what a phase of the head alone leaves alone."""
+        train = self.config.train
+        self.network.freeze(
+            text=train.freeze_text,
+            image=train.freeze_image,
+            token_embedding=train.freeze_token_embedding,
+            only_head=only_head,
+        )
+        if train.gradient_checkpointing:
+            self.network.recompute()
+
+    def after_step(self) -> None:
+        """Keep logit_scale within the bound that CLIP was trained with."""
+        self.weights_changed()
+        if self.network.head is None:
+            with torch.no_grad():
+                self.clip.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    def log_row(self) -> dict[str, float]:
+        """Return the temperature of the logits."""
+        return {"logit_scale": float(self.clip.model.logit_scale.detach().exp())}
+
+    def computed(self) -> Tensor | None:
+        """Return the zero-shot head of the weights in place; None: not computed yet."""
+        return self._class_columns
+
+    def weights_changed(self, computed: Tensor | None = None) -> None:
+        """Forget the zero-shot head of the former weights."""
+        self._class_columns = computed
+
+    def predictor(self, *, precision: str = "no", lowered: bool = False) -> Predictor:
+        """Return class logits: over the classes' captions in all templates (zero-shot head), or of the linear head."""
+        network = self.network
+        network.eval()
+        device = next(network.parameters()).device
+        columns_KD, scale, bias = self._class_head()
+
+        @torch.no_grad()
+        def predict_batch(inputs: Tensor) -> Tensor:
+            with autocast(device, precision):
+                hidden = inputs.to(device, non_blocking=True)
+                features_BD = network.tower(hidden if lowered else network.lower(hidden))
+            features_BD = normalize(features_BD.float(), dim=-1)
+            return Outputs(features_BD, features_BD, columns_KD, scale, bias).logits()
+
+        return predict_batch
+
+    def _class_head(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return columns [K, D], scale and bias of the classes."""
+        head, model = self.network.head, self.clip.model
+        if head is not None:
+            weight = head.weight.detach().float()
+            return weight, weight.new_ones(()), head.bias.detach().float()
+        if self._class_columns is None:
+            self._class_columns = zero_shot_head(self.clip, self.dataset.class_names, self.dataset.templates)
+        columns_KD = self._class_columns
+        return columns_KD, model.logit_scale.detach().float().exp(), columns_KD.new_zeros(())
 
 
-def drops_at_random(module: nn.Module) -> bool:
-    """Return whether a module is a dropout of any kind (of values, patches, paths, attention) with a rate above zero."""
-    if isinstance(module, nn.MultiheadAttention):
-        return module.dropout > 0
-    if "drop" not in type(module).__name__.lower():
-        return False
-    rates = (getattr(module, name, None) for name in ("p", "prob", "drop_prob", "drop_rate"))
-    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+class LinearClipTask(ClipTask):
+    """CLIP's image tower with a linear head, which starts as the zero-shot classifier."""
+
+    files: ClassVar[tuple[str, ...]] = (*ClipTask.files, HEAD)
+
+    def __init__(self, clip: Clip, network: ClipNetwork, dataset: Dataset, config: Config) -> None:
+        super().__init__(clip, network, dataset, config)
+        self._initial: dict[str, Tensor] = {}
+
+    @classmethod
+    def build(cls, inputs: TaskInputs) -> LinearClipTask:
+        """Return CLIP with a linear head, new or as a run left it.
+
+        Raises:
+            RunError: the run's head has other tensors, or another number of classes than the dataset.
+        """
+        clip, dataset = cls._load(inputs), inputs.dataset
+        width = clip.model.encode_text(clip.tokenizer(["a"]).to(inputs.device)).shape[1]
+        head = nn.Linear(width, dataset.num_classes).to(inputs.device)
+        network = ClipNetwork(clip.model, num_frozen=frozen_blocks(inputs.config, clip), head=head)
+        task = cls(clip, network, dataset, inputs.config)
+        with torch.no_grad():
+            if inputs.run is None:
+                head.weight.copy_(clip.model.logit_scale.exp() * zero_shot_head(clip, dataset.class_names, dataset.templates))
+                head.bias.zero_()
+                task._initial = {"weight": head.weight.clone(), "bias": head.bias.clone()}
+            else:
+                stored = read_head(inputs.run / HEAD, dataset.num_classes)
+                head.weight.copy_(stored["weight"])
+                head.bias.copy_(stored["bias"])
+                task._initial = {name: stored[f"initial_{name}"] for name in ("weight", "bias")}
+        return task
+
+    def save(self, model: Path, run: Path) -> None:
+        """Write RUN/model and RUN/head.safetensors, which also holds the head as it started."""
+        from safetensors.torch import save_file
+
+        super().save(model, run)
+        head = self.network.head
+        assert head is not None
+        tensors = {"weight": head.weight, "bias": head.bias, **{f"initial_{name}": v for name, v in self._initial.items()}}
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, run / HEAD)
+
+    def initial_state(self) -> dict[str, Tensor] | None:
+        """Load the pretrained weights, and the zero-shot classifier as the head's start."""
+        state = super().initial_state()
+        assert state is not None
+        return state | {f"head.{name}": value for name, value in self._initial.items()}
 
 
-def parameter_groups(learner: Learner, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: no weight decay on biases, norms, embeddings' scales and `logit_scale`.
+def frozen_blocks(config: Config, clip: Clip) -> int:
+    """Return behind how many image blocks the recipe cuts the tower: all of them where the image tower is not trained."""
+    train = config.train
+    whole = train.freeze_image or METHODS[train.method].only_head
+    return num_blocks(clip.model.visual) if whole else train.freeze_image_blocks
 
-    As in open_clip's trainer: decay applies to trained tensors with two dimensions or more.
+
+def read_head(path: Path, num_classes: int) -> dict[str, Any]:
+    """Read a linear head: weight, bias, initial_weight, initial_bias.
+
+    Raises:
+        RunError: it has other tensors, or another number of classes than the dataset.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in learner.named_parameters():
-        if parameter.requires_grad:
-            decay = weight_decay if parameter.ndim >= 2 and not name.endswith("bias") else 0.0
-            rate = head_lr if name.startswith("head.") else lr
-            group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay})
-            group["params"].append(parameter)
-    return list(groups.values())
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    missing = {"weight", "bias", "initial_weight", "initial_bias"} - tensors.keys()
+    if missing:
+        raise RunError(f"{path} has no tensor '{min(missing)}': it was not written by this version of `train`; train again")
+    if len(tensors["weight"]) != num_classes:
+        raise RunError(
+            f"{path} has {len(tensors['weight'])} classes, but the dataset has {num_classes}: evaluate on the data that the run "
+            "was trained on, without --set data.*"
+        )
+    return tensors

@@ -1,4 +1,4 @@
-"""Activations behind frozen image blocks, computed once and kept on disk (floor 3, shared by stages).
+"""Feature cache: activations behind frozen image blocks, computed once and kept on disk.
 
 Frozen blocks on images that are not changed at random give the same activations in every epoch, every run and every
 evaluation. They are stored as float32, so results are those of computing them again.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,14 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flyp_saflex.clip.model import Clip, ImageTower, num_blocks
+from flyp_saflex.clip.model import Clip, ImageTower
 from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.records import Edit, Sample
-
-if sys.platform != "win32":
-    import fcntl
+from flyp_saflex.storage.files import entry_lock
 
 
 def fingerprint(clip: Clip, tower: ImageTower, *, box_crop: bool, scaled: bool = False) -> str:
@@ -51,21 +48,14 @@ def fingerprint(clip: Clip, tower: ImageTower, *, box_crop: bool, scaled: bool =
     return digest.hexdigest()[:16]
 
 
-def frozen_blocks(config: Config, clip: Clip) -> int:
-    """Return behind how many image blocks the recipe cuts the tower: all of them where the image tower is not trained."""
-    train = config.train
-    whole = train.freeze_image or train.method == "linear-probe"
-    return num_blocks(clip.model.visual) if whole else train.freeze_image_blocks
-
-
-def open_store(
+def open_feature_cache(
     config: Config, clip: Clip, tower: ImageTower, loader: ImageLoader, device: torch.device
-) -> ActivationStore | None:
-    """Return the store of activations behind `tower`'s frozen blocks, or None if `train.frozen_cache` is empty."""
+) -> FeatureCache | None:
+    """Return the cache of activations behind `tower`'s frozen blocks, or None if `train.frozen_cache` is empty."""
     if not config.train.frozen_cache:
         return None
-    name = fingerprint(clip, tower, box_crop=config.data.box_crop, scaled=loader.reader.scaled)
-    return ActivationStore(Path(config.train.frozen_cache) / name, lambda images: tower.lower(images.to(device)), loader)
+    name = fingerprint(clip, tower, box_crop=config.data.box_crop, scaled=getattr(loader.reader, "scaled", False))
+    return FeatureCache(Path(config.train.frozen_cache) / name, lambda images: tower.lower(images.to(device)), loader)
 
 
 class LoweredImages:
@@ -86,7 +76,7 @@ class LoweredImages:
             yield positions, self.lower(images)
 
 
-class ActivationStore:
+class FeatureCache:
     """Stored activations of one frozen lower image tower.
 
     Args:
@@ -108,47 +98,45 @@ class ActivationStore:
         self._rows: dict[str, int] = {}
         self._shape: tuple[int, ...] = ()
         self._map: np.memmap | None = None
-        self._keys: dict[Path, str] = {}
+        self._keys: dict[Path | int, str] = {}
         self._read_index()
 
     def ensure(self, items: Sequence[Sample | Edit]) -> None:
         """Compute and append what is missing; one process at a time writes."""
-        with open(self.folder / ".lock", "a+", encoding="utf-8") as lock:
-            if sys.platform != "win32":
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with entry_lock(self.folder):
             self._read_index(mend=True)
-            missing = [item for item in items if self._key(item.path) not in self._rows]
+            missing = [item for item in items if self._key(item) not in self._rows]
             for positions, images in self.loader.batches(missing):
                 with torch.no_grad():
                     hidden = self.lower(images).float().cpu().contiguous().numpy()
-                self._append([self._key(missing[position].path) for position in positions], hidden)
+                self._append([self._key(missing[position]) for position in positions], hidden)
             self.unreadable.update(self.loader.unreadable)
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, item: Sample | Edit) -> Tensor:
         """Return the activations of an image that `ensure` was called with.
 
         Raises:
             DataError: the image could not be read then.
         """
-        row = self._rows.get(self._key(path))
+        row = self._rows.get(self._key(item))
         if row is None:
-            raise DataError(self.unreadable.get(str(path), f"{path}: its activations were never stored"))
+            raise DataError(self.unreadable.get(str(item.item), f"{item.item}: its activations were never stored"))
         return torch.from_numpy(np.array(self._open()[row]))
 
     def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (positions, activations) of the readable samples, in order: what an `ImageLoader` yields of images."""
         batch_size = self.loader.batch_size
         self.ensure(samples)
-        known = [position for position, sample in enumerate(samples) if self._key(sample.path) in self._rows]
+        known = [position for position, sample in enumerate(samples) if self._key(sample) in self._rows]
         for start in range(0, len(known), batch_size):
             positions = known[start : start + batch_size]
-            rows = [self._rows[self._key(samples[position].path)] for position in positions]
+            rows = [self._rows[self._key(samples[position])] for position in positions]
             yield positions, torch.from_numpy(self._open()[rows])
 
-    def _key(self, path: Path) -> str:
-        if path not in self._keys:
-            self._keys[path] = self.loader.reader.key(path)  # empty, if missing: never stored
-        return self._keys[path]
+    def _key(self, item: Sample | Edit) -> str:
+        if item.item not in self._keys:
+            self._keys[item.item] = self.loader.reader.key(item)  # empty, if missing: never stored
+        return self._keys[item.item]
 
     def _read_index(self, *, mend: bool = False) -> None:
         """Read what is stored, up to a line cut off by a kill; with `mend`, and the lock, cut that line away."""

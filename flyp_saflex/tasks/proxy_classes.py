@@ -1,102 +1,60 @@
-"""What a step's rows are told apart by: captions or classes as columns, over all processes (floor 2: tensors only).
+"""Proxy classes: the captions of a batch as its label space (FLYP, arXiv 2212.00638; SAFLEX, Eq. 13-14).
 
-FLYP's columns are the captions of the whole batch, each distinct one encoded once; cross entropy's are the classes. Rows
-that are dropped later keep their columns: which rows are dropped is decided after the columns are.
+Each distinct caption is encoded once. Rows that are dropped later keep their columns: which rows are dropped is decided
+after the columns are.
 
-Shapes: N rows of all processes, C columns, K label choices (distinct captions, or classes), U texts to encode (U = K),
-M captions that can occur, L tokens.
+Shapes: N rows of all processes, C columns, K distinct captions, M captions that can occur, L tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flyp_saflex.saflex import losses
+from flyp_saflex.tasks.label_space import Gather, LabelSpace, Rows, assignment, augmented_rows, upstream_labels
 
 Proxies = Literal["captions", "batch"]
 
 
-@dataclass
-class Rows:
-    """One process's rows of a part of a step; N and A are local here. Training rows come first.
-
-    Attributes:
-        inputs: what the learner's image tower takes.
-        captions_N: caption id of every row.
-        labels_N: class index of every row.
-        ids_N: identity of an augmented row (index of the edit or sample), for states kept between visits.
-        num_train: T.
-        partners_N, partner_labels_N, share_N: Mixup and CutMix: the other caption and class, and the part of the row's
-            label that stays its own; None without mixing.
-    """
-
-    inputs: Tensor
-    captions_N: Tensor
-    labels_N: Tensor
-    ids_N: Tensor
-    num_train: int
-    partners_N: Tensor | None = None
-    partner_labels_N: Tensor | None = None
-    share_N: Tensor | None = None
-
-
-@dataclass
-class Columns:
-    """Columns of a step, over all processes.
-
-    Attributes:
-        choices_K: what a label can be: distinct caption ids, or classes.
-        columns_C: the choice that every column of the loss stands for.
-        inverse_C: row of `tokens_UL` of every column.
-        tokens_UL: tokens to encode, each distinct caption once (U = K).
-        upstream_NK: labels that the rows came with.
-        augmented_N: which rows are augmented.
-    """
-
-    choices_K: Tensor
-    columns_C: Tensor
-    inverse_C: Tensor
-    tokens_UL: Tensor
-    upstream_NK: Tensor
-    augmented_N: Tensor
-
-    def upstream_assignment(self) -> Tensor:
-        """Return the mass of every row's own label over the columns [N, C]."""
-        return losses.spread_over_columns(self.upstream_NK, self.choices_K, self.columns_C)
-
-
-def caption_columns(
-    rows: Rows, caption_tokens_ML: Tensor, same_M: Tensor, proxies: Proxies, gather: Callable[[Tensor], Tensor]
-) -> Columns:
-    """Return the columns of the contrastive loss: the captions of the whole batch.
+def proxy_space(rows: Rows, caption_tokens_ML: Tensor, same_M: Tensor, proxies: Proxies, gather: Gather) -> LabelSpace:
+    """Return the captions of the whole batch as label space.
 
     Args:
         rows: this process's rows.
         caption_tokens_ML: tokens of every caption that can occur.
         same_M: `first_with_equal_tokens` of them.
-        proxies: `captions`: every distinct caption once; `batch`: one column per row (of unmixed rows).
+        proxies: `captions`: every distinct caption is one column; `batch`: one column per row (of unmixed rows).
         gather: concatenation over processes.
     """
     own_N = gather(same_M[rows.captions_N])
     partner_N = None if rows.partners_N is None else gather(same_M[rows.partners_N])
-    choices_K = torch.unique(own_N if partner_N is None else torch.cat([own_N, partner_N]))
-    columns_C = own_N if proxies == "batch" and partner_N is None else choices_K
-    inverse_C = torch.searchsorted(choices_K, columns_C)
-    upstream_NK = _upstream(rows, own_N, partner_N, choices_K, gather)
-    return Columns(choices_K, columns_C, inverse_C, caption_tokens_ML[choices_K], upstream_NK, _augmented(rows, gather))
+    labels_K = torch.unique(own_N if partner_N is None else torch.cat([own_N, partner_N]))
+    has_row_columns = proxies == "batch" and partner_N is None
+    columns_C = own_N if has_row_columns else labels_K
+    inverse_C = torch.searchsorted(labels_K, columns_C)
+    upstream_NK = upstream_labels(rows, own_N, partner_N, labels_K, gather)
+    tokens_KL, augmented_N = caption_tokens_ML[labels_K], augmented_rows(rows, gather)
+    return LabelSpace(labels_K, columns_C, inverse_C, tokens_KL, upstream_NK, augmented_N, has_row_columns)
 
 
-def class_columns(rows: Rows, tokens_KL: Tensor, gather: Callable[[Tensor], Tensor]) -> Columns:
-    """Return the columns of cross entropy: the classes, by their captions' tokens."""
-    classes_K = torch.arange(len(tokens_KL), device=rows.labels_N.device)
-    partner_N = None if rows.partner_labels_N is None else gather(rows.partner_labels_N)
-    upstream_NK = _upstream(rows, gather(rows.labels_N), partner_N, classes_K, gather)
-    return Columns(classes_K, classes_K, classes_K, tokens_KL, upstream_NK, _augmented(rows, gather))
+def proxy_columns(caption_ids_N: Tensor, proxies: Proxies = "captions") -> tuple[Tensor, Tensor]:
+    """Return the proxy classes of a batch, as the caption id of every column, and plain FLYP's assignment of its rows.
+
+    Args:
+        caption_ids_N: an integer per row; equal captions have equal ids.
+        proxies: `captions`: every distinct caption is one column, in the order of the ids, and each row is assigned to its
+            own; `batch`: one column per row, as FLYP was published: the assignment is the identity, even where captions
+            repeat.
+
+    Returns:
+        columns_C and assignment_NC (float32).
+    """
+    if proxies == "batch":
+        return caption_ids_N, torch.eye(len(caption_ids_N), device=caption_ids_N.device)
+    columns_C = torch.unique(caption_ids_N, sorted=True)
+    return columns_C, assignment(caption_ids_N, columns_C)
 
 
 def first_with_equal_tokens(tokens_ML: Tensor) -> Tensor:
@@ -109,20 +67,3 @@ def first_with_equal_tokens(tokens_ML: Tensor) -> Tensor:
     ids_M = torch.arange(len(tokens_ML), device=tokens_ML.device)
     first_U = torch.full_like(ids_M, len(ids_M)).scatter_reduce(0, inverse_M, ids_M, "amin")
     return first_U[inverse_M]
-
-
-def _augmented(rows: Rows, gather: Callable[[Tensor], Tensor]) -> Tensor:
-    own_N = torch.arange(len(rows.labels_N), device=rows.labels_N.device) >= rows.num_train
-    return gather(own_N.long()).bool()
-
-
-def _upstream(
-    rows: Rows, own_N: Tensor, partner_N: Tensor | None, choices_K: Tensor, gather: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Return the labels that rows came with [N, K]: one-hot, or two shares where rows were mixed."""
-    upstream_NK = losses.assignment(own_N, choices_K)
-    if partner_N is None:
-        return upstream_NK
-    assert rows.share_N is not None, "mixed rows say how much of their label is their own"
-    share_N1 = gather(rows.share_N)[:, None]
-    return share_N1 * upstream_NK + (1 - share_N1) * losses.assignment(partner_N, choices_K)

@@ -1,4 +1,4 @@
-"""Full-state checkpoints: write whole or not at all, keep the newest, find the last good one (floor 3, shared by stages).
+"""Full-state checkpoints: written whole or not at all, the newest kept, the last good one found.
 
 A checkpoint is one file, checkpoints/step-00000200.pt, that holds tensors and plain values only, so that it is read
 without running code from it.
@@ -6,14 +6,32 @@ without running code from it.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
-from flyp_saflex.errors import RunError
-from flyp_saflex.storage.run_folder import atomic_write
+from flyp_saflex import recipe
+from flyp_saflex.config import Config
+from flyp_saflex.errors import ConfigError, RunError
+from flyp_saflex.storage.files import atomic_write
+from flyp_saflex.storage.run_folder import RunDir
+
+MAY_CHANGE = (
+    "compare.",
+    "data.workers",
+    "data.max_unreadable",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.frozen_cache",
+    "train.max_loss",
+    "train.tracker",
+)
+"""Options that a resumed run may have otherwise: they change no digit of what is trained."""
 
 PATTERN = re.compile(r"step-(\d{8})\.pt")
 
@@ -58,3 +76,66 @@ def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"checkpoint {path} cannot be read ({reason}): delete it to resume from the one before") from error
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return nested dictionaries with their tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {key: moved(item, device) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def check_folder(path: Path, config: Config, *, resume: bool, limit: int | None) -> None:
+    """Check, before anything is loaded, that a run can start or go on in this folder; write nothing.
+
+    Raises:
+        RunError: it holds a run that is not to be resumed, that is finished, or that was started otherwise.
+    """
+    if not (path / "config.toml").is_file():
+        return
+    if not resume:
+        raise RunError(f"run folder {path} already holds a run: add --resume to go on with it, or choose another --run-dir")
+    run = RunDir(path, lock=False)
+    if run.done:
+        raise RunError(f"run {path} is finished: evaluate it with flyp-saflex evaluate {path}, or choose another --run-dir")
+    changed = [line for line in recipe.differences(run.read_config(), config) if not line.startswith(MAY_CHANGE)]
+    started_with = limit_of(path)
+    if started_with != limit:
+        changed.append(f"--limit: {started_with} -> {limit}")
+    if changed:
+        raise RunError(
+            f"run folder {path} was started with another recipe ({'; '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}): "
+            "undo the change, or choose another --run-dir"
+        )
+
+
+def open_run(run: RunDir, config: Config, accelerator: Accelerator, *, limit: int | None) -> tuple[int, dict[str, Any]] | None:
+    """Write config.toml and env.json, drop logged rows that will come again, return the checkpoint to go on from."""
+    existing = (run.path / "config.toml").is_file()
+    state = load_newest(run.checkpoints) if existing else None
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if existing:
+            run.rewind(state[0] if state else 0)
+        run.write_environment(limit=limit)
+        run.write_config(config)  # after env.json: a folder with a config.toml has both
+        accelerator.print(f"resuming after step {state[0]}" if state else f"run folder {run.path}")
+    if config.train.tracker != "none":
+        try:
+            accelerator.init_trackers("flyp-saflex", config={"recipe": config.recipe, "seed": config.seed})
+        except (ImportError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"train.tracker = {config.train.tracker} cannot start ({str(error).splitlines()[0]}): "
+                "choose another, or train.tracker=none"
+            ) from error
+    accelerator.wait_for_everyone()
+    return state
+
+
+def limit_of(path: Path) -> int | None:
+    """Return the `--limit` that the run in a folder was started with."""
+    try:
+        limit = json.loads((path / "env.json").read_text(encoding="utf-8")).get("limit")
+    except (OSError, ValueError):
+        return None
+    return int(limit) if limit is not None else None

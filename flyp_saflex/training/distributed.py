@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor
 
-from flyp_saflex.step.step import Processes
+from flyp_saflex.config import Config
+from flyp_saflex.errors import ConfigError
+from flyp_saflex.tasks.task import Processes
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
@@ -46,3 +51,40 @@ def synchronised(accelerator: Accelerator, model: Any, *, last: bool) -> Iterato
     else:
         with accelerator.no_sync(model):
             yield
+
+
+def make_accelerator(config: Config, path: Path) -> Accelerator:
+    """Return the accelerator: device, precision, processes, tracker.
+
+    Raises:
+        ConfigError: precision or tracker that this machine does not have, or rows that cannot be shared evenly.
+    """
+    options = config.train
+    tracker = None if options.tracker == "none" else options.tracker
+    AcceleratorState._reset_state()  # a run earlier in this process may have had another precision; keeps the processes
+    try:
+        accelerator = Accelerator(
+            mixed_precision=options.precision,
+            log_with=tracker,
+            project_dir=str(path),
+            dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+        )
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"train.precision = {options.precision}, train.tracker = {options.tracker}: {str(error).splitlines()[0]}; "
+            "choose another, or install the tracker (pip install 'flyp-saflex[tracking]')"
+        ) from error
+    rows = (options.batch_size, round(config.augment.per_train * options.batch_size) if config.augment.upstream else 0)
+    share = accelerator.num_processes * options.accumulation
+    if any(count % share for count in rows):
+        raise ConfigError(
+            f"{rows[0]} training and {rows[1]} augmented rows per step cannot be shared by "
+            f"{accelerator.num_processes} processes x "
+            f"{options.accumulation} parts: change train.batch_size, augment.per_train or train.accumulation"
+        )
+    return accelerator
+
+
+def device_name(device: torch.device) -> str:
+    """Return what trained, in words that mean something in a report: the GPU's name, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,4 +1,4 @@
-"""Which weights a run keeps: the best on a select split, or the last (floor 3, shared by stages)."""
+"""Model selection: the best weights on a select split are kept, or the last ones."""
 
 from __future__ import annotations
 
@@ -6,46 +6,52 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from flyp_saflex.clip.model import save_clip
-from flyp_saflex.clip.zero_shot import zero_shot_head
-from flyp_saflex.data.registry import split_for
 from flyp_saflex.errors import RunError
-from flyp_saflex.evaluation import metrics
-from flyp_saflex.evaluation.predict import Head, Predictor, clip_predictor, predict
+from flyp_saflex.evaluation.metrics import metric_row
+from flyp_saflex.evaluation.predict import predict
+from flyp_saflex.evaluation.scoring import scores_of
+from flyp_saflex.records import Split
 from flyp_saflex.storage.run_folder import RunDir
-from flyp_saflex.tasks.feature_cache import ActivationStore
-from flyp_saflex.training.setup import Job
-
-METRICS = ("accuracy", "macro_f1", "worst_group_accuracy", "ece")
+from flyp_saflex.tables import METRICS
+from flyp_saflex.tasks.task import Loader, Task
 
 
-class Selection:
-    """Evaluates on `train.select_split` and keeps the best weights in checkpoints/best.safetensors.
+class ModelSelection:
+    """Evaluates on one split of role `select` and keeps the best weights in checkpoints/best.safetensors.
+
+    Args:
+        task: the model under training.
+        split: images that select; None: the last weights are kept.
+        loader: reads them.
+        lowered: whether it reads activations behind the frozen part.
+        metric: name in `tables.METRICS`.
+        patience: evaluations without a better one after which training stops; 0: never.
+        folder: of the checkpoints.
 
     Attributes:
         best: step, split, metric and value of the best evaluation so far; None before the first.
         waited: evaluations since then.
     """
 
-    def __init__(self, job: Job, run: RunDir, store: ActivationStore | None, device: torch.device) -> None:
-        self.job, self.run, self.store, self.device = job, run, store, device
+    def __init__(
+        self, task: Task, split: Split | None, loader: Loader, *, lowered: bool, metric: str, patience: int, folder: Path
+    ) -> None:
+        self.task, self.split, self.loader, self.lowered = task, split, loader, lowered
+        self.metric, self.patience, self.folder = metric, patience, folder
         self.best: dict[str, Any] | None = None
         self.waited = 0
 
     @property
     def exhausted(self) -> bool:
         """Whether early stopping has waited long enough."""
-        patience = self.job.config.train.patience
-        return patience > 0 and self.waited >= patience
+        return self.patience > 0 and self.waited >= self.patience
 
     @property
     def _file(self) -> Path:
-        return self.run.checkpoints / "best.safetensors"
+        return self.folder / "best.safetensors"
 
     def evaluate(self, step: int, *, candidate: bool, keeper: bool) -> dict[str, Any] | None:
         """Return a metrics row of the weights as they are, and keep them if they are the best; None without a split.
@@ -55,28 +61,32 @@ class Selection:
             candidate: may these weights be chosen (a linear probe before finetuning may not).
             keeper: whether this process writes the file.
         """
-        options = self.job.config.train
-        if not options.select_split:
+        if self.split is None:
             return None
-        split = split_for(self.job.dataset, options.select_split, "select")
-        batches = (self.store or self.job.loader()).batches(split.samples)
-        positions, (logits_NK,) = predict([self._predictor], batches)
-        chosen = [split.samples[position] for position in positions.tolist()]
-        score = metrics.score(logits_NK, [sample.label for sample in chosen], [sample.domain for sample in chosen])
-        value = score[options.select_metric]
-        if candidate and (self.best is None or value > self.best["value"]):
-            self.best = {"step": step, "split": split.name, "metric": options.select_metric, "value": value}
+        positions, (logits_NK,) = predict(
+            [lambda: self.task.predictor(lowered=self.lowered)], self.loader.batches(self.split.samples)
+        )
+        chosen = [self.split.samples[position] for position in positions.tolist()]
+        row = metric_row(scores_of(chosen, logits_NK))
+        value = row[self.metric]
+        if value is None:
+            raise RunError(
+                f"train.select_metric = {self.metric} has no value on {self.split.name}: choose another metric or split"
+            )
+        if candidate and (self.best is None or METRICS[self.metric].better(value, self.best["value"])):
+            self.best = {"step": step, "split": self.split.name, "metric": self.metric, "value": value}
             self.waited = 0
             if keeper:
                 self._keep()
         elif candidate:
             self.waited += 1
-        return {"step": step, "split": split.name, **{name: score[name] for name in METRICS}}
+        return {"step": step, "split": self.split.name, **row}
 
     def install_best(self) -> None:
         """Put the best weights into the model; the last ones stay if nothing was evaluated."""
         if self.best is not None:
-            self.job.learner.load_state_dict(load_file(self._file))
+            self.task.network.load_state_dict(load_file(self._file))
+            self.task.weights_changed()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -86,29 +96,10 @@ class Selection:
         """Take over what `state_dict` returned."""
         self.best, self.waited = state["best"], state["waited"]
 
-    def _predictor(self) -> Predictor:
-        job, learner = self.job, self.job.learner
-        learner.eval()
-        if learner.head is not None:
-            head = Head(learner.head.weight.detach(), learner.head.bias.detach())
-        else:
-            captions = zero_shot_head(job.clip, job.dataset.class_names, job.dataset.templates)
-            head = Head(captions, scale=float(job.clip.model.logit_scale.detach().exp()))
-
-        predictor = clip_predictor(job.clip.model, head, tower=learner.tower)
-        if self.store is not None:  # its batches are activations behind the frozen blocks already
-            return predictor
-
-        def predict_images(images_BCHW: Tensor) -> Tensor:
-            with torch.no_grad():
-                return predictor(learner.tower.lower(images_BCHW.to(self.device)))
-
-        return predict_images
-
     def _keep(self) -> None:
-        self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_name(".best.safetensors.tmp")
-        state = {name: value.detach().cpu().contiguous().clone() for name, value in self.job.learner.state_dict().items()}
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in self.task.network.state_dict().items()}
         try:
             save_file(state, temporary)
             temporary.replace(self._file)
@@ -117,8 +108,8 @@ class Selection:
             raise RunError(f"cannot write {self._file}: {error}; free disk space and go on with --resume") from error
 
 
-def save_model(job: Job, run: RunDir) -> None:
-    """Write RUN/model in open_clip's layout, and RUN/head.safetensors of a linear head, replacing them whole.
+def save_model(task: Task, run: RunDir) -> None:
+    """Write RUN/model, and files beside it that the task needs, replacing the folder whole.
 
     Raises:
         RunError: the disk is full or the folder read-only.
@@ -126,12 +117,7 @@ def save_model(job: Job, run: RunDir) -> None:
     temporary = run.path / ".model.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        save_clip(job.clip, temporary)
-        head = job.learner.head
-        if head is not None and job.initial_head is not None:
-            weight, bias = job.initial_head
-            tensors = {"weight": head.weight, "bias": head.bias, "initial_weight": weight, "initial_bias": bias}
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, run.path / "head.safetensors")
+        task.save(temporary, run.path)
         shutil.rmtree(run.model, ignore_errors=True)
         temporary.rename(run.model)
     except (OSError, SafetensorError) as error:

@@ -8,18 +8,11 @@ validation image; its random operations are seeded from (seed, stream, position)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
 
-from flyp_saflex.errors import DataError
-from flyp_saflex.images.augmentation import Augmentation
-from flyp_saflex.images.reader import ImageReader, Preprocess, reader_of
 from flyp_saflex.records import Edit, Sample
 
 
@@ -125,97 +118,3 @@ class Plan:
         first = rank * num_parts + part  # a part holds the same rows for every number of processes
         train, augmented = rows[: self.batch_size], rows[self.batch_size :]
         return train[first::stride] + augmented[first::stride]
-
-
-@dataclass
-class Batch:
-    """One part of a step on one process: T training rows, then A augmented rows (A may be 0).
-
-    Attributes:
-        inputs: preprocessed images [T + A, 3, S, S], or stored activations behind the frozen blocks.
-        rows: what they are.
-        indices: [T + A] long, index of the sample or edit that was read in the end.
-        num_train: T.
-        unreadable: files that could not be read and were replaced by the next readable one: (path, reason).
-    """
-
-    inputs: Tensor
-    rows: list[Row]
-    indices: Tensor
-    num_train: int
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-
-    def pin_memory(self) -> Batch:
-        """Move the inputs to memory that a GPU can read by itself; the DataLoader calls this."""
-        return replace(self, inputs=self.inputs.pin_memory())
-
-
-class BatchReader(TorchDataset[Batch]):
-    """Reads whole batches: item i is the i-th entry of `schedule`.
-
-    Args:
-        schedule: rows of every batch, in order.
-        samples: training samples.
-        edits: cached edits, or None.
-        preprocess: image -> tensor [3, S, S], or a reader of images.
-        on_train: random operations on training rows.
-        on_augmented: random operations on augmented rows.
-        box_crop: crop samples to their box first.
-        stored: `(kind, index) -> tensor` of stored activations, read instead of the image.
-    """
-
-    def __init__(
-        self,
-        schedule: Callable[[int], list[Row]],
-        num_batches: int,
-        samples: Sequence[Sample],
-        edits: Sequence[Edit] | None,
-        preprocess: Preprocess | ImageReader,
-        *,
-        on_train: Sequence[Augmentation] = (),
-        on_augmented: Sequence[Augmentation] = (),
-        box_crop: bool = False,
-        stored: Callable[[Path], Tensor] | None = None,
-    ) -> None:
-        self.schedule, self.num_batches = schedule, num_batches
-        self.samples, self.edits, self.reader = samples, edits, reader_of(preprocess)
-        self.on_train, self.on_augmented, self.box_crop, self.stored = on_train, on_augmented, box_crop, stored
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __getitem__(self, number: int) -> Batch:
-        rows = self.schedule(number)
-        tensors, indices, unreadable = [], [], []
-        for row in rows:
-            tensor, index, failures = self._read_or_next(row)
-            tensors.append(tensor)
-            indices.append(index)
-            unreadable += failures
-        num_train = sum(row.kind == "train" for row in rows)
-        return Batch(torch.stack(tensors), rows, torch.tensor(indices), num_train, unreadable)
-
-    def source(self, kind: str) -> Sequence[Sample | Edit]:
-        """Return the list that a row's index points into."""
-        return self.edits if kind == "augmented" and self.edits is not None else self.samples
-
-    def _read_or_next(self, row: Row) -> tuple[Tensor, int, list[tuple[str, str]]]:
-        source = self.source(row.kind)
-        failures: list[tuple[str, str]] = []
-        for offset in range(min(len(source), 100)):
-            index = (row.index + offset) % len(source)
-            try:
-                return self._read(row, source[index]), index, failures
-            except DataError as error:
-                failures.append((str(source[index].path), str(error)))
-        raise DataError(f"{failures[0][1]}; the {len(failures) - 1} images after it cannot be read either: check data.root")
-
-    def _read(self, row: Row, item: Sample | Edit) -> Tensor:
-        if self.stored is not None:
-            return self.stored(item.path)
-        operations = self.on_augmented if row.kind == "augmented" else self.on_train
-        box = item.box if self.box_crop and isinstance(item, Sample) else None
-        picture = self.reader.picture(item.path, box=box)
-        for number, operation in enumerate(operations):
-            picture = operation.on(picture, derived_seed(row.seed, number))
-        return self.reader.tensor(picture)

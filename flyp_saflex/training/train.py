@@ -1,4 +1,4 @@
-"""`flyp-saflex train`: finetune under accelerate, keep the best, lose nothing (floor 3).
+"""`flyp-saflex train`: finetune under accelerate, keep the best weights, lose nothing.
 
 A run is a sequence of phases (one, or for LP-FT a linear probe and then finetuning). The rows of every step are a pure
 function of seed and step, so the state to keep is the model, the optimiser, SAFLEX's gradient and a few counters.
@@ -13,25 +13,27 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from flyp_saflex.config import Config
+from flyp_saflex.data.registry import split_for
 from flyp_saflex.errors import DataError, RunError
-from flyp_saflex.images.decode import read_image
-from flyp_saflex.step.gradcache import Selecting, obstacle
-from flyp_saflex.step.step import StepLoss, StepResult
+from flyp_saflex.runtime import StopSignals
+from flyp_saflex.step.augmented_rows import StepResult
+from flyp_saflex.step.gradcache import obstacle
+from flyp_saflex.step.skip_dropped import Selecting
+from flyp_saflex.step.step import StepLoss
 from flyp_saflex.storage.run_folder import RunDir
-from flyp_saflex.tasks.clip_task import parameter_groups
+from flyp_saflex.tables import METHODS
 from flyp_saflex.training import checkpoint
-from flyp_saflex.training.distributed import processes_of, synchronised
-from flyp_saflex.training.model_selection import Selection, save_model
-from flyp_saflex.training.rows import RowBuilder, ValidationRows, read_steps
-from flyp_saflex.training.sampling import Batch, derived_seed
-from flyp_saflex.training.schedule import Phase, check_folder, device_name, make_accelerator, open_run, phases_of, plan_line
-from flyp_saflex.training.setup import Job, prepare
-from flyp_saflex.training.signals import StopSignals
+from flyp_saflex.training.batches import Batch, UnreadableFiles, read_steps
+from flyp_saflex.training.distributed import device_name, make_accelerator, processes_of, synchronised
+from flyp_saflex.training.model_selection import ModelSelection, save_model
+from flyp_saflex.training.rows import RowBuilder, ValidationRows
+from flyp_saflex.training.sampling import derived_seed
+from flyp_saflex.training.schedule import Phase, phases_of, plan_line
+from flyp_saflex.training.setup import Setup, prepare
 
 
 def train(config: Config, path: Path, *, resume: bool = False, limit: int | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -52,44 +54,56 @@ def train(config: Config, path: Path, *, resume: bool = False, limit: int | None
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     accelerator = make_accelerator(config, path)
-    check_folder(path, config, resume=resume, limit=limit)
+    checkpoint.check_folder(path, config, resume=resume, limit=limit)
     accelerator.wait_for_everyone()  # before one of them writes what the others check
-    job = prepare(config, limit=limit)
-    phases = phases_of(job)
-    for note in job.notes:
+    setup = prepare(config, limit=limit)
+    phases = phases_of(METHODS[config.train.method].phases, steps=setup.total_steps, probe_steps=config.train.probe_steps)
+    for note in setup.notes:
         accelerator.print(f"note: {note}")
-    accelerator.print(plan_line(job, phases, accelerator))
+    accelerator.print(plan_line(setup, phases, accelerator))
     if dry_run:
         accelerator.print("dry run: all checks passed")
         return {"steps": 0, "seconds": 0.0, "best": None, "unreadable": 0}
     with RunDir(path, lock=accelerator.is_main_process) as run:
         try:
-            state = open_run(run, config, accelerator, limit=limit)
-            return _Trainer(job, run, accelerator, phases, {"limit": limit}).fit(state)
+            state = checkpoint.open_run(run, config, accelerator, limit=limit)
+            return _Trainer(setup, run, accelerator, phases, {"limit": limit}).fit(state)
         finally:
             for tracker in accelerator.trackers:  # not `end_training`, which parts the processes: they may train again
                 tracker.finish()
 
 
 class _Trainer:
-    def __init__(self, job: Job, run: RunDir, accelerator: Accelerator, phases: list[Phase], environment: dict[str, Any]) -> None:
-        self.job, self.run, self.accelerator, self.phases, self.environment = job, run, accelerator, phases, environment
-        self.options = job.config.train
-        job.learner.to(accelerator.device)
-        self.store = job.store(accelerator.device)
-        if self.store is not None:
+    """The loop over phases and steps."""
+
+    def __init__(
+        self, setup: Setup, run: RunDir, accelerator: Accelerator, phases: list[Phase], environment: dict[str, Any]
+    ) -> None:
+        self.setup, self.run, self.accelerator, self.phases, self.environment = setup, run, accelerator, phases, environment
+        self.task, self.saflex, self.options = setup.task, setup.saflex, setup.config.train
+        self.network = self.task.network
+        self.network.to(accelerator.device)
+        self.cache = self.task.feature_cache(setup.config, setup.loader(progress=True), accelerator.device)
+        if self.cache is not None:
             with accelerator.main_process_first():
-                self.store.ensure([*job.dataset.train.samples, *(job.edits or ())])
-        self.selection = Selection(job, run, self.store, accelerator.device)
-        self.validation = ValidationRows(job, self.store, accelerator.device) if job.saflex else None
-        if job.saflex is not None:
-            job.saflex.watch.tell = accelerator.print
-        self.rows = RowBuilder(job, accelerator.device)
-        apart = not obstacle(job.learner, freeze_batchnorm=self.options.freeze_batchnorm)
-        self.selecting = Selecting(job.config.saflex.select if apart else "never")
+                self.cache.ensure([*setup.dataset.train.samples, *(setup.edits or ())])
+        self.selection = ModelSelection(
+            self.task,
+            split_for(setup.dataset, self.options.select_split, "select") if self.options.select_split else None,
+            self.cache or setup.loader(),
+            lowered=self.cache is not None,
+            metric=self.options.select_metric,
+            patience=self.options.patience,
+            folder=run.checkpoints,
+        )
+        self.validation = ValidationRows(setup, self.cache, accelerator.device) if self.saflex else None
+        if self.saflex is not None:
+            self.saflex.watch.tell = accelerator.print
+        self.rows = RowBuilder(setup, accelerator.device)
+        apart = not obstacle(self.network, freeze_batchnorm=self.options.freeze_batchnorm)
+        self.selecting = Selecting(setup.config.saflex.select if apart else "never")
         self.signals = StopSignals()
-        self.unreadable: dict[str, str] = {}
-        self.new_unreadable: dict[str, str] = {}
+        self.unreadable = UnreadableFiles(accelerator)
         self.decided_before: dict[str, Any] = {}
         self.buffers_before: dict[str, Tensor] = {}
         self.refreshed = -1
@@ -109,37 +123,34 @@ class _Trainer:
                     step = self._run_phase(phase, step, optimizer_state, bar)
             self._finish(step)
         best = self.selection.best
-        return {"steps": step, "seconds": self.seconds, "best": best and best["value"], "unreadable": len(self.unreadable)}
+        return {
+            "steps": step,
+            "seconds": self.seconds,
+            "best": best and best["value"],
+            "unreadable": len(self.unreadable.reasons),
+        }
 
     def _run_phase(self, phase: Phase, step: int, optimizer_state: dict[str, Any] | None, bar: tqdm) -> int:
-        job, options, accelerator = self.job, self.options, self.accelerator
-        job.learner.freeze(
-            text=options.freeze_text,
-            image=options.freeze_image,
-            token_embedding=options.freeze_token_embedding,
-            only_head=phase.only_head,
-        )
-        if options.gradient_checkpointing:
-            job.learner.tower.checkpointing = True
-            job.clip.model.set_grad_checkpointing(True)  # the text tower; the image tower's blocks are run by ours
-        if job.saflex is not None and step == phase.start:  # the gradient of the phase before has other parameters
-            job.saflex.reset()
-            self.refreshed = -1
-        if step == phase.start:
+        setup, options, accelerator = self.setup, self.options, self.accelerator
+        self.task.begin_phase(only_head=phase.only_head)
+        if step == phase.start:  # the gradient of the phase before has other parameters
             self.selecting.reset()
+            if self.saflex is not None:
+                self.saflex.reset()
+                self.refreshed = -1
         optimizer = torch.optim.AdamW(
-            parameter_groups(job.learner, lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay),
+            self.task.parameter_groups(lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay),
             betas=options.betas,
             eps=options.eps,
             fused=True,  # on a CPU nine times as fast as one operation after another
         )
-        model, optimizer = accelerator.prepare(job.learner, optimizer)
+        model, optimizer = accelerator.prepare(self.network, optimizer)
         if optimizer_state is not None:
             optimizer.load_state_dict(optimizer_state)
         step_loss = self._step_loss(model)
-        for batches in read_steps(job, self.store, step, phase.end, accelerator.process_index, accelerator.num_processes):
+        for batches in read_steps(setup, self.cache, step, phase.end, accelerator.process_index, accelerator.num_processes):
             started = time.monotonic()
-            self._note_unreadable(batches)
+            self.unreadable.note(batches)
             rate = phase.rate(step, options.warmup_steps, options.min_lr / options.lr)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * rate
@@ -155,33 +166,44 @@ class _Trainer:
         accelerator.free_memory(optimizer)
         return step
 
+    def _step_loss(self, model: Any) -> StepLoss:
+        config = self.setup.config
+        return StepLoss(
+            self.task,
+            self.setup.objective,
+            model,
+            saflex=self.saflex,
+            upstream_filter=config.augment.filter,
+            keep_fraction=config.augment.keep_fraction,
+            processes=processes_of(self.accelerator),
+            rows_at_once=config.train.rows_at_once,
+            selecting=self.selecting,
+        )
+
     def _refresh(self, step: int, step_loss: StepLoss) -> None:
         """Take SAFLEX's validation gradient if it is due; once per step, also where a run that diverged is resumed."""
-        saflex = self.job.saflex
-        if saflex is None or self.validation is None or not self.job.num_augmented:
+        if self.saflex is None or self.validation is None or not self.setup.num_augmented:
             return
-        if saflex.due(step) and self.refreshed != step:
-            step_loss.refresh(self.validation.at(step, saflex.settings))
+        if self.saflex.due(step) and self.refreshed != step:
+            step_loss.refresh(self.validation.at(step, self.saflex.settings))
             self.refreshed = step
 
     def _optimise(
         self, step: int, batches: list[Batch], model: Any, optimizer: Any, step_loss: StepLoss
     ) -> tuple[list[StepResult], float]:
-        """One optimiser step over the accumulated parts; a bad loss leaves parameters and buffers as they were."""
-        job, options, accelerator = self.job, self.options, self.accelerator
-        torch.manual_seed(derived_seed(job.config.seed, "step", step))  # dropout, if the model has any
-        job.learner.set_mode(training=True, freeze_batchnorm=options.freeze_batchnorm)
+        """Take one optimiser step over the accumulated parts; a bad loss leaves parameters and buffers as they were."""
+        seed, options, accelerator = self.setup.config.seed, self.options, self.accelerator
+        torch.manual_seed(derived_seed(seed, "step", step))  # dropout, if the model has any
+        self.network.set_mode(training=True, freeze_batchnorm=options.freeze_batchnorm)
         self.decided_before = self._decided()
-        self.buffers_before = {} if options.freeze_batchnorm else {k: value.clone() for k, value in job.learner.named_buffers()}
-        template = derived_seed(job.config.seed, "template", step) % job.captions.num_templates
-        columns_K = job.class_captions(template).to(accelerator.device)
-        generator = torch.Generator().manual_seed(derived_seed(job.config.seed, "filter", step))
+        self.buffers_before = {} if options.freeze_batchnorm else {k: value.clone() for k, value in self.network.named_buffers()}
+        generator = torch.Generator().manual_seed(derived_seed(seed, "filter", step))
         results = []
         for part, batch in enumerate(batches):
             rows = self.rows.build(batch, step, part)
             with synchronised(accelerator, model, last=part == len(batches) - 1):
                 with accelerator.autocast():
-                    result = step_loss(rows, class_columns_K=columns_K, generator=generator)
+                    result = step_loss(rows, seed=derived_seed(seed, "template", step), generator=generator)
                 loss = float(result.loss.detach())
                 if not loss <= options.max_loss:
                     self._stop_diverged(step, "loss", loss, batches, optimizer)
@@ -194,14 +216,12 @@ class _Trainer:
             results.append(result)
         norm = float("nan")
         if options.clip_norm:
-            norm = float(accelerator.clip_grad_norm_(job.learner.parameters(), options.clip_norm))
+            norm = float(accelerator.clip_grad_norm_(self.network.parameters(), options.clip_norm))
             if not math.isfinite(norm) and options.precision != "fp16":  # fp16's scaler skips such a step by itself
                 self._stop_diverged(step, "gradient norm", norm, batches, optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if options.method in ("flyp", "ce-text"):
-            with torch.no_grad():
-                job.clip.model.logit_scale.clamp_(max=math.log(100))  # as CLIP was trained
+        self.task.after_step()
         return results, norm
 
     def _after(
@@ -220,8 +240,8 @@ class _Trainer:
             row = self.selection.evaluate(step, candidate=final, keeper=self.accelerator.is_main_process)
             if row and self.accelerator.is_main_process:
                 self.run.append_metrics(row)
-        stopping = self._agree()
-        too_many = len(self.unreadable) > self.job.config.data.max_unreadable * len(self.job.dataset.train)
+        stopping = self.unreadable.agree(self.signals.requested)
+        too_many = len(self.unreadable.reasons) > self.setup.config.data.max_unreadable * len(self.setup.dataset.train)
         due = options.checkpoint_every and step % options.checkpoint_every == 0
         if due or last or stopping or too_many or self.selection.exhausted:
             self._save(step, optimizer)
@@ -239,75 +259,59 @@ class _Trainer:
             "loss": loss,
             "lr": (options.head_lr if phase.only_head else options.lr) * rate,
             "grad_norm": norm if math.isfinite(norm) else None,
-            "logit_scale": float(self.job.clip.model.logit_scale.detach().exp()),
+            **self.task.log_row(),
             "seconds": self.seconds,
         }
-        if self.job.num_augmented:
+        if self.setup.num_augmented:
             weights_A = torch.cat([result.weights_A for result in results])
             row["kept_fraction"] = float((weights_A > 0).float().mean())
             row["selected"] = any(result.selected for result in results)
-        if self.job.saflex is not None and self.job.num_augmented:
-            row |= self.job.saflex.log_row()
+        if self.saflex is not None and self.setup.num_augmented:
+            row |= self.saflex.log_row()
         if self.accelerator.is_main_process:
             self.run.append_metrics(row)
             self.accelerator.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=step)
-
-    def _step_loss(self, model: Any) -> StepLoss:
-        job, accelerator = self.job, self.accelerator
-        return StepLoss(
-            job.learner,
-            model,
-            caption_tokens_ML=job.tokens_ML.to(accelerator.device),
-            class_captions_K=job.class_captions().to(accelerator.device),
-            contrastive=job.config.train.method == "flyp",
-            proxies=job.config.train.proxies,
-            saflex=job.saflex,
-            upstream_filter=job.config.augment.filter,
-            keep_fraction=job.config.augment.keep_fraction,
-            processes=processes_of(accelerator),
-            rows_at_once=job.config.train.rows_at_once,
-            selecting=self.selecting,
-        )
 
     def _save(self, step: int, optimizer: Any) -> None:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state = {
-                "learner": self.job.learner.state_dict(),
+                "learner": self.network.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 **self._decided(),
                 "refreshed": self.refreshed,
                 "selection": self.selection.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-                "unreadable": self.unreadable,
+                "unreadable": self.unreadable.reasons,
                 "seconds": self.seconds,
             }
             checkpoint.save(self.run.checkpoints, step, state, keep=self.options.keep_checkpoints)
 
     def _decided(self) -> dict[str, Any]:
-        """Return what deciding about augmented rows goes on from."""
-        saflex = self.job.saflex.state_dict() if self.job.saflex is not None else None
+        """Return the state that decisions about augmented rows go on from."""
+        saflex = self.saflex.state_dict() if self.saflex is not None else None
         return {"saflex": saflex, "selecting": self.selecting.state_dict()}
 
     def _restore_decided(self, state: dict[str, Any]) -> None:
-        if self.job.saflex is not None:
-            self.job.saflex.load_state_dict(_to(state["saflex"], self.accelerator.device))
+        if self.saflex is not None:
+            self.saflex.load_state_dict(checkpoint.moved(state["saflex"], self.accelerator.device))
         self.selecting.load_state_dict(state["selecting"])
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.job.learner.load_state_dict(state["learner"])
+        self.network.load_state_dict(state["learner"])
+        self.task.weights_changed()
         self._restore_decided(state)
         self.refreshed = state["refreshed"]
         self.selection.load_state_dict(state["selection"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.unreadable = {path: reason for path, reason in state["unreadable"].items() if not _readable(path)}
+        self.unreadable.restore(state["unreadable"])
         self.seconds = state["seconds"]
 
     def _finish(self, step: int) -> None:
         if self.accelerator.is_main_process:
             self.selection.install_best()
-            save_model(self.job, self.run)
+            save_model(self.task, self.run)
             self._write_environment(step)
             self.run.mark_done()
             best = self.selection.best
@@ -317,9 +321,9 @@ class _Trainer:
                 else "last weights kept"
             )
             self.accelerator.print(f"done: {step} steps in {self.seconds:.0f} s, {chosen}; model in {self.run.model}")
-            if self.unreadable:
+            if self.unreadable.reasons:
                 self.accelerator.print(
-                    f"{len(self.unreadable)} images could not be read and were replaced: see {self.run.path / 'env.json'}"
+                    f"{len(self.unreadable.reasons)} images could not be read and were replaced: see {self.run.path / 'env.json'}"
                 )
         self.accelerator.wait_for_everyone()
 
@@ -327,7 +331,7 @@ class _Trainer:
         self.run.write_environment(
             seconds=self.seconds,
             steps=step,
-            unreadable=self.unreadable,
+            unreadable=self.unreadable.reasons,
             processes=self.accelerator.num_processes,
             device=device_name(self.accelerator.device),
             **self.environment,
@@ -335,7 +339,7 @@ class _Trainer:
 
     def _stop_diverged(self, step: int, what: str, value: float, batches: list[Batch], optimizer: Any) -> None:
         for name, before in self.buffers_before.items():
-            self.job.learner.get_buffer(name).copy_(before)
+            self.network.get_buffer(name).copy_(before)
         self._restore_decided(self.decided_before)
         self._save(step, optimizer)
         names = [identity for batch in batches for identity in self.rows.names(batch)]
@@ -350,42 +354,9 @@ class _Trainer:
     def _stop_unreadable(self, step: int) -> None:
         if self.accelerator.is_main_process:
             self._write_environment(step)
-        first = next(iter(self.unreadable.values()))
+        reasons = self.unreadable.reasons
         raise DataError(
-            f"{len(self.unreadable)} training images cannot be read, more than data.max_unreadable = "
-            f"{self.job.config.data.max_unreadable} allows; the state after step {step} is saved: mend them or raise "
-            f"data.max_unreadable and go on with --resume; first: {first}"
+            f"{len(reasons)} training images cannot be read, more than data.max_unreadable = "
+            f"{self.setup.config.data.max_unreadable} allows; the state after step {step} is saved: mend them or raise "
+            f"data.max_unreadable and go on with --resume; first: {next(iter(reasons.values()))}"
         )
-
-    def _note_unreadable(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            for path, reason in batch.unreadable:
-                if path not in self.unreadable and path not in self.new_unreadable:
-                    self.new_unreadable[path] = reason
-                    tqdm.write(f"skipped: {reason}")
-
-    def _agree(self) -> bool:
-        """Share unreadable files among processes; return whether one of them was told to stop."""
-        stopping = self.signals.requested
-        if self.accelerator.num_processes > 1:
-            flags = torch.tensor([[stopping, bool(self.new_unreadable)]], dtype=torch.long, device=self.accelerator.device)
-            stopping, any_new = (bool(flag) for flag in self.accelerator.gather(flags).any(dim=0))
-            for news in gather_object([self.new_unreadable]) if any_new else ():
-                self.unreadable |= news
-        self.unreadable |= self.new_unreadable
-        self.new_unreadable = {}
-        return stopping
-
-
-def _readable(path: str) -> bool:
-    try:
-        read_image(Path(path))
-    except DataError:
-        return False
-    return True
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return {key: _to(item, device) for key, item in value.items()} if isinstance(value, dict) else value

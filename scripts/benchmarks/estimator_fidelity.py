@@ -34,8 +34,9 @@ from flyp_saflex.saflex.closed_form import soft_labels, spread
 from flyp_saflex.saflex.estimators import fidelity
 from flyp_saflex.step.step import StepLoss, Validation
 from flyp_saflex.tasks.clip_task import parameter_groups
-from flyp_saflex.tasks.proxy_classes import Rows
-from flyp_saflex.training.rows import RowBuilder, ValidationRows, read_steps
+from flyp_saflex.tasks.task import Rows
+from flyp_saflex.training.batches import read_steps
+from flyp_saflex.training.rows import RowBuilder, ValidationRows
 from flyp_saflex.training.setup import Job, prepare
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

@@ -28,7 +28,7 @@ from flyp_saflex.clip.model import load_clip
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step.step import StepLoss, Validation
 from flyp_saflex.tasks.clip_task import Learner
-from flyp_saflex.tasks.proxy_classes import Rows
+from flyp_saflex.tasks.task import Rows
 
 MODELS = {
     "tiny": (f"local-dir:{TINY_CLIP}", "", 32),

@@ -107,7 +107,7 @@ def compare(size: tuple[int, int], folder: Path, repeats: int) -> dict[str, floa
     width, height = size
     path = folder / f"{width}x{height}.jpg"
     photo(width, height, seed=sum(size)).save(path, quality=QUALITY)
-    sample = Sample(sample_id=path.name, path=path, label=0)
+    sample = Sample(sample_id=path.name, item=path, label=0)
     copies = folder / f"copies-{width}x{height}"
     materialise([sample], copies, dataset="benchmark", shorter_side_px=COPY_PX)
     scaled = ImageReader(TORCHVISION, SETTINGS, scaled=True)

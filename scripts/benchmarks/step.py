@@ -34,7 +34,7 @@ from flyp_saflex.data.class_prompts import load_prompts
 from flyp_saflex.evaluation.predict import autocast
 from flyp_saflex.runtime import keep_freed_memory
 from flyp_saflex.saflex.saflex import Saflex
-from flyp_saflex.step.gradcache import Selecting
+from flyp_saflex.step.skip_dropped import Selecting
 from flyp_saflex.step.step import Rows, StepLoss
 from flyp_saflex.tasks.clip_task import Learner, parameter_groups
 

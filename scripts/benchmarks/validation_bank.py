@@ -27,14 +27,15 @@ from estimator_fidelity import SHARED, pacs_job, tiny_job
 from torch import Tensor
 from torch.func import functional_call
 
+from flyp_saflex.presets import SaflexSettings
 from flyp_saflex.saflex import jvp
 from flyp_saflex.saflex.estimators import fidelity
 from flyp_saflex.saflex.saflex import Saflex
-from flyp_saflex.saflex.settings import SaflexSettings
 from flyp_saflex.step.step import StepLoss
 from flyp_saflex.tasks.clip_task import parameter_groups
-from flyp_saflex.tasks.proxy_classes import Rows
-from flyp_saflex.training.rows import RowBuilder, ValidationRows, read_steps
+from flyp_saflex.tasks.task import Rows
+from flyp_saflex.training.batches import read_steps
+from flyp_saflex.training.rows import RowBuilder, ValidationRows
 from flyp_saflex.training.setup import Job
 
 CPU = torch.device("cpu")

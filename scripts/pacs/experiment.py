@@ -19,7 +19,8 @@ from flyp_saflex import AugmentCache, recipe, runtime
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.filtering.alia import confidence_filter, confident_thresholds
-from flyp_saflex.storage import run_folder
+from flyp_saflex.storage.files import write_json
+from flyp_saflex.storage.run_folder import environment
 from flyp_saflex.training.setup import prepare
 from flyp_saflex.training.train import train
 
@@ -186,7 +187,7 @@ def main() -> None:
         for rate in options.rates:
             for name in options.conditions:
                 run_one(options, name, seed, rate)
-    run_folder.write_json(options.out / f"environment-{worker}.json", run_folder.environment())
+    write_json(options.out / f"environment-{worker}.json", environment())
 
 
 if __name__ == "__main__":

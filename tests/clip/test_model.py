@@ -60,7 +60,7 @@ def size_of(name):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_parts_are_the_tower(towers, name):
-    """To the last bit where its own modules run, to 1e-12 in float64 where `method/blocks.py` runs its blocks."""
+    """To the last bit where its own modules run, to 1e-12 in float64 where `clip/blocks.py` runs its blocks."""
     visual, blocks = deepcopy(towers(name)).double(), TOWERS[name][1]
     images = torch.randn(3, 3, size_of(name), size_of(name), dtype=torch.float64)
     assert num_blocks(visual) >= 2

@@ -53,7 +53,7 @@ def test_usual_conditions_end_in_three_answers_on_top_of_the_report(study, tmp_p
     assert (out / "report.md").read_text(encoding="utf-8").startswith(lines[0])
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.index(questions[0]) < page.index(questions[1]) < page.index("<h2")
-    assert "is no seed of the same experiment" not in page
+    assert "is not another seed of" not in page
     printed = capsys.readouterr().out
     assert lines[1] in printed
     assert "ALIA" in printed  # no scores: said, not skipped in silence
@@ -190,7 +190,11 @@ def test_bad_input_is_one_line_before_anything_is_run(study, tmp_path, condition
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("compare.seeds=[]", "compare.seeds: Expected `array` of length >= 1"), ("compare.seed=1", "did you mean 'compare.seeds'?")],
+    [
+        ("compare.seeds=[]", "compare.seeds: Expected `array` of length >= 1"),
+        ("compare.seed=1", "did you mean 'compare.seeds'?"),
+        ("compare.metric=acuracy", "compare.metric = 'acuracy': expected one of accuracy"),
+    ],
 )
 def test_mistakes_in_the_section_are_found_when_the_recipe_is_read(study, override, words):
     with pytest.raises(UserError, match="recipe folder") as caught:

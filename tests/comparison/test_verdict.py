@@ -14,9 +14,9 @@ from flyp_saflex.evaluation.statistics import seeds_to_settle
 FLAT = (0.5, 0.5, 0.5, 0.5)
 
 
-def planted(name, test=FLAT, select=FLAT, seconds=(1.0, 1.0, 1.0, 1.0), machines=("cpu",) * 4, edits=""):
+def planted(name, test=FLAT, select=FLAT, seconds=(1.0, 1.0, 1.0, 1.0), machines=("cpu",) * 4, edits="", metric="accuracy"):
     by_seed = [dict(enumerate(values)) for values in (test, select, seconds, machines)]
-    return Outcome(Condition(name, role_of(name), edits, ()), *by_seed)
+    return Outcome(Condition(name, role_of(name), edits, ()), metric, *by_seed)
 
 
 def above(points, spread=0.1):
@@ -124,7 +124,7 @@ def test_missing_seeds_are_told_as_a_number_up_to_two_hundred():
 
 
 def test_one_seed_has_no_interval_and_says_so():
-    lines = verdict([planted("no-edits", (0.5,)), planted("trusted", (0.9,))], measure="accuracy", select="id_val")
+    lines = verdict([planted("no-edits", (0.5,)), planted("trusted", (0.9,))], measure="night", select="id_val")
     assert "Not shown at n = 1: trusted against no-edits" in lines[0]
     assert "+40.0 points, one seed: no interval" in lines[0]
     assert any(line.startswith("One seed has no interval") for line in lines)
@@ -142,13 +142,33 @@ def test_cost_is_the_median_over_seeds_of_ratios_on_one_machine():
 
 @pytest.mark.parametrize("names", [("trusted",), ("no-edits",), ("mine",)])
 def test_what_cannot_be_asked_is_said(names):
-    lines = verdict([planted(name) for name in names], measure="accuracy", select="id_val")
+    lines = verdict([planted(name) for name in names], measure="night", select="id_val")
     assert all("Not asked" in line for line in lines[:3])
 
 
 def test_controls_are_told_below_the_answers():
     outcomes = [planted("saflex", above(2)), planted("permuted"), planted("oracle", above(5)), planted("zero-shot")]
-    text = "\n".join(verdict(outcomes, measure="accuracy", select="id_val")[3:])
+    text = "\n".join(verdict(outcomes, measure="night", select="id_val")[3:])
     assert "the gains of other rows (permuted): yes, +2.0" in text
     assert "the oracle (oracle): no, -3.0" in text
     assert "the pretrained model (zero-shot): yes, +2.0" in text
+
+
+def test_a_metric_that_is_the_better_the_less_is_compared_by_improvement():
+    outcomes = [
+        planted("trusted", above(0), select=above(0), metric="ece"),
+        planted("filter-a", above(-3), select=above(-2), metric="ece"),
+        planted("filter-b", above(3), select=above(2), metric="ece"),
+        planted("saflex", above(-5, -0.1), metric="ece"),
+    ]
+    lines = verdict(outcomes, measure="night", select="id_val")
+    assert lines[1].startswith("Does SAFLEX earn its keep? Yes (n = 4): against trusting every edit (trusted) yes, +5.0")
+    assert "(filter-a) yes, +2.0" in lines[1]
+    assert "Calibration error on night, the less the better" in lines[3]
+
+
+def test_sets_of_edits_have_answers_of_their_own():
+    outcomes = [planted("no-edits"), planted("trusted @ a", above(2), edits="a"), planted("trusted @ b", above(-2), edits="b")]
+    lines = verdict(outcomes, measure="night", select="id_val")
+    assert lines[0].startswith("[a] Are edits worth having? Yes (n = 4): trusted @ a against no-edits")
+    assert lines[3].startswith("[b] Are edits worth having? No (n = 4): trusted @ b against no-edits")

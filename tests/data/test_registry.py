@@ -17,7 +17,7 @@ from flyp_saflex.records import Dataset, Sample, Split
 
 
 def sample(name: str, label: int = 0) -> Sample:
-    return Sample(sample_id=name, path=Path(name), label=label)
+    return Sample(sample_id=name, item=Path(name), label=label)
 
 
 def split(name: str, labels: list[int], role="train", shift="id") -> Split:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from flyp_saflex import recipe
-from flyp_saflex.demo.world import TEST_PLACES, TRAIN_PLACES, VAL_PLACES
-from flyp_saflex.prompting.edit_prompts import load_edit_prompts
-from flyp_saflex.errors import RunError, UserError
 from flyp_saflex.comparison import compare as runs
 from flyp_saflex.demo import demo as module
 from flyp_saflex.demo.demo import LABELS, SAFLEX, TRUSTED, demo, summary
+from flyp_saflex.demo.world import TEST_PLACES, TRAIN_PLACES, VAL_PLACES
+from flyp_saflex.errors import RunError, UserError
+from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 
 TINY = {"num_images": 400, "steps": 3}
 

@@ -10,14 +10,14 @@ import torch
 from safetensors import safe_open
 
 from flyp_saflex.assets import TINY_CLIP
-from flyp_saflex.demo.world import CLASSES, write_world
-from flyp_saflex.config import DataConfig
-from flyp_saflex.images.loader import ImageLoader
-from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.clip.model import Clip, load_clip
+from flyp_saflex.clip.zero_shot import zero_shot_head
+from flyp_saflex.config import DataConfig
+from flyp_saflex.data.registry import load_dataset
+from flyp_saflex.demo.world import CLASSES, write_world
 from flyp_saflex.evaluation.metrics import accuracy
 from flyp_saflex.evaluation.predict import Head, clip_predictor, predict
-from flyp_saflex.clip.zero_shot import zero_shot_head
+from flyp_saflex.images.loader import ImageLoader
 
 
 @pytest.fixture(scope="module")

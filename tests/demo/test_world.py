@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flyp_saflex.demo.scene import render
-from flyp_saflex.demo.world import CLASSES, SPLITS, TEMPLATES, Shot, plan, read_scenes, write_world
 from flyp_saflex.config import DataConfig
 from flyp_saflex.data.wilds import read_iwildcam
+from flyp_saflex.demo.scene import render
+from flyp_saflex.demo.world import CLASSES, SPLITS, TEMPLATES, Shot, plan, read_scenes, write_world
 from flyp_saflex.errors import DataError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -19,12 +20,14 @@ import pytest
 from PIL import Image
 
 from flyp_saflex import cli, recipe
+from flyp_saflex.config import EditorConfig
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.editing import generate as stage
-from flyp_saflex.editing.diffusers_editor import load_editor, resolve
 from flyp_saflex.editing.edit_images import edit_dataset, flaw
+from flyp_saflex.editing.editor import load_editor
 from flyp_saflex.editing.generate import generate
 from flyp_saflex.editing.plan import Wording, draw_wordings, edit_seed, plan_edits
+from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import ConfigError, DataError, ModelError
 from flyp_saflex.prompting.edit_prompts import EditText
 from flyp_saflex.storage.augment_cache import AugmentCache
@@ -48,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 
 class TintEditor:
-    """An editor of no time: colours the source by text and seed, and, as rounding does, a little by its company in the batch."""
+    """An instant editor: colours the source by text and seed, and one pixel by its batch, as rounding does."""
 
     def __init__(self, config, *, seconds: float = 0.0, refuse=lambda text: None) -> None:
         self.settings, self.identity = resolve(config), {"model": "tint", "revision": "1"}
@@ -113,7 +116,7 @@ def tint(monkeypatch: pytest.MonkeyPatch):
 
 
 def tree(entry: Path) -> dict[str, bytes]:
-    """Everything in an entry but sheets, whose names count what one process made, and the lock."""
+    """Files of an entry, without the lock and the sheets, whose names depend on the process."""
     return {
         str(path.relative_to(entry)): path.read_bytes()
         for path in sorted(entry.rglob("*"))
@@ -223,6 +226,19 @@ def test_other_settings_make_another_entry(config, tint):
     assert len(list(home.iterdir())) == 6, "neither changes what is made"
 
 
+def test_settings_of_an_entry_hold_every_option_that_decides_how_an_edit_looks(config, tint):
+    entry = generate(config())
+    stated = json.loads((entry / "settings.json").read_text())
+    assert list(stated) == [
+        "dataset", "kind", "model", "revision", "steps", "guidance", "image_guidance", "strength", "negative_prompt", "scheduler",
+        "size_px", "precision", "safety_checker", "seed", "per_text", "texts_per_image", "image_format", "texts", "identity",
+    ]  # fmt: skip
+    without_say = {"prompts", "batch_size", "compile", "sheet_every"}  # the texts themselves are stated
+    assert {field.name for field in dataclasses.fields(EditorConfig)} - without_say == stated.keys() & (
+        {field.name for field in dataclasses.fields(EditorConfig)}
+    )
+
+
 def test_settings_of_an_entry_cannot_change(config, tint, tmp_path):
     entry = generate(config("cache.key=mine"))
     with pytest.raises(
@@ -268,7 +284,7 @@ def test_jpeg_limit_and_sheets(config, tint):
 
 
 def kill_and_restart(run, kills: int, killer) -> int:
-    """Start a run again and again and kill it so many times, then let it end; return how often a kill came in time."""
+    """Start a run and kill it `kills` times, then let it end; return how many kills came in time."""
     in_time = 0
     for number in range(kills):
         pid = forked(lambda number=number: (killer(number), run()))
@@ -278,7 +294,7 @@ def kill_and_restart(run, kills: int, killer) -> int:
 
 
 def kill_at_write(left: int, *, before: bool) -> None:
-    """Have this process killed before or after its `left`-th call that writes for good."""
+    """Kill this process before or after its `left`-th call of fsync, replace or rmtree."""
 
     def deadly(real):
         def call(*args, **kwargs):
@@ -371,7 +387,7 @@ def test_processes_at_the_same_time_equal_one(config, tint, tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_shares_the_work(options, config, tiny_editor, tmp_path):
-    """Through the command line, with real diffusers in two processes, which share job 1 of 2: parts 2 and 3 of 4."""
+    """Real diffusers through the command line: two processes share job 1 of 2, parts 2 and 3 of 4."""
     options = [*options, f"editor.model={tiny_editor('instruct-pix2pix')}"]
     whole = tree(generate(recipe.load("folder", [*options, f"cache.root={tmp_path / 'one'}"])))
     sets = [part for option in options for part in ("--set", option)]
@@ -416,7 +432,7 @@ def test_a_signal_stops_after_the_batch(config, tint, capsys):
         generate(config())
     entry = next((Path(config().cache.root) / "folder").iterdir())
     assert len(loaded[0].requests) == len(rows(entry)) == 5
-    assert "is not finished: the same command goes on" in capsys.readouterr().out
+    assert "is not finished: run the same command again to continue" in capsys.readouterr().out
     tint()
     assert len(rows(generate(config()))) == 36
     assert len(loaded[1].requests) == 31
@@ -582,11 +598,13 @@ def test_broken_manifests(config, tint):
 
 def test_bad_recipes(config, options, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert cli.main(["generate", "folder", "--set", "editor.kind=pix2pix"]) == 2
-    assert "editor.kind: Invalid enum value 'pix2pix'" in capsys.readouterr().err
+    for more in ([], ["--dry-run"]):
+        assert cli.main(["generate", "folder", "--set", "editor.kind=pix2pix", *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "editor.kind = pix2pix: there is no such editor; did you mean 'instruct-pix2pix'?" in line
     with pytest.raises(ModelError, match=r"^editor\.model = no/such-editor"):
         generate(config("editor.model=no/such-editor"))
-    with pytest.raises(ConfigError, match="inpaint keeps what is in an object's box, but the images of 'folder' have none"):
+    with pytest.raises(ConfigError, match="inpaint needs the object's box, but the images of 'folder' have none"):
         generate(config("editor.kind=inpaint"))
     with pytest.raises(ConfigError, match="box_crop"):
         generate(config("editor.kind=inpaint", "data.box_crop=true"))
@@ -662,7 +680,7 @@ def test_inpaint_and_the_library(config, tiny_editor):
 
 
 def test_the_batch_size_changes_no_edit_beyond_rounding(config, tiny_editor, tmp_path):
-    """In float32 a batch of 16 sums in another order than batches of 1: at most 2 of 255, measured 1."""
+    """Batches of 16 and 1 sum in another order: in float32 at most 2 of 255, measured 1."""
     options = [f"editor.model={tiny_editor('instruct-pix2pix')}"]
     one = generate(config(*options, "editor.batch_size=1"), limit=6)
     many = generate(config(*options, "editor.batch_size=16", f"cache.root={tmp_path / 'many'}"), limit=6)

@@ -1,7 +1,7 @@
-"""Diffusers pipelines small enough for tests: seeded random weights, real classes, a few hundred kilobytes a folder.
+"""Tiny diffusers pipelines for tests: real classes, seeded random weights, a few hundred kilobytes per folder.
 
-The UNet has one downsampling, the VAE two: a grid of 4 pixels. What comes out is coloured noise that depends on the image,
-the text and the seed, which is all that tests of the plumbing need.
+The UNet has one downsampling, the VAE two: a grid of 4 pixels. An edit is coloured noise that depends on the image, the text
+and the seed; these tests need no more.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def build_tiny_editor(folder: Path, kind: str, *, safety_checker: str = "") -> P
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Return a tokenizer without merges: a token a letter."""
+    """Return a tokenizer without merges: one token per letter."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[], model_max_length=CONTEXT_TOKENS)
@@ -143,7 +143,7 @@ def build_safety_checker(verdict: str) -> StableDiffusionSafetyChecker:
 
 
 def build_tiny_kontext(folder: Path) -> Path:
-    """Write a newer instruction editor's folder: FLUX Kontext, a transformer that is given packed latents of text and image."""
+    """Write the folder of a FLUX Kontext pipeline, a transformer over packed latents of text and image."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = build_tokenizer()

@@ -274,7 +274,7 @@ def test_a_quick_look_writes_no_scores(config: Config, edits: AugmentCache, caps
     numbers = filter_edits(config, limit=3)
     assert numbers["edits"] == 6
     assert not (edits.folder / "scores.jsonl").exists()
-    assert "a quick look at 6 of 24 edits" in capsys.readouterr().out
+    assert "--limit: only 6 of 24 edits are scored" in capsys.readouterr().out
 
 
 def test_a_few_shot_recipe_scores_every_edit(config: Config, edits: AugmentCache):
@@ -446,7 +446,7 @@ def test_two_processes_equal_one(config: Config, options: list[str], edits: Augm
 
 @pytest.mark.slow
 def test_foreign_classes_in_the_cache_are_seen_by_filter_and_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A drawn world with an edit of every training picture, 40 % of them with another species: the truth is known.
+    """In a drawn world 40 % of the edits show another species, so the truth is known.
 
     The confidence filter asks a tiny CLIP finetuned on the clean pictures; training reads the cache with and without it.
     """

@@ -24,7 +24,7 @@ def samples(tmp_path: Path) -> list[Sample]:
     for index in range(10):
         path = tmp_path / f"{index}.png"
         Image.new("RGB", (8, 8), (index * 20, 0, 0)).save(path)
-        rows.append(Sample(sample_id=path.name, path=path, label=0, box=(0, 0, 4, 4)))
+        rows.append(Sample(sample_id=path.name, item=path, label=0, box=(0, 0, 4, 4)))
     return rows
 
 

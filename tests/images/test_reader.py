@@ -23,7 +23,8 @@ from flyp_saflex.images.decode import read_image, read_picture
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import ImageReader, open_reader
 from flyp_saflex.records import Sample
-from flyp_saflex.training.sampling import BatchReader, Plan
+from flyp_saflex.training.batches import BatchReader
+from flyp_saflex.training.sampling import Plan
 
 SIDE = 48
 SETTINGS = {"size": SIDE, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0], "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -228,7 +229,7 @@ def test_broken_files_fail_alike(tmp_path, monkeypatch):
 def samples(tmp_path: Path) -> list[Sample]:
     paths = [save(tmp_path / f"{n}.jpg", photo(261 + n, 241 + 3 * n, seed=n)) for n in range(8)]
     paths[3].write_bytes(b"no image")
-    return [Sample(sample_id=path.name, path=path, label=0, box=(10, 10, 230, 225)) for path in paths]
+    return [Sample(sample_id=path.name, item=path, label=0, box=(10, 10, 230, 225)) for path in paths]
 
 
 @pytest.mark.parametrize("box_crop", [False, True])

@@ -64,7 +64,7 @@ def samples(tmp_path: Path) -> list[Sample]:
         "rgba.png",
         "broken.jpg",
     )
-    return [Sample(sample_id=name, path=root / name, label=0, box=(11, 9, 70, 51)) for name in names]
+    return [Sample(sample_id=name, item=root / name, label=0, box=(11, 9, 70, 51)) for name in names]
 
 
 def make(samples, folder, **options):
@@ -237,7 +237,7 @@ def test_what_is_damaged_is_named(samples, tmp_path):
     assert copies.picture(samples[1].path, None) is not None
     shard.write_bytes(bytes(data[:500]))
     with pytest.raises(DataError, match="500 bytes, its index expects"):
-        make([*samples, Sample(sample_id="new", path=samples[0].path, label=0)], folder)
+        make([*samples, Sample(sample_id="new", item=samples[0].path, label=0)], folder)
     shard.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         open_copies(samples, folder).picture(samples[0].path, None)
@@ -306,5 +306,5 @@ def test_a_reader_takes_copies_where_there_are_any(samples, tmp_path, scaled):
 def test_a_moved_dataset_keeps_its_copies(samples, tmp_path):
     make(samples, tmp_path / "copies")
     shutil.copytree(tmp_path / "images", tmp_path / "moved")  # keeps the times of change
-    moved = [Sample(sample_id=s.sample_id, path=tmp_path / "moved" / s.sample_id, label=0) for s in samples]
+    moved = [Sample(sample_id=s.sample_id, item=tmp_path / "moved" / s.sample_id, label=0) for s in samples]
     assert open_copies(moved, tmp_path / "copies").found == 8

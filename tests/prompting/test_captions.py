@@ -23,7 +23,7 @@ def dataset(tiny_images_dir: Path) -> Dataset:
 
 def samples(*counts: int) -> list[Sample]:
     return [
-        Sample(sample_id=f"{label}/{number}", path=Path("x"), label=label)
+        Sample(sample_id=f"{label}/{number}", item=Path("x"), label=label)
         for label, count in enumerate(counts)
         for number in range(count)
     ]

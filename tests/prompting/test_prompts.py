@@ -161,7 +161,7 @@ def test_an_answer_cut_at_max_new_tokens_loses_its_last_line(make: Callable[...,
 def test_garbage_is_reported_retried_and_never_passed_on(
     make: Callable[..., Config], stranger: Path, own_captions: str, capsys: pytest.CaptureFixture[str]
 ):
-    with pytest.raises(ModelError, match=r"gave no domain that can be used in 2 answers .*write the file of edit texts by hand"):
+    with pytest.raises(ModelError, match=r"gave no valid domain in 2 answers .*write the file of edit texts by hand"):
         prompts(make(own_captions, f"prompts.llm={stranger}", "prompts.attempts=2", "prompts.max_new_tokens=30"))
     assert capsys.readouterr().out.count("not used: ") >= 2
     assert not OUT.exists()

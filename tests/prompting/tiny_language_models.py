@@ -1,4 +1,4 @@
-"""A BLIP and a chat model small enough for tests, of transformers' real classes, saved to a folder and loaded by its name.
+"""Tiny BLIP and chat models for tests, of transformers' real classes, saved to folders.
 
 Their weights are random and seeded; a chat model may be taught answers by heart, so that the whole path runs on a model.
 """
@@ -30,7 +30,7 @@ SPECIAL = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
 
 
 def build_tiny_blip(folder: Path, seed: int = 0) -> Path:
-    """Write a captioner of 32 px and 2 layers a tower; its captions are a few words of `WORDS` that depend on the image."""
+    """Write a captioner of 32 px and 2 layers per tower; captions are words of `WORDS`, by the image."""
     vocab = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS))}
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = sizes | {"vocab_size": len(vocab), "encoder_hidden_size": 32, "max_position_embeddings": 64}

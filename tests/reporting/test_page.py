@@ -230,14 +230,14 @@ def test_only_results_are_needed(runs, content):
     assert content not in (None, "", "{") or "no env.json" in words
     assert "The run folders hold no predictions and no details.json any more." in words
     if content is None:
-        assert "no config.toml, so what was run is not told here" in words
+        assert "no config.toml, so its configuration is not shown" in words
 
 
 def test_run_that_is_no_seed_of_its_namesake_is_told(world, tmp_path):
     options, _ = world
     runs = [write_run(tmp_path / "runs", "a", 0, options), write_run(tmp_path / "runs", "a", 1, [*options, "train.lr=0.5"])]
     words = " ".join(Reader(report(runs, form="html")).words)
-    assert f"{runs[1]} is no seed of the same experiment as {runs[0]}: train.lr: 1e-05 -> 0.5" in words
+    assert f"{runs[1]} is not another seed of {runs[0]}, its options differ: train.lr: 1e-05 -> 0.5" in words
 
 
 def test_one_seed_is_called_noise(world, tmp_path):

@@ -18,7 +18,7 @@ SAFLEX = {0: (0.81, 0.56), 1: (0.84, 0.58), 2: (0.84, 0.59)}
 
 
 def write_run(root, recipe, seed, id_accuracy, ood_accuracy, *, wise=None, n=100, **extras):
-    """A run with id_test and sketch at alpha = 1 and, if asked, at a chosen alpha that is `wise` better on sketch."""
+    """Write a run with id_test and sketch at alpha = 1, and at another alpha `wise` better on sketch."""
     run = root / f"{recipe}-{seed}"
     run.mkdir(parents=True, exist_ok=True)
 

@@ -6,14 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flyp_saflex.data.mixing import cutmix, draw_mix, mixup
 from flyp_saflex.errors import ConfigError
 from flyp_saflex.saflex.baselines import (
-    cutmix,
-    draw_mix,
     keep_at_random,
     keep_lowest_losses,
     keep_where_argmax_agrees,
-    mixup,
     permuted_gains,
     smooth_by_strength,
     smoothing_curve,

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from flyp_saflex.saflex.jvp import directional_derivative, gains, gradient, rms, symmetric_gains
+from flyp_saflex.saflex.closed_form import gains, symmetric_gains
+from flyp_saflex.saflex.jvp import directional_derivative, gradient, rms
 from flyp_saflex.saflex.losses import cross_entropy, margin, nt_xent_logits, soft_cross_entropy
 
 MODELS = ("mlp", "vit-clip", "resnet-clip", "efficientnet-clip", "convnet")

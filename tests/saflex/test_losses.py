@@ -11,18 +11,15 @@ from open_clip.loss import ClipLoss
 
 from flyp_saflex.saflex.losses import (
     VALIDATION_LOSSES,
-    assignment,
-    average_over_columns,
     clip_loss,
     cross_entropy,
     margin,
     nt_xent,
     nt_xent_logits,
     nt_xent_partners,
-    proxy_columns,
     soft_cross_entropy,
-    spread_over_columns,
 )
+from flyp_saflex.tasks.proxy_classes import assignment, average_over_columns, proxy_columns, spread_over_columns
 
 
 @pytest.fixture

@@ -14,11 +14,10 @@ from torch.func import functional_call
 
 from flyp_saflex import config
 from flyp_saflex.errors import ConfigError
-from flyp_saflex.saflex.closed_form import WEIGHT_RULES, renormalise, soft_labels
-from flyp_saflex.saflex.jvp import gains
+from flyp_saflex.presets import PRESETS, SaflexSettings, preset
+from flyp_saflex.saflex.closed_form import WEIGHT_RULES, gains, renormalise, soft_labels
 from flyp_saflex.saflex.losses import clip_loss, cross_entropy, soft_cross_entropy
 from flyp_saflex.saflex.saflex import Saflex
-from flyp_saflex.saflex.settings import PRESETS, SaflexSettings, preset
 
 RETAINED = 1e6  # a penalty that retains labels, see the robust preset
 

@@ -1,19 +1,23 @@
 """A step of two passes has the loss and every gradient of a step of one, and sends no more rows through than it says."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
+from clip_steps import apart, make_step, make_task
 from torch import nn
 
 from flyp_saflex.clip.model import load_clip
 from flyp_saflex.saflex.primal_cache import Products
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step import gradcache
-from flyp_saflex.step.gradcache import BREAK_EVEN, ON_BELOW, Selecting, chosen_rows, obstacle
-from flyp_saflex.step.step import Processes, Rows, StepLoss, Validation
-from flyp_saflex.tasks.clip_task import Learner
+from flyp_saflex.step.gradcache import obstacle
+from flyp_saflex.step.skip_dropped import BREAK_EVEN, ON_BELOW, Selecting, chosen_rows
+from flyp_saflex.step.validation_gradient import Validation
+from flyp_saflex.tasks.label_space import Rows
+from flyp_saflex.tasks.task import Processes
 
 CAPTIONS = ["a photo of a cat.", "a photo of a dog.", "a photo of an owl.", "two cats asleep on one chair", "an owl"]
 TRAIN, AUGMENTED = 4, 6
@@ -28,15 +32,15 @@ RESNET = {
 
 
 class Counted:
-    """A learner that notes how many rows (none with pooled features) and texts each of its passes with gradient had."""
+    """A network that notes how many rows (none with pooled features) and texts each of its passes with gradient had."""
 
-    def __init__(self, learner):
-        self.learner, self.passes = learner, []
+    def __init__(self, network):
+        self.network, self.passes = network, []
 
     def __call__(self, inputs, tokens, from_pooled=False):
         if torch.is_grad_enabled():
             self.passes.append((0 if from_pooled else len(inputs), len(tokens)))
-        return self.learner(inputs, tokens, from_pooled=from_pooled)
+        return self.network(inputs, tokens, from_pooled=from_pooled)
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +49,34 @@ def build(_tiny_clip):
     clip = load_clip(f"local-dir:{_tiny_clip}")
     torch.manual_seed(0)
     models = {"vit": clip.model, "resnet": open_clip.CLIP(**RESNET)}
-    tokens = clip.tokenizer(CAPTIONS)
-    return lambda tower, dtype: (deepcopy(models[tower]).to(dtype), tokens)
+    return lambda tower, dtype: replace(clip, model=deepcopy(models[tower]).to(dtype))
 
 
-def make(build, *, tower="vit", scope="head", head=False, saflex=True, mixed=False, dtype=torch.float64, **options):
+def make(
+    build,
+    *,
+    tower="vit",
+    scope="head",
+    head=False,
+    saflex=True,
+    mixed=False,
+    dtype=torch.float64,
+    proxies="captions",
+    refresh=True,
+    **options,
+):
     torch.manual_seed(0)
-    model, tokens_ML = build(tower, dtype)
-    learner = Learner(model, num_frozen=1, head=nn.Linear(32, 3).to(dtype) if head else None)
-    learner.freeze()
-    learner.set_mode(training=True, freeze_batchnorm=True)
-    counted = Counted(learner)
-    step = StepLoss(
-        learner,
-        counted,
-        caption_tokens_ML=tokens_ML,
-        class_captions_K=torch.arange(3),
-        saflex=Saflex(scope=scope, agreement="ignore", validation_loss="ce", estimator="exact") if saflex else None,
-        **options,
-    )
+    task = make_task(build(tower, dtype), CAPTIONS, num_frozen=1, head=head, proxies=proxies)
+    network = task.network
+    network.set_mode(training=True, freeze_batchnorm=True)
+    counted = Counted(network)
+    if saflex is True:
+        saflex = Saflex(scope=scope, agreement="ignore", validation_loss="ce", estimator="exact")
+    step = make_step(task, counted, saflex=saflex or None, **options)
     images = torch.randn(TRAIN + AUGMENTED, 3, 32, 32, dtype=dtype)
     with torch.no_grad():
-        inputs = learner.tower.lower(images)
-        seen = learner.tower.lower(torch.randn(5, 3, 32, 32, dtype=dtype))
+        inputs = network.lower(images)
+        seen = network.lower(torch.randn(5, 3, 32, 32, dtype=dtype))
     rows = Rows(inputs, torch.tensor(ROWS), torch.tensor(LABELS), torch.arange(len(ROWS)), TRAIN)
     if mixed:
         everyone = torch.arange(len(ROWS))
@@ -75,18 +84,18 @@ def make(build, *, tower="vit", scope="head", head=False, saflex=True, mixed=Fal
         rows.partners_N, rows.partner_labels_N = rows.captions_N[everyone], rows.labels_N[everyone]
         rows.share_N = torch.cat([torch.ones(TRAIN), torch.full((AUGMENTED,), 0.7)])
     labels = torch.tensor([0, 1, 2, 0, 1])
-    if saflex:
+    if step.saflex is not None and refresh:
         step.refresh(Validation(seen, labels, labels))
     counted.passes.clear()
-    return learner, step, rows
+    return network, step, rows
 
 
-def train_on(learner, step, rows, backward=lambda value: value.backward()):
+def train_on(network, step, rows, backward=lambda value: value.backward()):
     """Return the step's result and every gradient, as a trainer takes them."""
     result = step(rows, generator=torch.Generator().manual_seed(3))
     for surrogate in result.surrogates:
         backward(surrogate())
-    return result, {name: p.grad for name, p in learner.named_parameters() if p.requires_grad}
+    return result, {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
 
 
 def assert_same_step(one, other, tolerance=1e-12):
@@ -126,14 +135,14 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_two_passes_equal_one(build, name):
     """Float64, with parts that divide the batch and parts that do not, and parts that split the texts, too."""
-    learner, step, rows = make(build, **METHODS[name])
-    whole = train_on(learner, step, rows)
+    network, step, rows = make(build, **METHODS[name])
+    whole = train_on(network, step, rows)
     kept = int((whole[0].weights_A > 0).sum())
     assert 0 < kept < AUGMENTED, "there must be something to drop, and something to keep"
     assert not whole[0].selected
 
-    learner, step, rows = make(build, **METHODS[name], selecting=Selecting("always"))
-    selected = train_on(learner, step, rows)
+    network, step, rows = make(build, **METHODS[name], selecting=Selecting("always"))
+    selected = train_on(network, step, rows)
     assert_same_step(selected, whole)
     assert selected[0].selected
     passes = step.forward.passes
@@ -141,8 +150,8 @@ def test_two_passes_equal_one(build, name):
     assert sum(bool(texts) for _, texts in passes) == 1, "texts are read once"
 
     for few in (1, 3):
-        learner, step, rows = make(build, **METHODS[name], rows_at_once=few)
-        in_parts = train_on(learner, step, rows)
+        network, step, rows = make(build, **METHODS[name], rows_at_once=few)
+        in_parts = train_on(network, step, rows)
         assert_same_step(in_parts, whole)
         assert in_parts[0].selected
         assert not in_parts[0].loss.requires_grad
@@ -168,18 +177,18 @@ def test_frozen_towers_are_left_alone(build, name, few):
     options = {"contrastive": False, "head": True} if name == "all but the head" else {}
     found = []
     for rows_at_once in (0, few):
-        learner, step, rows = make(build, saflex=False, rows_at_once=rows_at_once, **options)
-        learner.freeze(**FROZEN[name])
-        found.append(train_on(learner, step, rows))
+        network, step, rows = make(build, saflex=False, rows_at_once=rows_at_once, **options)
+        network.freeze(**FROZEN[name])
+        found.append(train_on(network, step, rows))
     assert_same_step(found[1], found[0])
     if name == "image":
         assert max(count for count, _ in step.forward.passes) == 1, "frozen images have no backward pass"
 
 
 def test_selecting_saves_nothing_where_images_are_frozen(build):
-    learner, step, rows = make(build, saflex=False, upstream_filter="argmax", selecting=Selecting("always"))
-    learner.freeze(image=True)
-    assert not train_on(learner, step, rows)[0].selected
+    network, step, rows = make(build, saflex=False, upstream_filter="argmax", selecting=Selecting("always"))
+    network.freeze(image=True)
+    assert not train_on(network, step, rows)[0].selected
 
 
 @pytest.mark.parametrize("weights", [[0.0] * 6, [1.0] * 6], ids=["none kept", "all kept"])
@@ -189,12 +198,12 @@ def test_extremes(build, monkeypatch, weights, options, num_train):
     """Nothing kept, everything kept; with and without training rows. All weights zero: the loss is zero, and so are gradients."""
     found = []
     for given in ({}, options):
-        learner, step, rows = make(build, **given)
+        network, step, rows = make(build, **given)
         rows.num_train = num_train
         solve = step.saflex.solve
         drawn = torch.tensor((weights * 2)[: len(ROWS) - num_train])
         monkeypatch.setattr(step.saflex, "solve", lambda *a, solve=solve, drawn=drawn, **k: (drawn, solve(*a, **k)[1]))
-        found.append(train_on(learner, step, rows))
+        found.append(train_on(network, step, rows))
     if num_train or weights[0]:
         assert_same_step(found[1], found[0])
     else:
@@ -206,18 +215,19 @@ def test_extremes(build, monkeypatch, weights, options, num_train):
 @pytest.mark.parametrize("proxies", ["captions", "batch"])
 @pytest.mark.parametrize("few", [1, 2])
 def test_validation_gradient_in_parts_equals_the_whole(build, proxies, few):
-    """The contrastive loss of the validation rows, all parameters; and SAFLEX sees the learner as it was."""
+    """The contrastive loss of the validation rows, all parameters; and SAFLEX sees the network as it was."""
     gradients = []
     for rows_at_once in (0, few):
-        learner, step, _ = make(build, saflex=False, rows_at_once=rows_at_once, proxies=proxies)
-        step.saflex = Saflex(scope="all", validation_loss="train")
+        network, step, _ = make(
+            build, saflex=Saflex(scope="all", validation_loss="train"), rows_at_once=rows_at_once, proxies=proxies, refresh=False
+        )
         torch.manual_seed(1)
         with torch.no_grad():
-            seen = learner.tower.lower(torch.randn(5, 3, 32, 32, dtype=torch.float64))
+            seen = network.lower(torch.randn(5, 3, 32, 32, dtype=torch.float64))
         step.refresh(Validation(seen, torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 1, 4, 0, 1])))
         gradients.append(step.saflex.state_dict()["gradient"])
-        assert all(parameter.grad is None for parameter in learner.parameters())
-        assert all(module.training for module in learner.modules())
+        assert all(parameter.grad is None for parameter in network.parameters())
+        assert all(module.training for module in network.modules())
     assert gradients[0].keys() == gradients[1].keys()
     for name, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], value, rtol=0, atol=1e-12)
@@ -227,10 +237,10 @@ def test_float32_and_gradient_checkpointing(build):
     """To 1e-6 of the largest gradient: sums over the rows are taken in another order."""
     found = []
     for rows_at_once, checkpointing in ((0, False), (3, False), (3, True)):
-        learner, step, rows = make(build, dtype=torch.float32, scope="all", rows_at_once=rows_at_once)
-        learner.tower.checkpointing = checkpointing
-        learner.clip.set_grad_checkpointing(checkpointing)
-        found.append(train_on(learner, step, rows))
+        network, step, rows = make(build, dtype=torch.float32, scope="all", rows_at_once=rows_at_once)
+        if checkpointing:
+            network.recompute()
+        found.append(train_on(network, step, rows))
     tolerance = 1e-6 * max(float(value.abs().max()) for value in found[0][1].values())
     assert_same_step(found[1], found[0], tolerance)
     assert_same_step(found[2], found[1], tolerance)
@@ -241,7 +251,7 @@ def test_autocast_and_a_gradient_scaler(build, options):
     """bf16 keeps 8 bits, and kernels round differently for other batch sizes: a few per cent of the largest gradient."""
     found = []
     for given in ({}, options):
-        learner, step, rows = make(build, dtype=torch.float32, saflex=False, upstream_filter="argmax", **given)
+        network, step, rows = make(build, dtype=torch.float32, saflex=False, upstream_filter="argmax", **given)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             result = step(rows)
@@ -249,7 +259,7 @@ def test_autocast_and_a_gradient_scaler(build, options):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 value = surrogate()
             scaler.scale(value).backward()
-        found.append({name: p.grad / 1024 for name, p in learner.named_parameters() if p.requires_grad})
+        found.append({name: p.grad / 1024 for name, p in network.named_parameters() if p.requires_grad})
     largest = max(float(value.abs().max()) for value in found[0].values())
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=0.03 * largest)
@@ -262,17 +272,17 @@ def test_compiled_towers_take_their_parts(build, scope):
     """Compiled blocks of both towers, in parts with SAFLEX. Another order of operations: float32 to 1e-5."""
     found = []
     for compiled in (False, True):
-        learner, step, rows = make(build, dtype=torch.float32, rows_at_once=3, scope=scope)
+        network, step, rows = make(build, dtype=torch.float32, rows_at_once=3, scope=scope)
         if compiled:
-            for block in [*learner.clip.visual.transformer.resblocks, *learner.clip.transformer.resblocks]:
+            for block in [*network.clip.visual.transformer.resblocks, *network.clip.transformer.resblocks]:
                 block.compile(backend="aot_eager")
-        found.append(train_on(learner, step, rows))
+        found.append(train_on(network, step, rows))
     assert_same_step(found[1], found[0], tolerance=1e-5)
 
 
 def test_the_derivative_takes_the_texts_that_were_read(build, monkeypatch):
-    learner, step, rows = make(build, selecting=Selecting("always"))
-    step.forward = learner  # not a wrapper of which nothing is known
+    network, step, rows = make(build, selecting=Selecting("always"))
+    apart(step, network)  # not a wrapper of which nothing is known
     left, jvp = [], Products.jvp
 
     def spy(self, *arguments):
@@ -282,17 +292,17 @@ def test_the_derivative_takes_the_texts_that_were_read(build, monkeypatch):
         return found
 
     monkeypatch.setattr(Products, "jvp", spy)
-    assert train_on(learner, step, rows)[0].selected
+    assert train_on(network, step, rows)[0].selected
     assert len(left) == 1
     assert left[0] > 0
 
 
 def test_dropped_columns_stay(build, monkeypatch):
     """The caption of a dropped row, which no other row has, is a column of the loss all the same."""
-    learner, step, rows = make(build, selecting=Selecting("always"))
+    network, step, rows = make(build, selecting=Selecting("always"))
     solve, weights = step.saflex.solve, torch.tensor([1.0, 1, 1, 1, 1, 0])
     monkeypatch.setattr(step.saflex, "solve", lambda *a, **k: (weights, solve(*a, **k)[1]))
-    result, _ = train_on(learner, step, rows)
+    result, _ = train_on(network, step, rows)
     assert step.forward.passes == [(0, 5), (TRAIN + 5, 0)], "five rows are kept, and all five captions are read"
     without = Rows(rows.inputs[:-1], rows.captions_N[:-1], rows.labels_N[:-1], rows.ids_N[:-1], TRAIN)
     monkeypatch.setattr(step.saflex, "solve", lambda *a, **k: (weights[:-1], solve(*a, **k)[1]))
@@ -346,8 +356,8 @@ def test_a_second_process_with_the_same_rows_doubles_the_batch(build, options):
     found = []
     for given in ({}, options):
         processes = Processes(gather=lambda tensor: torch.cat([tensor, tensor]), gather_features=doubled)
-        learner, step, rows = make(build, processes=processes, **given)
-        found.append(train_on(learner, step, rows))
+        network, step, rows = make(build, processes=processes, **given)
+        found.append(train_on(network, step, rows))
     assert_same_step(found[1], found[0])
 
 
@@ -373,12 +383,12 @@ class Dropping(nn.Module):
     ],
 )
 def test_what_keeps_rows_from_being_taken_apart(build, module, reason):
-    learner, _, _ = make(build, saflex=False)
-    assert obstacle(learner, freeze_batchnorm=False) == ""
-    learner.clip.visual.extra = module
-    found = obstacle(learner, freeze_batchnorm=False)
+    network, _, _ = make(build, saflex=False)
+    assert obstacle(network, freeze_batchnorm=False) == ""
+    network.clip.visual.extra = module
+    found = obstacle(network, freeze_batchnorm=False)
     assert reason in found
     assert bool(reason) == bool(found)
     assert not found or found.startswith("clip.visual.extra ")
     if isinstance(module, nn.BatchNorm2d):
-        assert obstacle(learner, freeze_batchnorm=True) == ""
+        assert obstacle(network, freeze_batchnorm=True) == ""

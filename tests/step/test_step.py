@@ -2,20 +2,22 @@
 
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from clip_steps import apart as exchange_forward
+from clip_steps import make_step, make_task
 from torch.utils.flop_counter import FlopCounterMode
 
-from flyp_saflex.clip.model import load_clip
+from flyp_saflex.clip.model import Clip, load_clip
 from flyp_saflex.saflex.losses import margin
 from flyp_saflex.saflex.saflex import Saflex
-from flyp_saflex.step.step import Rows, StepLoss, Validation, first_with_equal_tokens
 from flyp_saflex.step.step_gains import products_for
-from flyp_saflex.tasks.clip_task import Learner
+from flyp_saflex.step.validation_gradient import Validation
+from flyp_saflex.tasks.label_space import Rows
+from flyp_saflex.tasks.proxy_classes import first_with_equal_tokens
 
 CLASSES = ["a photo of a cat.", "a photo of a dog.", "a photo of an owl."]
 OWN = ["two cats asleep on one chair", "an owl"]
@@ -32,26 +34,18 @@ def clip(tiny_clip_dir):
     return clip
 
 
-def make(clip, *, head=False, num_frozen=0, dtype=torch.float64, **options):
+def make(clip, *, head=False, num_frozen=0, dtype=torch.float64, proxies="captions", **options):
     torch.manual_seed(0)
-    learner = Learner(clip.model, num_frozen=num_frozen, head=torch.nn.Linear(32, 3).double() if head else None)
-    learner.freeze()
+    task = make_task(clip, [*CLASSES, *OWN], head=head, num_frozen=num_frozen, proxies=proxies)
     chosen = {"scope": "head", "validation_loss": "ce", "estimator": "exact", "average": 0.5}
     chosen = {name: options.pop(name, default) for name, default in chosen.items()}
-    saflex = Saflex(gain_scale="none", penalty=0.0, weight_rule="all", **chosen)
-    step = StepLoss(
-        learner,
-        learner,
-        caption_tokens_ML=clip.tokenizer([*CLASSES, *OWN]),
-        class_captions_K=torch.arange(3),
-        saflex=saflex,
-        **options,
-    )
+    options.setdefault("saflex", Saflex(gain_scale="none", penalty=0.0, weight_rule="all", **chosen))
+    step, network = make_step(task, **options), task.network
     images = torch.randn(TRAIN + AUGMENTED, 3, 32, 32, dtype=dtype)
-    rows = Rows(learner.tower.lower(images).detach(), torch.tensor(CAPTIONS), torch.tensor(LABELS), torch.arange(7), TRAIN)
+    rows = Rows(network.lower(images).detach(), torch.tensor(CAPTIONS), torch.tensor(LABELS), torch.arange(7), TRAIN)
     labels = torch.tensor([0, 1, 2, 0, 1])
-    validation = Validation(learner.tower.lower(torch.randn(5, 3, 32, 32, dtype=dtype)).detach(), labels, labels)
-    return learner, step, rows, validation
+    validation = Validation(network.lower(torch.randn(5, 3, 32, 32, dtype=dtype)).detach(), labels, labels)
+    return network, step, rows, validation
 
 
 def gains_of(step, rows, monkeypatch):
@@ -63,19 +57,19 @@ def gains_of(step, rows, monkeypatch):
 
 
 def apart(step):
-    """Wrap the forward pass, as several processes or a compiler would: the derivative is then taken in a pass of its own."""
-    step.forward = partial(type(step.learner).__call__, step.learner)
+    """Wrap the forward pass: the derivative is then taken in a pass of its own."""
+    exchange_forward(step, partial(type(step.task.network).__call__, step.task.network))
 
 
-def brute_force(learner, step, rows, columns, choices):
+def brute_force(network, step, rows, columns, choices):
     """<g, grad(-log p)> of every augmented row and choice, by one backward pass each; repeated columns share a choice's mass."""
     gradient = step.saflex.state_dict()["gradient"]
-    parameters = dict(learner.named_parameters())
-    learner.eval()
-    if learner.head is None:
-        logits = learner(rows.inputs[TRAIN:], step.caption_tokens_ML[columns]).logits()
+    parameters = dict(network.named_parameters())
+    network.eval()
+    if network.head is None:
+        logits = network(rows.inputs[TRAIN:], step.task.tokens_ML[columns]).logits()
     else:
-        logits = learner(rows.inputs[TRAIN:]).logits()
+        logits = network(rows.inputs[TRAIN:]).logits()
     log_probs = logits.log_softmax(dim=1)
     gains = torch.empty(AUGMENTED, len(choices), dtype=torch.float64)
     for row in range(AUGMENTED):
@@ -91,13 +85,13 @@ def brute_force(learner, step, rows, columns, choices):
 @pytest.mark.parametrize("validation_loss", ["ce", "train"])
 def test_gains_match_brute_force(clip, monkeypatch, proxies, scope, validation_loss):
     settings = {"scope": scope.split(",")[0], "proxies": proxies, "num_frozen": 1, "validation_loss": validation_loss}
-    learner, step, rows, validation = make(clip, **settings)
+    network, step, rows, validation = make(clip, **settings)
     if "own" in scope:
         apart(step)
     step.refresh(validation)
     result, gains = gains_of(step, rows, monkeypatch)
     choices = sorted(set(CAPTIONS))
-    expected = brute_force(learner, step, rows, CAPTIONS if proxies == "batch" else choices, choices)
+    expected = brute_force(network, step, rows, CAPTIONS if proxies == "batch" else choices, choices)
     torch.testing.assert_close(gains, expected, rtol=1e-8, atol=1e-8)
     assert gains.abs().max() > 1e-3
     own = [choices.index(caption) for caption in CAPTIONS[TRAIN:]]
@@ -108,10 +102,10 @@ def test_gains_match_brute_force(clip, monkeypatch, proxies, scope, validation_l
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("scope", ["head", "all"])
 def test_gains_of_cross_entropy_match_brute_force(clip, monkeypatch, head, scope):
-    learner, step, rows, validation = make(clip, scope=scope, head=head, contrastive=False)
+    network, step, rows, validation = make(clip, scope=scope, head=head, contrastive=False)
     step.refresh(validation)
     result, gains = gains_of(step, rows, monkeypatch)
-    torch.testing.assert_close(gains, brute_force(learner, step, rows, [0, 1, 2], [0, 1, 2]), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(gains, brute_force(network, step, rows, [0, 1, 2], [0, 1, 2]), rtol=1e-8, atol=1e-8)
     assert result.top_labels_AJ[:, 0].tolist() == gains.argmax(dim=1).tolist()
 
 
@@ -120,8 +114,7 @@ def test_gains_of_cross_entropy_match_brute_force(clip, monkeypatch, head, scope
 def test_refresh_in_parts_equals_refresh_at_once(clip, scope, loss):
     gradients = []
     for rows_at_once in (2, 100):
-        _, step, _, validation = make(clip, scope=scope, validation_loss=loss)
-        step.rows_at_once = rows_at_once
+        _, step, _, validation = make(clip, scope=scope, validation_loss=loss, rows_at_once=rows_at_once)
         step.refresh(validation)
         gradients.append(step.saflex.state_dict()["gradient"])
     for name in gradients[1]:
@@ -141,38 +134,37 @@ def test_head_scope_gradient_is_a_part_of_the_whole_one(clip):
 
 def test_learned_mass_is_in_the_loss(clip, monkeypatch):
     """Labels are learned and two of three rows dropped: the loss is Eq. (14) with just these."""
-    learner, step, rows, validation = make(clip)
+    network, step, rows, validation = make(clip)
     step.refresh(validation)
     labels = torch.tensor([[0.5, 0.0, 0.2, 0.3, 0.0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1.0]], dtype=torch.float64)
     weights = torch.tensor([0.0, 0.0, 1.0])
     labels = labels[[1, 2, 0]]
     monkeypatch.setattr(step.saflex, "solve", lambda *a, **k: (weights, labels))
     loss = step(rows).loss
-    logits = learner(rows.inputs, step.caption_tokens_ML).logits()[[0, 1, 2, 3, 6]]
+    logits = network(rows.inputs, step.task.tokens_ML).logits()[[0, 1, 2, 3, 6]]
     mass = torch.cat([F.one_hot(torch.tensor(CAPTIONS[:TRAIN]), 5), labels[2:]])
     expected = -(mass * logits.log_softmax(1)).sum() - (mass * logits.log_softmax(0)).sum()
     torch.testing.assert_close(loss, expected / 2 / 5, rtol=1e-6, atol=0)
 
 
 def test_nothing_of_the_model_is_touched(clip):
-    learner, step, rows, validation = make(clip, scope="all")
-    learner.train()
-    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    network, step, rows, validation = make(clip, scope="all")
+    network.train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
     step.refresh(validation)
     step(rows)
-    assert all(parameter.grad is None for parameter in learner.parameters())
-    assert all(torch.equal(before[name], value) for name, value in learner.state_dict().items())
-    assert all(module.training for module in learner.modules())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(module.training for module in network.modules())
 
 
 @pytest.mark.parametrize(("name", "kept"), [("argmax", None), ("lowest-loss", 1), ("random", 1), ("none", 3)])
 def test_plain_filters_drop_rows(clip, name, kept):
-    learner, step, rows, _ = make(clip, upstream_filter=name, keep_fraction=0.34)
-    step.saflex = None
+    network, step, rows, _ = make(clip, saflex=None, upstream_filter=name, keep_fraction=0.34)
     result = step(rows, generator=torch.Generator().manual_seed(0))
     if name == "argmax":
         choices = sorted(set(CAPTIONS))
-        agrees = learner(rows.inputs[TRAIN:], step.caption_tokens_ML[choices]).logits().argmax(dim=1)
+        agrees = network(rows.inputs[TRAIN:], step.task.tokens_ML[choices]).logits().argmax(dim=1)
         assert (result.weights_A > 0).tolist() == [choices[k] == own for k, own in zip(agrees, CAPTIONS[TRAIN:], strict=True)]
     else:
         assert int((result.weights_A > 0).sum()) == kept
@@ -193,10 +185,10 @@ def test_captions_that_read_the_same_are_one_proxy_class():
     assert first_with_equal_tokens(tokens).tolist() == [0, 1, 0, 3, 1]
 
 
-def count_passes(learner, monkeypatch):
+def count_passes(network, monkeypatch):
     passes = []
-    upper = learner.tower.upper
-    monkeypatch.setattr(learner.tower, "upper", lambda inputs: (passes.append(len(inputs)), upper(inputs))[1])
+    upper = network.tower.upper
+    monkeypatch.setattr(network.tower, "upper", lambda inputs: (passes.append(len(inputs)), upper(inputs))[1])
     return passes
 
 
@@ -207,17 +199,17 @@ def test_the_training_passs_products_save_work_and_change_nothing(clip, monkeypa
     options = {"proxies": method} if method in ("captions", "batch") else {"contrastive": False, "head": method == "linear head"}
     found, operations = [], []
     for used in (True, False):
-        learner, step, rows, validation = make(clip, scope=scope, **options)
-        learner.train()
+        network, step, rows, validation = make(clip, scope=scope, **options)
+        network.train()
         if not used:
             apart(step)
         step.refresh(validation)
         with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
             result, gains = gains_of(step, rows, patch)
         operations.append(counter.get_total_flops())
-        learner.zero_grad()
+        network.zero_grad()
         result.loss.backward()
-        gradients = {name: parameter.grad for name, parameter in learner.named_parameters()}
+        gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
         found.append((result.loss.detach(), gains, gradients))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
     assert found[0][1].abs().max() > 1e-3
@@ -230,10 +222,10 @@ def test_the_exact_derivative_in_half_precision_is_near_that_in_full(clip, monke
     clip.model.float()
     found = []
     for half in (False, True):
-        learner, step, rows, validation = make(clip, scope=scope, dtype=torch.float32)
+        network, step, rows, validation = make(clip, scope=scope, dtype=torch.float32)
         step.refresh(validation)
         if half:
-            learner.forward = torch.autocast("cpu", dtype=torch.bfloat16)(learner.forward)  # as accelerate does
+            network.forward = torch.autocast("cpu", dtype=torch.bfloat16)(network.forward)  # as accelerate does
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             found.append(gains_of(step, rows, monkeypatch)[1])
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.05 * float(found[0].abs().max()))
@@ -244,19 +236,19 @@ def test_the_exact_derivative_in_half_precision_is_near_that_in_full(clip, monke
 )
 def test_products_are_kept_only_where_they_are_those_of_the_same_function(clip, reason):
     options = {"scope": "all", "estimator": "central" if reason == "a difference" else "exact"}
-    learner, step, rows, validation = make(clip, **options)
-    learner.train()
+    network, step, rows, validation = make(clip, **options)
+    network.train()
     step.refresh(validation)
-    assert products_for(learner, learner, step.saflex, rows) is not None or reason == "a difference"
+    assert products_for(network, network, step.saflex, rows) is not None or reason == "a difference"
     if reason == "dropout":
         clip.model.visual.transformer.resblocks[0].attn.dropout = 0.1
-    learner.tower.checkpointing = reason == "recomputed activations"
+    network.recomputes = reason == "recomputed activations"
     if reason == "a compiler":
         apart(step)
     if reason == "no augmented rows":
         rows.num_train = len(rows.inputs)
     with torch.autocast("cpu", enabled=reason == "autocast"):
-        assert products_for(step.forward, learner, step.saflex, rows) is None
+        assert products_for(step.forward, network, step.saflex, rows) is None
 
 
 @pytest.mark.parametrize("estimator", ["exact", "one-sided"])
@@ -266,13 +258,14 @@ def test_the_derivative_of_a_convnet_that_trains_in_half_precision(monkeypatch, 
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
     text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     model = open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text).eval()
-    clip = SimpleNamespace(model=model, tokenizer=lambda texts: open_clip.tokenize(texts, context_length=16))
+    tokenizer = partial(open_clip.tokenize, context_length=16)
+    clip = Clip(model, lambda image: image, tokenizer, {"preprocess_cfg": {"size": 32}})
     found = []
     for half in (False, True):
-        learner, step, rows, validation = make(clip, scope="all", estimator=estimator, dtype=torch.float32)
+        network, step, rows, validation = make(clip, scope="all", estimator=estimator, dtype=torch.float32)
         step.refresh(validation)
         if half:  # as accelerate does
-            learner.forward = torch.autocast("cpu", dtype=torch.bfloat16)(learner.forward)
+            network.forward = torch.autocast("cpu", dtype=torch.bfloat16)(network.forward)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             found.append(gains_of(step, rows, monkeypatch)[1])
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.02 * float(found[0].abs().max()))
@@ -283,18 +276,18 @@ def test_one_sided_differences_start_from_the_steps_own_logits(clip, monkeypatch
     clip.model.float()
     found = {}
     for estimator in ("exact", "auto"):
-        learner, step, rows, validation = make(clip, scope="all", proxies=proxies, estimator=estimator, dtype=torch.float32)
-        learner.train()
+        network, step, rows, validation = make(clip, scope="all", proxies=proxies, estimator=estimator, dtype=torch.float32)
+        network.train()
         step.refresh(validation)
         step(rows)  # finds the step size
         with monkeypatch.context() as patch:
-            passes = count_passes(learner, patch)
+            passes = count_passes(network, patch)
             _, found[estimator] = gains_of(step, rows, patch)
         if estimator == "auto":
             assert passes == [TRAIN + AUGMENTED, AUGMENTED], "the step's pass and one beside it"
             clip.model.visual.transformer.resblocks[0].attn.dropout = 0.1  # another function than in evaluation mode
             with monkeypatch.context() as patch:
-                passes = count_passes(learner, patch)
+                passes = count_passes(network, patch)
                 _, dropped = gains_of(step, rows, patch)
             assert passes == [TRAIN + AUGMENTED, AUGMENTED, AUGMENTED]
             clip.model.visual.transformer.resblocks[0].attn.dropout = 0.0
@@ -307,18 +300,18 @@ def test_auto_falls_back_to_exact_within_the_step(clip, monkeypatch, capsys):
     clip.model.float()
     gains = {}
     for estimator in ("exact", "auto"):
-        learner, step, rows, validation = make(clip, scope="all", estimator=estimator, dtype=torch.float32)
+        network, step, rows, validation = make(clip, scope="all", estimator=estimator, dtype=torch.float32)
         step.refresh(validation)
         if estimator == "auto":  # a step far too long for a first-order difference
             step.saflex._previous_rms = 1e-7
         _, gains[estimator] = gains_of(step, rows, monkeypatch)
     torch.testing.assert_close(gains["auto"], gains["exact"], rtol=1e-5, atol=0)  # with products of the training pass or not
-    assert step.saflex.estimator_for(learner.parameters_in("all")) == "exact"
+    assert step.saflex.estimator_for(network.parameters_in("all")) == "exact"
     assert "exact from now on" in capsys.readouterr().out
 
 
 def test_a_bank_mixes_old_and_new_features_under_the_current_text(clip):
-    learner, step, _, validation = make(clip, validation_loss="margin", average=0.0)
+    network, step, _, validation = make(clip, validation_loss="margin", average=0.0)
     slots = torch.tensor([0, 1, 2, 3, 4])
     step.refresh(validation)
     fresh = step.saflex.state_dict()["gradient"]
@@ -326,18 +319,18 @@ def test_a_bank_mixes_old_and_new_features_under_the_current_text(clip):
     for name, value in step.saflex.state_dict()["gradient"].items():
         torch.testing.assert_close(value, fresh[name], rtol=0, atol=1e-12)
     with torch.no_grad():
-        old = learner.tower.upper(validation.inputs)
-        for parameter in learner.parameters():
+        old = network.tower.upper(validation.inputs)
+        for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-        new = learner.tower.upper(validation.inputs)
+        new = network.tower.upper(validation.inputs)
     assert step.saflex.bank.next_slots(5, 2) == [0, 1]
     few = slice(0, 2)
     step.refresh(Validation(validation.inputs[few], validation.labels_V[few], validation.captions_V[few], slots[few]))
     assert step.saflex.bank.next_slots(5, 4) == [2, 3, 4, 0]
     mixed = torch.cat([new[:2], old[2:]])
-    logits = learner(mixed, step.caption_tokens_ML[:3], from_pooled=True).logits()
+    logits = network(mixed, step.task.tokens_ML[:3], from_pooled=True).logits()
     names = step.saflex.state_dict()["gradient"]
-    parameters = [dict(learner.named_parameters())[name] for name in names]
+    parameters = [dict(network.named_parameters())[name] for name in names]
     expected = torch.autograd.grad(margin(logits, validation.labels_V), parameters)
     for value, other in zip(names.values(), expected, strict=True):
         torch.testing.assert_close(value, other, rtol=0, atol=1e-12)

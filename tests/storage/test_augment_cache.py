@@ -41,7 +41,7 @@ def entry(tmp_path: Path) -> Path:
 
 def dataset(name: str = "folder", ids=SOURCES, held: tuple[str, ...] = ()) -> Dataset:
     def split(split_name, role, chosen):
-        rows = tuple(Sample(sample_id=one, path=Path(one), label=int(one.startswith("dog"))) for one in chosen)
+        rows = tuple(Sample(sample_id=one, item=Path(one), label=int(one.startswith("dog"))) for one in chosen)
         return Split(name=split_name, role=role, shift="id", samples=rows)
 
     splits = {"train": split("train", "train", [one for one in ids if one not in held]), "test": split("test", "test", held)}

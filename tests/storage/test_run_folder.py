@@ -13,7 +13,8 @@ import pytest
 
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
-from flyp_saflex.storage.run_folder import RunDir, atomic_write, environment, write_json
+from flyp_saflex.storage.files import atomic_write, write_json
+from flyp_saflex.storage.run_folder import RunDir, environment
 
 
 def test_interrupted_write_is_invisible(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     write_json(path, {"a": 1})
     code = f"""
 import os, pathlib
-from flyp_saflex.rundir import atomic_write
+from flyp_saflex.storage.files import atomic_write
 with atomic_write(pathlib.Path({str(path)!r})) as file:
     file.write("half")
     file.flush()
@@ -68,7 +69,7 @@ def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path: Path) -> None:
 def test_one_process_holds_a_run_folder(tmp_path: Path) -> None:
     code = f"""
 import pathlib
-from flyp_saflex.rundir import RunDir
+from flyp_saflex.storage.run_folder import RunDir
 with RunDir(pathlib.Path({str(tmp_path)!r})):
     print("held", flush=True)
     input()

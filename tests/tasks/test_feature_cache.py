@@ -38,7 +38,7 @@ def to_tensor(image):
 @pytest.fixture
 def samples(tiny_images_dir):
     paths = sorted(tiny_images_dir.rglob("*.png"))
-    return [Sample(sample_id=str(number), path=path, label=0) for number, path in enumerate(paths)]
+    return [Sample(sample_id=str(number), item=path, label=0) for number, path in enumerate(paths)]
 
 
 def open_store(folder):

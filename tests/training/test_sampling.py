@@ -9,12 +9,13 @@ from flyp_saflex.errors import DataError
 from flyp_saflex.images.augmentation import augmentation
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.records import Edit, Sample
-from flyp_saflex.training.sampling import BatchReader, Plan, Stream, derived_seed
+from flyp_saflex.training.batches import BatchReader
+from flyp_saflex.training.sampling import Plan, Stream, derived_seed
 
 
 def samples(tiny_images_dir):
     paths = sorted(tiny_images_dir.rglob("*.png"))
-    return [Sample(sample_id=str(n), path=path, label=n % 3) for n, path in enumerate(paths)]
+    return [Sample(sample_id=str(n), item=path, label=n % 3) for n, path in enumerate(paths)]
 
 
 def preprocess(image):

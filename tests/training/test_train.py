@@ -15,7 +15,8 @@ from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.tasks.clip_task import parameter_groups
 from flyp_saflex.training import model_selection
-from flyp_saflex.training.rows import read_steps, soft_label
+from flyp_saflex.training.batches import read_steps
+from flyp_saflex.training.rows import soft_label
 from flyp_saflex.training.setup import prepare
 from flyp_saflex.training.train import train
 

@@ -1,0 +1,52 @@
+"""Mixup and CutMix: mixing of rows and of their labels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flyp_saflex.errors import ConfigError
+
+
+def draw_mix(num_rows: int, alpha: float, generator: torch.Generator) -> tuple[float, Tensor]:
+    """Draw a mixing weight lambda from Beta(alpha, alpha), and a random partner for every row.
+
+    Raises:
+        ConfigError: alpha is not above 0.
+    """
+    if not alpha > 0:
+        raise ConfigError(f"mixing needs alpha above 0, found {alpha}: use 0.2 (Mixup) or 1 (CutMix), or leave mixing out")
+    # torch draws no Beta with a generator; numpy does, seeded from it.
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    partner_N = torch.randperm(num_rows, generator=generator, device=generator.device)
+    return float(np.random.default_rng(seed).beta(alpha, alpha)), partner_N
+
+
+def mixup(images_NCHW: Tensor, labels_NK: Tensor, lam: float, partner_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix images and labels with their partners: lam * row + (1 - lam) * partner (Mixup, arXiv 1710.09412)."""
+    return (
+        lam * images_NCHW + (1 - lam) * images_NCHW[partner_N],
+        lam * labels_NK + (1 - lam) * labels_NK[partner_N],
+    )
+
+
+def cutmix(
+    images_NCHW: Tensor, labels_NK: Tensor, lam: float, partner_N: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Paste a box of the partner into every image, and mix labels by its area (CutMix, arXiv 1905.04899).
+
+    The box has the proportions of the image, area fraction 1 - lam and a uniform centre. It is clipped at the border, so that
+    its area can be smaller than 1 - lam; the labels are mixed by the clipped area.
+    """
+    height, width = images_NCHW.shape[-2:]
+    box_height, box_width = round(height * math.sqrt(1 - lam)), round(width * math.sqrt(1 - lam))
+    y, x = (int(torch.randint(size, (), generator=generator, device=generator.device)) for size in (height, width))
+    top, left = max(y - box_height // 2, 0), max(x - box_width // 2, 0)
+    bottom, right = min(y - box_height // 2 + box_height, height), min(x - box_width // 2 + box_width, width)
+    mixed_NCHW = images_NCHW.clone()
+    mixed_NCHW[..., top:bottom, left:right] = images_NCHW[partner_N][..., top:bottom, left:right]
+    kept = 1 - (bottom - top) * (right - left) / (height * width)
+    return mixed_NCHW, kept * labels_NK + (1 - kept) * labels_NK[partner_N]

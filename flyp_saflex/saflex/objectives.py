@@ -1,0 +1,37 @@
+"""Objectives: a loss with the gains of its rows, and the label space that it is taken over.
+
+A new objective is one function of (logits, assignment, weights) and one line in `tables.OBJECTIVES`. The loss must be linear
+in the mass `w_i y_ij` (Eq. 7, 14), or its gains are not those of Eq. (9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from flyp_saflex.saflex.closed_form import gains
+from flyp_saflex.saflex.losses import clip_loss, soft_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A training loss.
+
+    Attributes:
+        loss: logits_NC, assignment_NC (label mass over the columns, rows sum to one), weights_N -> scalar.
+        over: the batch's captions (proxy classes), or the dataset's classes.
+        gains: logits_AC and their derivative along the validation gradient -> gain of every column, Eq. (9).
+    """
+
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    over: Literal["captions", "classes"]
+    gains: Callable[[Tensor, Tensor], Tensor] = gains
+
+
+CONTRASTIVE = Objective(loss=clip_loss, over="captions")
+"""FLYP: both terms of Eq. (13), generalised as Eq. (14); gains of the image term."""
+CROSS_ENTROPY = Objective(loss=soft_cross_entropy, over="classes")
+"""Eq. (7)."""

@@ -1,0 +1,133 @@
+"""Safe files on disk: atomic writes, JSON lines that survive a kill, locks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from flyp_saflex.errors import RunError
+
+if sys.platform != "win32":
+    import fcntl
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file that replaces `path` on a clean exit and is removed on an error.
+
+    Raises:
+        RunError: the folder is missing or read-only, or the disk is full; `path` is then as before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; free disk space or choose another --run-dir") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` atomically as indented JSON."""
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def mend_tail(path: Path) -> None:
+    """Remove the incomplete last line that a killed writer left, so that the next row starts on a new line."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            os.fsync(file.fileno())
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append all rows or none, and flush them to disk.
+
+    Raises:
+        OSError: the disk is full or not writable; the file is then as before.
+    """
+    if not rows:
+        return
+    with open(path, "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        data = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
+        try:
+            written = file.write(data)
+            if written != len(data):  # a disk that fills up takes what fits
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def replace_lines(path: Path, lines: Sequence[bytes], *, keep_empty: bool = False) -> None:
+    """Replace the content of a file atomically; without lines, remove the file unless it is the manifest."""
+    data = b"".join(line + b"\n" for line in lines)
+    if not lines and not keep_empty:
+        path.unlink(missing_ok=True)
+    elif not path.is_file() or path.read_bytes() != data:
+        with atomic_write(path, "wb") as file:
+            file.write(data)
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """Return the complete lines of a file, none if it is missing.
+
+    Text after the last newline is an interrupted write and is left out, and so are blank lines.
+    """
+    try:
+        return [line for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
+    except FileNotFoundError:
+        return []
+
+
+@contextmanager
+def entry_lock(folder: Path) -> Iterator[bool]:
+    """Hold the lock of an entry, waiting for it; yield whether the file system supports locks."""
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        locked = False
+        if sys.platform != "win32":
+            with suppress(OSError):  # without locks nothing is protected from a second process
+                fcntl.flock(file, fcntl.LOCK_EX)
+                locked = True
+        yield locked
+
+
+def hold(path: Path) -> IO[str]:
+    """Open and lock a file; closing it, or any end of the process, releases the lock."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
+    if sys.platform != "win32":
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def held_by_other(path: Path) -> bool | None:
+    """Return whether another running process holds the lock; None if that cannot be determined."""
+    if sys.platform == "win32":
+        return None
+    try:
+        with open(path, "a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return True if error.errno in (errno.EAGAIN, errno.EACCES) else None

@@ -1,0 +1,235 @@
+"""Every point of extension, by name. A new dataset, metric, loss or editor is one module, one line here and one test.
+
+    table            option                  an entry is
+    DATASETS         data.name               reader: DataConfig -> Dataset
+    METHODS          train.method            Method: task, objective and phases by name
+    TASKS            (of the method)         subclass of Task (tasks/task.py)
+    OBJECTIVES       (of the method)         Objective (saflex/objectives.py)
+    UPSTREAMS        augment.upstream        Upstream: a pool of edits, an operation per item, or a mix over the batch
+    WEIGHT_RULES     saflex.weight_rule      function: gains, labels, upstream labels, penalty -> weights
+    METRICS          train.select_metric     Metric: title, unit, direction, function of Scores
+    EDITORS          editor.kind             EditorKind: usual values, inputs, loader (editing/settings.py)
+
+An entry may be the object itself or "module:attribute" within the package, imported when it is first used: the ground stays
+free of torch, and a name is checked before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from flyp_saflex.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flyp_saflex.config import DataConfig
+    from flyp_saflex.evaluation.metrics import Scores
+    from flyp_saflex.records import Dataset
+    from flyp_saflex.saflex.objectives import Objective
+    from flyp_saflex.tasks.task import Task
+    from flyp_saflex.training.upstreams import Upstream
+
+Entry = TypeVar("Entry")
+
+
+class Table(MutableMapping[str, Entry], Generic[Entry]):
+    """Names of one kind of thing, in the order in which they are told.
+
+    Args:
+        option: the option whose value is a name of this table; or a word for the kind of thing.
+        entries: objects, or "module:attribute" below `flyp_saflex`.
+    """
+
+    def __init__(self, option: str, entries: Mapping[str, Entry | str]) -> None:
+        self.option = option
+        self._entries: dict[str, Entry | str] = dict(entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        """Return an entry, imported if need be.
+
+        Raises:
+            ConfigError: there is no such name; says the nearest.
+        """
+        self.check(name)
+        entry = self._entries[name]
+        return _imported(entry) if isinstance(entry, str) else entry
+
+    def check(self, name: str, option: str = "") -> None:
+        """Check that a name is in the table; import nothing.
+
+        Args:
+            name: looked up.
+            option: another option with names of this table; empty: its own.
+
+        Raises:
+            ConfigError: it is not; says the nearest.
+        """
+        if name not in self._entries:
+            raise ConfigError(f"{option or self.option} = {name!r}: expected one of {', '.join(self)}{nearest(name, self)}")
+
+    def __setitem__(self, name: str, entry: Entry | str) -> None:
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _imported(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(f"flyp_saflex.{module}"), attribute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasePlan:
+    """One part of a run with an optimiser of its own."""
+
+    name: str
+    only_head: bool = False
+    """Whether the linear head alone is trained."""
+    steps: Literal["steps", "probe_steps"] = "steps"
+    """The option of `[train]` that says how long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A value of `train.method`: names in `TASKS` and `OBJECTIVES`, and the phases of a run."""
+
+    task: str
+    objective: str
+    phases: tuple[PhasePlan, ...] = (PhasePlan(name="train"),)
+
+    @property
+    def only_head(self) -> bool:
+        """Whether nothing but a linear head is ever trained."""
+        return all(phase.only_head for phase in self.phases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number about a model on a split."""
+
+    title: str
+    short: str
+    """Head of its column in the table that `evaluate` prints."""
+    compute: Callable[[Scores], float | None] | str
+    """Function of the scores, or "module:attribute"; None: it has no value there."""
+    is_fraction: bool = True
+    """Whether reports print it in percent, and differences in points."""
+    larger_is_better: bool = True
+    in_report: bool = True
+    """Whether it has a table of its own in reports."""
+
+    def of(self, scores: Scores) -> float | None:
+        """Return the metric's value."""
+        compute = _imported(self.compute) if isinstance(self.compute, str) else self.compute
+        return compute(scores)
+
+    @property
+    def unit(self) -> str:
+        """Unit of values in reports: percent for a fraction, else none."""
+        return "percent" if self.is_fraction else ""
+
+    def text(self, value: float | None, *, sign: bool = False) -> str:
+        """Format a value or a difference: percent with one decimal, or three digits behind the point; `-` for None."""
+        if value is None:
+            return "-"
+        plus = "+" if sign else ""
+        return f"{100 * value:{plus}.1f}" if self.is_fraction else f"{value:{plus}.3f}"
+
+    def better(self, value: float, than: float) -> bool:
+        """Return whether a value is better than another one."""
+        return value > than if self.larger_is_better else value < than
+
+
+DATASETS: Table[Callable[[DataConfig], Dataset]] = Table(
+    "data.name",
+    {
+        "folder": "data.folder:read_folder",
+        "table": "data.table:read_table",
+        "iwildcam": "data.wilds:read_iwildcam",
+        "iwildcam-mini": "data.wilds:read_iwildcam_mini",
+        "cub": "data.cub:read_cub",
+    },
+)
+TASKS: Table[type[Task]] = Table(
+    "task",
+    {
+        "clip": "tasks.clip_task:ClipTask",
+        "clip-linear": "tasks.clip_task:LinearClipTask",
+    },
+)
+OBJECTIVES: Table[Objective] = Table(
+    "objective",
+    {
+        "contrastive": "saflex.objectives:CONTRASTIVE",
+        "cross-entropy": "saflex.objectives:CROSS_ENTROPY",
+    },
+)
+_PROBE = PhasePlan(name="linear-probe", only_head=True, steps="probe_steps")
+METHODS: Table[Method] = Table(
+    "train.method",
+    {
+        "flyp": Method(task="clip", objective="contrastive"),
+        "ce-text": Method(task="clip", objective="cross-entropy"),
+        "ce-linear": Method(task="clip-linear", objective="cross-entropy"),
+        "linear-probe": Method(task="clip-linear", objective="cross-entropy", phases=(PhasePlan(name="train", only_head=True),)),
+        "lp-ft": Method(task="clip-linear", objective="cross-entropy", phases=(_PROBE, PhasePlan(name="finetune"))),
+    },
+)
+UPSTREAMS: Table[Upstream] = Table(
+    "augment.upstream",
+    {
+        "cache": "training.upstreams:CACHE",
+        "randaugment": "training.upstreams:RANDAUGMENT",
+        "autoaugment": "training.upstreams:AUTOAUGMENT",
+        "augmix": "training.upstreams:AUGMIX",
+        "trivialaugment": "training.upstreams:TRIVIALAUGMENT",
+        "random-crop": "training.upstreams:RANDOM_CROP",
+        "flip": "training.upstreams:FLIP",
+        "mixup": "training.upstreams:MIXUP",
+        "cutmix": "training.upstreams:CUTMIX",
+    },
+)
+WeightRule = Callable[["Tensor", "Tensor", "Tensor", float], "Tensor"]
+WEIGHT_RULES: Table[WeightRule] = Table(
+    "saflex.weight_rule",
+    {
+        "upstream": "saflex.closed_form:keep_upstream",
+        "sum": "saflex.closed_form:keep_sum",
+        "label": "saflex.closed_form:keep_label",
+        "soft": "saflex.closed_form:weigh_soft",
+        "all": "saflex.closed_form:keep_all",
+    },
+)
+METRICS: Table[Metric] = Table(
+    "train.select_metric",
+    {
+        "accuracy": Metric(title="Accuracy", short="accuracy", compute="evaluation.metrics:accuracy_of"),
+        "macro_f1": Metric(title="Macro-F1", short="macro-F1", compute="evaluation.metrics:macro_f1_of"),
+        "worst_group_accuracy": Metric(
+            title="Worst-group accuracy", short="worst group", compute="evaluation.metrics:worst_group_of"
+        ),
+        "ece": Metric(
+            title="Calibration error",
+            short="ECE",
+            compute="evaluation.metrics:ece_of",
+            larger_is_better=False,
+            in_report=False,
+        ),
+    },
+)
+CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, UPSTREAMS, WEIGHT_RULES, METRICS)
+"""Tables whose names are values of an option: `recipe.py` checks these options."""
