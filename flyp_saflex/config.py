@@ -6,11 +6,11 @@ field is its documentation; `--print-config` prints it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from flyp_saflex.comparing import CompareConfig
-from flyp_saflex.presets import SaflexSettings
+from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings
 from flyp_saflex.ranges import Count, Fraction, Natural, NonNegative, Positive
 
 
@@ -299,8 +299,8 @@ class SaflexConfig(SaflexSettings):
 
     enabled: bool = False
     """Learn weights and soft labels of the augmented rows; false: weight 1 and the upstream label."""
-    preset: str = "robust"
-    """Preset that gives the unset options below their values."""
+    preset: str = DEFAULT
+    """Preset that gives the unset options below their values: `posterior`, `robust`, `paper-log` or `paper-prob`."""
     validation_split: str = "id_val"
     """Split of role `select` for the validation loss that weights and labels are chosen to lower."""
     select: Literal["auto", "always", "never"] = "auto"
@@ -345,6 +345,6 @@ class Config:
     filter: FilterConfig = field(default_factory=FilterConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    saflex: SaflexConfig = field(default_factory=SaflexConfig)
+    saflex: SaflexConfig = field(default_factory=lambda: SaflexConfig(**asdict(PRESETS[DEFAULT])))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)

@@ -14,7 +14,12 @@ import msgspec
 
 from flyp_saflex.errors import ConfigError, nearest
 from flyp_saflex.ranges import BelowOne, Count, Fraction, Natural, NonNegative, Positive
-from flyp_saflex.tables import WEIGHT_RULES
+from flyp_saflex.tables import EVIDENCE, WEIGHT_RULES
+
+RETAINED = 1e6
+"""Penalty from which on labels are retained exactly."""
+DEFAULT = "posterior"
+"""Preset of a recipe that names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,13 @@ class SaflexSettings:
     agreement: Literal["ignore", "keep", "require"] = "keep"
     """Use of the model's own prediction: `ignore` it, `keep` a row whose upstream label it predicts whatever the gain, or
     `require` that it predicts the upstream label."""
+    evidence: tuple[str, ...] = ()
+    """Evidence of the pretrained model that decides about cached edits before training: names in `tables.EVIDENCE`; empty: none.
+    The labels that it finds plausible are then the candidates of Eq. (10), and `weight_rule = "evidence"` takes its weights."""
+    evidence_threshold: Fraction = 0.2
+    """Posterior below which a label does not count; 0.2: to drop a good edit costs four times as much as to keep a bad one."""
+    gains_of: Literal["log", "prob"] = "log"
+    """Reading of f in Eq. (9)-(11): log-probabilities, or probabilities (then the gains of a row sum to zero)."""
     permute_gains: bool = False
     """A control experiment of the trainer: decide about every augmented row with the gains of another row of the step."""
     class_balance: Fraction = 1.0
@@ -60,25 +72,44 @@ class SaflexSettings:
 
     def __post_init__(self) -> None:
         WEIGHT_RULES.check(self.weight_rule)
+        for kind in self.evidence:
+            EVIDENCE.check(kind)
+
+    @property
+    def needs_gains(self) -> bool:
+        """Whether a decision depends on gains: if not, no validation gradient is taken."""
+        retained = self.penalty >= RETAINED
+        return not (self.weight_rule in ("all", "evidence") and retained and self.agreement == "ignore")
 
 
-PRESETS: dict[str, SaflexSettings] = {
+_PAPER = SaflexSettings(
     # The appendix' values for CLIP finetuning: its tau and beta, Eq. (11) as printed, the training loss, all parameters. It
     # does not say how many validation rows; 256 is our batch size.
-    "paper": SaflexSettings(
-        temperature=0.1,
-        penalty=0.0,
-        weight_rule="sum",
-        gain_scale="none",
-        validation_loss="train",
-        validation_rows=256,
-        validation_renewed=0,
-        refresh_every=1,
-        scope="all",
-        average=0.0,
-        estimator="exact",
-        class_balance=0.0,
+    temperature=0.1,
+    penalty=0.0,
+    weight_rule="sum",
+    gain_scale="none",
+    validation_loss="train",
+    validation_rows=256,
+    validation_renewed=0,
+    refresh_every=1,
+    scope="all",
+    average=0.0,
+    estimator="exact",
+    class_balance=0.0,
+    agreement="ignore",
+)
+PRESETS: dict[str, SaflexSettings] = {
+    # The default, ours: the pretrained model decides once about every edit, by its zero-shot probabilities and by how much the
+    # edit still resembles its source, calibrated on the labels that edits did not come with (null rule). The model under
+    # training has no vote: it drops what it does not recognise yet, which is what an edit is for (scripts/RESULTS.md).
+    # Labels are learned at tau = 0.1 among the plausible ones (Eq. 10 on a smaller feasible set).
+    "posterior": SaflexSettings(
+        evidence=("zero-shot", "source", "source-middle"),
+        weight_rule="evidence",
+        penalty=1.0,
         agreement="ignore",
+        class_balance=0.0,
     ),
     # Ours: labels are retained, rows whose own label does not help are dropped. The margin's gradient does not fade when the
     # validation rows are classified right. Many validation rows, reused over steps, because the sampling noise of the
@@ -87,6 +118,10 @@ PRESETS: dict[str, SaflexSettings] = {
     # model's own prediction may overrule a negative gain: together the two drop 13 % of the clean edits, the model's vote
     # alone 24 % (scripts/RESULTS.md). Class balance, because dropping otherwise favours the classes it drops least.
     "robust": SaflexSettings(),
+    # Eq. (9)-(11) as printed, f read as log-probabilities (`paper` is the former name) or as probabilities.
+    "paper-log": _PAPER,
+    "paper-prob": dataclasses.replace(_PAPER, gains_of="prob"),
+    "paper": _PAPER,
 }
 
 

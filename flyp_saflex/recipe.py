@@ -23,7 +23,7 @@ import tomli_w
 
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, nearest
-from flyp_saflex.presets import PRESETS, SaflexSettings, with_preset
+from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings, with_preset
 from flyp_saflex.tables import CHOICES, METRICS
 
 if sys.version_info >= (3, 11):
@@ -31,6 +31,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+LONGEST_QUOTE = 200
+"""Characters of a value that an error quotes."""
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if f.name not in ("recipe", "seed")}
 
 
@@ -90,8 +92,9 @@ def build(values: Mapping[str, Any], source: str) -> Config:
     try:
         config = msgspec.convert(_with_preset(_tuples(values)), Config)
     except msgspec.ValidationError as error:
-        problem, _, where = str(error).partition(" - at `$.")
-        raise ConfigError(f"{source}: {where.rstrip('`') or 'top level'}: {problem}{_choices(where.rstrip('`'))}") from None
+        problem, _, place = str(error).partition(" - at `$.")
+        where = place.rstrip("`")
+        raise ConfigError(f"{source}: {where or 'top level'}{_found(values, where)}: {problem}{_choices(where)}") from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     _check_names(config, source)
@@ -244,7 +247,7 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in what the section `saflex` leaves to its preset."""
     given = dict(values.get("saflex", {}))
     known = {field.name for field in dataclasses.fields(SaflexSettings)}
-    filled = with_preset(given.get("preset", "robust"), {key: value for key, value in given.items() if key in known})
+    filled = with_preset(given.get("preset", DEFAULT), {key: value for key, value in given.items() if key in known})
     return values | {"saflex": {key: value for key, value in given.items() if key not in known} | filled}
 
 
@@ -254,6 +257,15 @@ def _nearest_key(name: str, fields: list[str], section: str) -> str:
         return hint.replace("'", f"'{section}.", 1)
     homes = [other for other in SECTIONS if any(f.name == name for f in dataclasses.fields(type(getattr(Config(), other))))]
     return f"; did you mean '{homes[0]}.{name}'?" if homes else f" ({section} has: {', '.join(fields)})"
+
+
+def _found(values: Mapping[str, Any], where: str) -> str:
+    """Return ` = value` of an option, cut where it is long; the empty string where it cannot be told."""
+    value: Any = values
+    for key in where.partition("[")[0].split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    text = repr(value)
+    return "" if value is None else f" = {text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 3] + '...'}"
 
 
 def _choices(where: str) -> str:

@@ -7,6 +7,7 @@
     OBJECTIVES       (of the method)         Objective (saflex/objectives.py)
     UPSTREAMS        augment.upstream        Upstream: a pool of edits, an operation per item, or a mix over the batch
     WEIGHT_RULES     saflex.weight_rule      function: gains, labels, upstream labels, penalty -> weights
+    EVIDENCE         saflex.evidence         function: EditFeatures -> scores of every label (tasks/clip_evidence.py)
     METRICS          train.select_metric     Metric: title, unit, direction, function of Scores
     EDITORS          editor.kind             EditorKind: usual values, inputs, loader (editing/settings.py)
 
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flyp_saflex.config import DataConfig
+    from flyp_saflex.editing.settings import EditorKind
     from flyp_saflex.evaluation.metrics import Scores
     from flyp_saflex.records import Dataset
     from flyp_saflex.saflex.objectives import Objective
+    from flyp_saflex.tasks.clip_evidence import EditFeatures
     from flyp_saflex.tasks.task import Task
     from flyp_saflex.training.upstreams import Upstream
 
@@ -70,6 +73,12 @@ class Table(MutableMapping[str, Entry], Generic[Entry]):
         """
         if name not in self._entries:
             raise ConfigError(f"{option or self.option} = {name!r}: expected one of {', '.join(self)}{nearest(name, self)}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an entry, or the default where there is no such name."""
+        if name not in self:
+            return default
+        return self[name]
 
     def __setitem__(self, name: str, entry: Entry | str) -> None:
         self._entries[name] = entry
@@ -212,6 +221,15 @@ WEIGHT_RULES: Table[WeightRule] = Table(
         "label": "saflex.closed_form:keep_label",
         "soft": "saflex.closed_form:weigh_soft",
         "all": "saflex.closed_form:keep_all",
+        "evidence": "saflex.closed_form:keep_all",  # rows come with weights that evidence decided beforehand
+    },
+)
+EVIDENCE: Table[Callable[[EditFeatures], Tensor]] = Table(
+    "saflex.evidence",
+    {
+        "zero-shot": "tasks.clip_evidence:zero_shot",
+        "source": "tasks.clip_evidence:source_final",
+        "source-middle": "tasks.clip_evidence:source_middle",
     },
 )
 METRICS: Table[Metric] = Table(
@@ -231,5 +249,15 @@ METRICS: Table[Metric] = Table(
         ),
     },
 )
-CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, UPSTREAMS, WEIGHT_RULES, METRICS)
+EDITORS: Table[EditorKind] = Table(
+    "editor.kind",
+    {
+        "instruct-pix2pix": "editing.settings:INSTRUCT_PIX2PIX",
+        "img2img": "editing.settings:IMG2IMG",
+        "text2img": "editing.settings:TEXT2IMG",
+        "inpaint": "editing.settings:INPAINT",
+        "auto": "editing.settings:AUTO",
+    },
+)
+CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, UPSTREAMS, WEIGHT_RULES, EVIDENCE, METRICS, EDITORS)
 """Tables whose names are values of an option: `recipe.py` checks these options."""

@@ -156,6 +156,7 @@ class Outcome:
         test: its value on the judged splits.
         select: the same metric on the split that may choose.
         step_seconds: seconds of a training step.
+        evidence_seconds: seconds that deciding about edits before training took; only of runs that do so.
         machines: what it was trained on; times of different machines are not compared.
     """
 
@@ -164,6 +165,7 @@ class Outcome:
     test: dict[int, float]
     select: dict[int, float]
     step_seconds: dict[int, float]
+    evidence_seconds: dict[int, float]
     machines: dict[int, str]
 
 
@@ -173,7 +175,7 @@ def outcome(condition: Condition, runs: Sequence[PlannedRun], options: CompareCo
     Raises:
         RunError: a run without the metric.
     """
-    found = Outcome(condition, options.metric, {}, {}, {}, {})
+    found = Outcome(condition, options.metric, {}, {}, {}, {}, {})
     for run in runs:
         rows = [row for row in read_results(run.path)["results"] if row["wise_alpha"] == 1]
         found.test[run.seed] = _mean(run, _judged(rows, options.split), options.metric)
@@ -183,6 +185,8 @@ def outcome(condition: Condition, runs: Sequence[PlannedRun], options: CompareCo
         if (seconds := step_seconds(run.path)) is not None:
             found.step_seconds[run.seed] = seconds
         environment = environment_of(run.path)
+        if "evidence_seconds" in environment:
+            found.evidence_seconds[run.seed] = float(environment["evidence_seconds"])
         found.machines[run.seed] = f"{environment.get('device')}, {environment.get('processor')}, {environment.get('processes')}"
     return found
 

@@ -161,7 +161,13 @@ def cost(outcomes: Sequence[Outcome]) -> str:
     ratio = statistics.median(ours.step_seconds[seed] / trusted.step_seconds[seed] for seed in alike)
     seeds = f"{len(alike)} seed{'s' if len(alike) > 1 else ''}"
     names = ours.condition.name, trusted.condition.name
-    return f"{question} A step of {names[0]} takes {ratio:.2f} times as long as one of {names[1]} (median over {seeds})."
+    text = f"{question} A step of {names[0]} takes {ratio:.2f} times as long as one of {names[1]} (median over {seeds})"
+    once = [ours.evidence_seconds[seed] / trusted.step_seconds[seed] for seed in alike if seed in ours.evidence_seconds]
+    return (
+        f"{text}; deciding about its edits before training takes as long as {statistics.median(once):.0f} of them."
+        if once
+        else f"{text}."
+    )
 
 
 def remarks(outcomes: Sequence[Outcome], edits: str) -> list[str]:

@@ -33,7 +33,7 @@ HOME = dict(
 )
 """Home place of each species in training; species that share a place differ in appearance only."""
 AT_HOME = 0.9
-"""Fraction of the training bursts of a species at its home place."""
+"""Fraction of the training bursts of a species at its home place; the others are at a random training place."""
 EMPTY_PART = 0.2
 """Fraction of the bursts without an animal."""
 RARER = 0.76
@@ -44,7 +44,7 @@ few points would be noise."""
 ANIMAL_SIZE = 0.45
 """Mean of the larger of height and width of an animal, as a fraction of the image."""
 CAMERAS_PER_PLACE = 4
-FOLDER = "iwildcam_v2.0"
+FOLDER, RELEASE = "iwildcam_v2.0", "RELEASE_v2.0.txt"
 COLUMNS = (
     "split", "location_remapped", "location", "sequence_remapped", "seq_id", "seq_num_frames", "frame_num", "filename",
     "image_id", "datetime", "category_id", "y",
@@ -67,7 +67,7 @@ class Shot:
         return CLASSES.index(self.scene.species or EMPTY)
 
 
-def plan(num_images: int, seed: int, *, animal_size: float = ANIMAL_SIZE) -> list[Shot]:
+def plan(num_images: int, seed: int, *, animal_size: float = ANIMAL_SIZE, at_home: float = AT_HOME) -> list[Shot]:
     """Plan all images of a world without rendering them.
 
     Every class has at least one burst in every split.
@@ -76,6 +76,7 @@ def plan(num_images: int, seed: int, *, animal_size: float = ANIMAL_SIZE) -> lis
         num_images: number of images in all splits together, at least 400.
         seed: seed of the plan.
         animal_size: mean size of an animal, as a fraction of the image.
+        at_home: fraction of the bursts of a species that training cameras take at its home place, 0..1; 1: nowhere else.
 
     Raises:
         DataError: `num_images` is below 400.
@@ -92,7 +93,7 @@ def plan(num_images: int, seed: int, *, animal_size: float = ANIMAL_SIZE) -> lis
     for split, size in sizes.items():
         left = size
         most = 4 if size >= 4 * len(CLASSES) else 2  # so that one burst of every class fits
-        for label, places in _visits(split, rng):
+        for label, places in _visits(split, at_home, rng):
             frames = min(left, int(rng.integers(1, most + 1)))
             place, camera = places[int(rng.integers(len(places)))]
             scenes = _burst(CLASSES[label] if label else None, place, camera, frames, animal_size, rng)
@@ -112,7 +113,7 @@ def _cameras() -> dict[str, tuple[int, ...]]:
     return {place: tuple(range(n * CAMERAS_PER_PLACE, (n + 1) * CAMERAS_PER_PLACE)) for n, place in enumerate(places)}
 
 
-def _visits(split: str, rng: np.random.Generator) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+def _visits(split: str, at_home: float, rng: np.random.Generator) -> Iterator[tuple[int, list[tuple[str, int]]]]:
     """Yield class and candidate (place, camera) pairs of bursts, endlessly; each class once at first."""
     cameras = _cameras()
     frequency = RARER ** np.arange(len(SPECIES))
@@ -122,7 +123,7 @@ def _visits(split: str, rng: np.random.Generator) -> Iterator[tuple[int, list[tu
     while True:
         label = first.pop() if first else int(rng.choice(len(CLASSES), p=frequency))
         home = HOME.get(CLASSES[label])
-        chosen = home if home is not None and home in places and rng.random() < AT_HOME else str(rng.choice(places))
+        chosen = home if home is not None and home in places and rng.random() < at_home else str(rng.choice(places))
         yield label, [(chosen, camera) for camera in cameras[chosen]]
 
 
@@ -165,7 +166,7 @@ def _burst(
     ]
 
 
-def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px: int = 64) -> Path:
+def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px: int = 64, at_home: float = AT_HOME) -> Path:
     """Render a world and write it in the layout of WILDS iWildCam v2.0.
 
     Writes `folder/iwildcam_v2.0/` (`metadata.csv`, `categories.csv`, `RELEASE_v2.0.txt`, `train/*.jpg`) and, in addition to
@@ -177,6 +178,8 @@ def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px:
         num_images: number of images in all five splits together, at least 400.
         seed: seed of the world; equal arguments give equal files.
         size_px: side of an image in pixels.
+        at_home: fraction of the bursts of a species that training cameras take at its home place, 0..1; 1: the place tells
+            the species, except in `val` and `test`.
 
     Returns:
         The folder `iwildcam_v2.0`. `RELEASE_v2.0.txt`, which `wilds` needs to open it, is written last.
@@ -184,7 +187,7 @@ def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px:
     Raises:
         DataError: `num_images` is below 400.
     """
-    shots = plan(num_images, seed)
+    shots = plan(num_images, seed, at_home=at_home)
     root = folder / FOLDER
     (root / "train").mkdir(parents=True, exist_ok=True)
     (root / "prompts").mkdir(exist_ok=True)
@@ -207,8 +210,15 @@ def write_world(folder: Path, *, num_images: int = 2000, seed: int = 0, size_px:
     names = ("empty\t" + EMPTY, *SPECIES)
     (root / "prompts" / "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     (root / "prompts" / "templates.txt").write_text("\n".join(TEMPLATES) + "\n", encoding="utf-8")
-    (root / "RELEASE_v2.0.txt").write_text(f"drawn: {num_images} images, seed {seed}, {size_px} px\n", encoding="utf-8")
+    release = release_text(num_images=num_images, seed=seed, size_px=size_px, at_home=at_home)
+    (root / RELEASE).write_text(release, encoding="utf-8")
     return root
+
+
+def release_text(*, num_images: int, seed: int, size_px: int, at_home: float) -> str:
+    """Return the text of a world's release file: the arguments of `write_world`."""
+    bias = "" if at_home == AT_HOME else f", at home {at_home:g}"
+    return f"drawn: {num_images} images, seed {seed}, {size_px} px{bias}\n"
 
 
 def _row(shot: Shot, image_id: str, seed: int, location: int) -> Mapping[str, object]:

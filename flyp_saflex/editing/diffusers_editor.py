@@ -22,8 +22,9 @@ from flyp_saflex.editing.editor import Request
 from flyp_saflex.editing.pipeline_files import Source, locate, quiet, reason
 from flyp_saflex.editing.prompt_encoder import Texts
 from flyp_saflex.editing.schedulers import check_scheduler, make_scheduler
-from flyp_saflex.editing.settings import EDITORS, MAX_ASPECT, EditorKind, kind_of, output_size, scale_box
+from flyp_saflex.editing.settings import MAX_ASPECT, EditorKind, output_size, scale_box
 from flyp_saflex.errors import ConfigError, ModelError, RunError
+from flyp_saflex.tables import EDITORS
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +44,7 @@ class DiffusersEditor:
     tell: Callable[[str], object] = staticmethod(tqdm.write)
 
     def __init__(self, pipeline: Any, settings: EditorConfig, identity: dict[str, str]) -> None:
-        self.settings, self.identity, self._pipeline, self._kind = settings, identity, pipeline, kind_of(settings.kind)
+        self.settings, self.identity, self._pipeline, self._kind = settings, identity, pipeline, EDITORS[settings.kind]
         self.batch_size = 1 if self._kind.one_by_one else settings.batch_size
         self._accepted = inspect.signature(type(pipeline).__call__).parameters
         self.grid_px = _grid_px(pipeline)
@@ -219,7 +220,7 @@ def load(settings: EditorConfig, *, device: torch.device | str = "cpu") -> Diffu
     Raises:
         ConfigError, ModelError: see `editor.load_editor`.
     """
-    kind = kind_of(settings.kind)
+    kind = EDITORS[settings.kind]
     with quiet():
         import diffusers
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from flyp_saflex.editing.editor import Editor, Request
 from flyp_saflex.editing.plan import PlannedEdit, Wording, batches_of, plan_edits
-from flyp_saflex.editing.settings import kind_of
 from flyp_saflex.errors import DataError
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.prompting.edit_prompts import EditText
 from flyp_saflex.records import Sample
+from flyp_saflex.tables import EDITORS
 
 ONE_COLOUR_STD = 2.0
 """Largest standard deviation per channel (of 255) of an edit that counts as one colour; dark photographs have 10 and more."""
@@ -81,7 +81,7 @@ def edit_batches(
     editor: Editor, batches: Iterable[Sequence[PlannedEdit]], *, box_crop: bool = False
 ) -> Iterator[list[EditResult]]:
     """Yield the outcomes batch by batch; a source that two consecutive batches need is read once."""
-    needs_source = "image" in kind_of(editor.settings.kind).needs
+    needs_source = "image" in EDITORS[editor.settings.kind].needs
     sources: dict[str, Image.Image | str] = {}
     for batch in batches:
         samples = {edit.sample.sample_id: edit.sample for edit in batch} if needs_source else {}
@@ -138,7 +138,7 @@ def flaw(image: Image.Image, size: tuple[int, int]) -> str:
 def _wording(text: EditText | str, kind: str) -> Wording:
     if isinstance(text, str):
         return Wording("", text)
-    name = kind_of(kind).text
+    name = EDITORS[kind].text
     if not getattr(text, name):
         raise DataError(f"the text for '{text.domain}' has no {name}, which an editor of the kind {kind} needs; add one")
     return Wording(text.domain, getattr(text, name))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 from PIL import Image
 
 from flyp_saflex.config import EditorConfig
-from flyp_saflex.editing.settings import kind_of, resolve
+from flyp_saflex.editing.settings import resolve
+from flyp_saflex.tables import EDITORS
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def load_editor(config: EditorConfig, *, device: torch.device | str = "cpu") -> 
         ModelError: weights that cannot be loaded, or that belong to another kind of editor.
     """
     settings = resolve(config)
-    load = kind_of(settings.kind).load
+    load = EDITORS[settings.kind].load
     if isinstance(load, str):
         module, _, function = load.partition(":")
         load = getattr(import_module(module), function)

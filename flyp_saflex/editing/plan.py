@@ -16,11 +16,11 @@ from typing import Any
 import msgspec
 
 from flyp_saflex.config import Config, EditorConfig
-from flyp_saflex.editing.settings import EDITORS, kind_of
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.prompting.edit_prompts import EditPrompts
 from flyp_saflex.records import Dataset, Sample
 from flyp_saflex.storage.augment_cache import AugmentCache
+from flyp_saflex.tables import EDITORS
 
 LOOK = (
     "kind", "model", "revision", "steps", "guidance", "image_guidance", "strength", "negative_prompt", "scheduler", "size_px",
@@ -120,7 +120,7 @@ def wordings_for(prompts: EditPrompts, kind: str) -> tuple[Wording, ...]:
     Raises:
         DataError: an edit of the file lacks the text that this kind needs.
     """
-    name = kind_of(kind).text
+    name = EDITORS[kind].text
     for number, edit in enumerate(prompts.edits, 1):
         if not getattr(edit, name):
             example = "put the {} in the snow" if name == "instruction" else "a photo of a {} in the snow"
@@ -148,7 +148,7 @@ def check_plan(config: Config, dataset: Dataset) -> None:
     Raises:
         ConfigError: a kind that needs boxes, and images without them or cropped to them.
     """
-    if "box" not in kind_of(config.editor.kind).needs:
+    if "box" not in EDITORS[config.editor.kind].needs:
         return
     if config.data.box_crop:
         raise ConfigError(

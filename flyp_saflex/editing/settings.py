@@ -1,4 +1,4 @@
-"""Kinds of editors (`EDITORS`), and the options `editor.*` with the usual values of the kind; imports no library.
+"""Kinds of editors, and the options `editor.*` with the usual values of the kind; imports no library.
 
     kind               text          needs   guidance  image guidance  strength  model left empty
     instruct-pix2pix   instruction   image   5         1.3             -         timbrooks/instruct-pix2pix
@@ -7,7 +7,8 @@
     inpaint            prompt        box     7.5       -               1         Stable Diffusion 1.5 for inpainting
     auto               instruction   image   the pipeline's own values           has to be named
 
-The values of `instruct-pix2pix` and `img2img` are ALIA's (arXiv 2305.16289). A new kind is one entry of `EDITORS`.
+The values of `instruct-pix2pix` and `img2img` are ALIA's (arXiv 2305.16289). A new kind is one
+`EditorKind` and one line in `tables.EDITORS`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from flyp_saflex.config import EditorConfig
-from flyp_saflex.errors import ConfigError, nearest
+from flyp_saflex.errors import ConfigError
+from flyp_saflex.tables import EDITORS
 
 MAX_ASPECT = 8
 """Largest ratio of the longer to the shorter side of a source that is edited."""
@@ -27,7 +29,7 @@ PER_KIND = ("model", "steps", "guidance", "image_guidance", "strength")
 
 @dataclass(frozen=True, kw_only=True)
 class EditorKind:
-    """An entry of `EDITORS`: usual values, inputs and loader of one kind of editor.
+    """Entry of `tables.EDITORS`: usual values, inputs and loader of one kind of editor.
 
     Attributes:
         text: field of `EditText` that the editor is given.
@@ -53,55 +55,39 @@ class EditorKind:
     one_by_one: bool = False
 
 
-EDITORS: dict[str, EditorKind] = {
-    "instruct-pix2pix": EditorKind(
-        text="instruction",
-        usual={"model": "timbrooks/instruct-pix2pix", "steps": 20, "guidance": 5.0, "image_guidance": 1.3},
-        pipeline="StableDiffusionInstructPix2PixPipeline",
-        family="InstructPix2Pix",  # Stable Diffusion XL has a class of its own
-        unet_channels=((2, 0),),
-    ),
-    "img2img": EditorKind(
-        text="prompt",
-        usual={"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "steps": 50, "guidance": 7.5, "strength": 0.5},
-        pipeline="AutoPipelineForImage2Image",
-        unet_channels=((1, 0),),
-    ),
-    "text2img": EditorKind(
-        text="prompt",
-        usual={"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "steps": 50, "guidance": 7.5},
-        needs=(),
-        pipeline="AutoPipelineForText2Image",
-        unet_channels=((1, 0),),
-    ),
-    "inpaint": EditorKind(
-        text="prompt",
-        usual={"model": "stable-diffusion-v1-5/stable-diffusion-inpainting", "steps": 50, "guidance": 7.5, "strength": 1.0},
-        needs=("image", "box"),
-        pipeline="AutoPipelineForInpainting",
-        unet_channels=((2, 1), (1, 0)),
-    ),
-    "auto": EditorKind(
-        text="instruction",
-        usual={"model": "", "steps": 20, "guidance": None, "image_guidance": None, "strength": None},
-        pipeline="DiffusionPipeline",
-        one_by_one=True,  # a list of images may mean several sources of one edit
-    ),
-}
-"""Every value of `editor.kind`."""
-
-
-def kind_of(name: str) -> EditorKind:
-    """Return the entry of a kind.
-
-    Raises:
-        ConfigError: there is no such kind.
-    """
-    if name not in EDITORS:
-        raise ConfigError(
-            f"editor.kind = {name}: there is no such editor{nearest(name, EDITORS)} (expected one of {', '.join(EDITORS)})"
-        )
-    return EDITORS[name]
+INSTRUCT_PIX2PIX = EditorKind(
+    text="instruction",
+    usual={"model": "timbrooks/instruct-pix2pix", "steps": 20, "guidance": 5.0, "image_guidance": 1.3},
+    pipeline="StableDiffusionInstructPix2PixPipeline",
+    family="InstructPix2Pix",  # Stable Diffusion XL has a class of its own
+    unet_channels=((2, 0),),
+)
+IMG2IMG = EditorKind(
+    text="prompt",
+    usual={"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "steps": 50, "guidance": 7.5, "strength": 0.5},
+    pipeline="AutoPipelineForImage2Image",
+    unet_channels=((1, 0),),
+)
+TEXT2IMG = EditorKind(
+    text="prompt",
+    usual={"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "steps": 50, "guidance": 7.5},
+    needs=(),
+    pipeline="AutoPipelineForText2Image",
+    unet_channels=((1, 0),),
+)
+INPAINT = EditorKind(
+    text="prompt",
+    usual={"model": "stable-diffusion-v1-5/stable-diffusion-inpainting", "steps": 50, "guidance": 7.5, "strength": 1.0},
+    needs=("image", "box"),
+    pipeline="AutoPipelineForInpainting",
+    unet_channels=((2, 1), (1, 0)),
+)
+AUTO = EditorKind(
+    text="instruction",
+    usual={"model": "", "steps": 20, "guidance": None, "image_guidance": None, "strength": None},
+    pipeline="DiffusionPipeline",
+    one_by_one=True,  # a list of images may mean several sources of one edit
+)
 
 
 def resolve(config: EditorConfig) -> EditorConfig:
@@ -112,7 +98,7 @@ def resolve(config: EditorConfig) -> EditorConfig:
     Raises:
         ConfigError: an unknown kind, or options that do not fit the kind or each other.
     """
-    kind = kind_of(config.kind)
+    kind = EDITORS[config.kind]
     values = {name: _value(config, kind, name) for name in PER_KIND}
     if "model" in kind.usual and not values["model"]:
         raise ConfigError(

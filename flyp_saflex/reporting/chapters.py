@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from flyp_saflex.evaluation.statistics import Interval
+from flyp_saflex.presets import PRESETS
 from flyp_saflex.reporting.figures import scatter_splits
 from flyp_saflex.reporting.gallery import FATES, PER_FATE, Decision, Fate, Gallery
 from flyp_saflex.reporting.html import NOTHING, Markup, cell, details, element, join, listing, paragraph, section, table
@@ -143,7 +144,7 @@ def gallery_chapter(galleries: Sequence[Gallery]) -> Markup:
 
 def _why_none(made: Gallery) -> list[object]:
     config = made.run.config
-    if config is not None and config.saflex.preset == "robust" and config.saflex.penalty is None:
+    if config is not None and config.saflex.preset == "robust" and config.saflex.penalty == PRESETS["robust"].penalty:
         return ["None in this run: the preset", element("code", "robust"), "retains the labels that images came with."]
     return ["None in this run."]
 

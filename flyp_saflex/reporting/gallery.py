@@ -111,12 +111,12 @@ def gallery(run: Run, *, per_fate: int = PER_FATE) -> Gallery | None:
 
 
 def last_decisions(rows: Iterable[Mapping[str, Any]]) -> list[Decision]:
-    """Return the last decision about every image, ordered by first visit; rows without a gain are no decisions."""
+    """Return the last decision about every image, ordered by first visit; rows without a learned label are no decisions."""
     found: dict[str, Decision] = {}
     for row in rows:
-        if not {"id", "label", "weight", "gain"} <= row.keys():
+        if not {"id", "label", "weight", "learned_label"} <= row.keys():
             continue
-        top = row.get("learned_label", row["label"])
+        top = row["learned_label"]
         soft = [(label, float(share)) for label, share in row.get("soft_labels", ())] or [(top, 1.0)]
         before = found.get(row["id"])
         now = Decision(str(row["id"]), int(row["label"]), float(row["weight"]), soft)
@@ -155,7 +155,7 @@ def _add_pictures(made: Gallery, data: DataConfig, seed: int) -> None:
         source = samples.get(edit.source_id if edit else decision.identity)
         decision.instruction = edit.instruction if edit else ""
         decision.edit = thumbnail(edit.path) if edit else ""
-        decision.source = thumbnail(source.path) if source else ""
+        decision.source = thumbnail(source.path) if source and isinstance(source.item, Path) else ""
     without = sum(not (decision.source or decision.edit) for decision in chosen)
     if without and not made.remarks:
         made.remarks.append(f"{without} of {len(chosen)} images cannot be read any more; only their decisions are shown.")

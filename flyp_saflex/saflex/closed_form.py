@@ -45,7 +45,9 @@ def weigh_soft(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty
     return (gains_AK * upstream_AK).sum(dim=1).clamp(min=0)
 
 
-def soft_labels(gains_AK: Tensor, upstream_AK: Tensor, temperature: float, penalty: float) -> Tensor:
+def soft_labels(
+    gains_AK: Tensor, upstream_AK: Tensor, temperature: float, penalty: float, candidates_AK: Tensor | None = None
+) -> Tensor:
     """Return softmax((Pi + beta * onehot(upstream)) / tau) per row, Eq. (10) softened.
 
     For a soft upstream label (Mixup, CutMix) the result is the mean over its classes, weighted by the label, so that
@@ -56,17 +58,30 @@ def soft_labels(gains_AK: Tensor, upstream_AK: Tensor, temperature: float, penal
         upstream_AK: rows on the simplex.
         temperature: tau > 0.
         penalty: beta >= 0, infinity included.
+        candidates_AK: labels that a row may take, the restricted linear program; the others get exactly 0. None: all labels.
+            Upstream mass on other labels pulls nowhere; a row without any candidate keeps its upstream label.
 
     Returns:
         Soft labels [A, K], rows on the simplex.
     """
+    all_lost_A1 = torch.zeros_like(gains_AK[:, :1], dtype=torch.bool)
+    if candidates_AK is not None:
+        candidates_AK = candidates_AK | (~candidates_AK.any(dim=1, keepdim=True) & (upstream_AK > 0))
+        gains_AK = gains_AK.masked_fill(~candidates_AK, -torch.inf)
+        feasible_AK = upstream_AK * candidates_AK
+        lost_A1 = (upstream_AK - feasible_AK).sum(dim=1, keepdim=True)
+        all_lost_A1 = ~feasible_AK.any(dim=1, keepdim=True)
+        upstream_AK = feasible_AK / torch.where(all_lost_A1, torch.ones_like(lost_A1), 1 - lost_A1)
     # With p = softmax(Pi / tau) and b = beta / tau, pulling towards class k moves the share
     # r_k = p_k (e^b - 1) / (1 + p_k (e^b - 1)) = sigmoid(log p_k + log(e^b - 1)) of the mass to it and leaves the rest
     # distributed as p: one softmax serves every k, and no exponential overflows.
     log_probs_AK = (gains_AK / temperature).log_softmax(dim=1)
     b = penalty / temperature
     log_odds_AK = log_probs_AK + (b + math.log(-math.expm1(-b)) if b > 0 else -math.inf)
+    if candidates_AK is not None:
+        log_odds_AK = log_odds_AK.masked_fill(~candidates_AK, -torch.inf)  # -inf + inf is NaN
     left_A1 = (upstream_AK * torch.sigmoid(-log_odds_AK)).sum(dim=1, keepdim=True)
+    left_A1 = torch.where(all_lost_A1, torch.ones_like(left_A1), left_A1)
     return log_probs_AK.exp() * left_A1 + upstream_AK * torch.sigmoid(log_odds_AK)
 
 
@@ -134,6 +149,11 @@ def gains(logits_AK: Tensor, tangent_AK: Tensor) -> Tensor:
     """
     logits_AK, tangent_AK = at_least_float32(logits_AK), at_least_float32(tangent_AK)
     return (logits_AK.softmax(dim=1) * tangent_AK).sum(dim=1, keepdim=True) - tangent_AK
+
+
+def probability_gains(logits_AK: Tensor, gains_AK: Tensor) -> Tensor:
+    """Return p_k Pi_k, the gains if f in Eq. (9) is read as probabilities; they sum to zero over the labels of a row."""
+    return at_least_float32(logits_AK).softmax(dim=1) * gains_AK
 
 
 def symmetric_gains(

@@ -69,6 +69,7 @@ class Saflex:
 
     Attributes:
         watch: comparison of estimated with exact gains at intervals; with `estimator = "auto"` it may switch to `exact`.
+        evidence_row: what evidence found before training (`rho` ...), for every row of metrics.
         bank: validation features that a trainer keeps between refreshes (`validation_renewed`).
 
     Raises:
@@ -83,6 +84,7 @@ class Saflex:
         self._length: Tensor | None = None  # of the gradient, when it was first asked for
         self.watch = Watch(every=self.settings.check_every, may_give_up=self.settings.estimator == "auto")
         self.bank = ValidationBank()
+        self.evidence_row: dict[str, float] = {}
         self._rates = KeptRates()
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
@@ -233,6 +235,8 @@ class Saflex:
         upstream: Tensor,
         *,
         keep_A: Tensor | None = None,
+        prior_A: Tensor | None = None,
+        candidates_AK: Tensor | None = None,
         agrees_A: Tensor | None = None,
         classes_A: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -246,6 +250,8 @@ class Saflex:
             gains_AK: gains of all rows of the step, over all processes, because their scale is that of the batch.
             upstream: upstream labels, indices [A] or rows on the simplex [A, K].
             keep_A: verdict of a filter; rows that are False are dropped whatever their gains. None: no filter.
+            prior_A: weights >= 0 decided beforehand from evidence, which multiply the rule's. None: ones.
+            candidates_AK: plausible labels, at least one per row: the feasible set of the linear program. None: all labels.
             agrees_A: whether the model itself predicts the upstream label of a row; None: `agreement` has no effect.
             classes_A: class of every row, for `class_balance`, if the K labels are not the classes; None: upstream labels.
 
@@ -266,7 +272,7 @@ class Saflex:
         # Step 1: the gains' unit.
         scaled_AK = raw_AK / spread(raw_AK, valid_A) if settings.gain_scale == "std" else raw_AK
         # Step 2, Eq. (10): labels.
-        learned_AK = soft_labels(scaled_AK, upstream_AK, settings.temperature, settings.penalty)
+        learned_AK = soft_labels(scaled_AK, upstream_AK, settings.temperature, settings.penalty, candidates_AK)
         has_preference_A1 = (raw_AK != 0).any(dim=1, keepdim=True)
         labels_AK = torch.where(has_preference_A1, learned_AK, upstream_AK)
         assert labels_AK.shape == (num_rows, num_labels)
@@ -281,6 +287,8 @@ class Saflex:
         weights_A = torch.where(valid_A, weights_A, torch.zeros_like(weights_A))
         if keep_A is not None:
             weights_A = torch.where(keep_A, weights_A, torch.zeros_like(weights_A))
+        if prior_A is not None:
+            weights_A = weights_A * prior_A.to(weights_A)
         if settings.class_balance > 0:
             classes_A = upstream_AK.argmax(dim=1) if classes_A is None else classes_A
             self._rates.update(classes_A, weights_A > 0)
@@ -311,7 +319,7 @@ class Saflex:
         """Return the summary of the last call and the last comparison of the estimator, for a row of metrics."""
         summary = self.diagnostics
         row = {"label_entropy": summary.label_entropy, "mean_gain": summary.mean_gain, "invalid_rows": summary.num_invalid}
-        return row | self.watch.log_row()
+        return row | self.evidence_row | self.watch.log_row()
 
     def reset(self) -> None:
         """Discard all state, for example when other parameters are trained; the next step then starts with a refresh."""

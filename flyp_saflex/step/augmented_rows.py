@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flyp_saflex.saflex import baselines
+from flyp_saflex.saflex.closed_form import probability_gains, renormalise
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.primal_cache import Products
 from flyp_saflex.saflex.saflex import Saflex
@@ -87,7 +88,7 @@ class AugmentedRows:
     @property
     def reads_features(self) -> bool:
         """Whether gains start from the pooled features of the training pass (head scope)."""
-        return self.saflex is not None and self.saflex.settings.scope == "head"
+        return self.saflex is not None and self.saflex.settings.needs_gains and self.saflex.settings.scope == "head"
 
     def decide(
         self,
@@ -114,10 +115,15 @@ class AugmentedRows:
         result = StepResult(space.upstream_mass(), weights_N, weights_N.new_zeros(()), ids_A, weights_N[augmented_N])
         if bool(augmented_N.any()):
             keep_A = self._filter(logits_AC, space, generator)
+            prior_A = None if rows.prior_N is None else self.processes.gather(rows.prior_N)[augmented_N]
             if self.saflex is None:
                 result.weights_A = keep_A.to(weights_N.dtype)
+            elif not self.saflex.settings.needs_gains:
+                prior_A = torch.ones_like(result.weights_A) if prior_A is None else prior_A
+                result.weights_A = renormalise(prior_A * keep_A)
+                self._tell_labels(space.upstream_NK[augmented_N], space, result)
             else:
-                learned_AC = self._learn(rows, seen, space, keep_A, result, primal)
+                learned_AC = self._learn(rows, seen, space, keep_A, prior_A, result, primal)
                 result.assignment_NC[augmented_N] = learned_AC.to(result.assignment_NC.dtype)
             weights_N[augmented_N] = result.weights_A.to(weights_N.dtype)
             if self.saflex is not None or self.upstream_filter != "none":
@@ -148,6 +154,7 @@ class AugmentedRows:
         seen: Outputs | None,
         space: LabelSpace,
         keep_A: Tensor,
+        prior_A: Tensor | None,
         result: StepResult,
         primal: Products | None,
     ) -> Tensor:
@@ -165,7 +172,7 @@ class AugmentedRows:
                 inputs.detach(),
                 space,
                 self.processes.gather,
-                gains_fn=self.objective.gains,
+                gains_fn=self._gains,
                 own_AC=own_AC,
                 products=primal,
                 rows_at_once=0 if head else self.rows_at_once,
@@ -175,17 +182,36 @@ class AugmentedRows:
             gains_AK = baselines.permuted_gains(gains_AK, upstream_AK, result.ids_A)
         classes_A = self.processes.gather(rows.labels_N)[space.augmented_N]
         agrees_A = space.inverse_C[logits_AC.argmax(dim=1)] == upstream_AK.argmax(dim=1)
-        result.weights_A, labels_AK = saflex.solve(gains_AK, upstream_AK, keep_A=keep_A, agrees_A=agrees_A, classes_A=classes_A)
+        result.weights_A, labels_AK = saflex.solve(
+            gains_AK,
+            upstream_AK,
+            keep_A=keep_A,
+            prior_A=prior_A,
+            candidates_AK=upstream_AK > 0 if prior_A is not None else None,
+            agrees_A=agrees_A,
+            classes_A=classes_A,
+        )
         result.gains_A = (gains_AK * upstream_AK).sum(dim=1)
+        self._tell_labels(labels_AK, space, result)
+        return space.spread(labels_AK)
+
+    def _tell_labels(self, labels_AK: Tensor, space: LabelSpace, result: StepResult) -> None:
+        """Fill in the labels with the largest shares."""
         # a stable sort, so that of equal shares the first is on top, as argmax has it; topk promises no order
         shares_AK, order_AK = labels_AK.sort(dim=1, descending=True, stable=True)
         result.top_labels_AJ = space.labels_K[order_AK[:, :NUM_TOP_LABELS]]
         result.top_shares_AJ = shares_AK[:, :NUM_TOP_LABELS]
-        return space.spread(labels_AK)
+
+    def _gains(self, logits_AC: Tensor, tangent_AC: Tensor) -> Tensor:
+        """Return the objective's gains, in the reading of the paper that the settings name."""
+        gains_AC = self.objective.gains(logits_AC, tangent_AC)
+        assert self.saflex is not None
+        return probability_gains(logits_AC, gains_AC) if self.saflex.settings.gains_of == "prob" else gains_AC
 
     @contextmanager
     def recording(self, rows: Rows) -> Iterator[Products | None]:
         """Keep the matrix products of the pass within for the exact derivative, where they are of use."""
-        products = products_for(self.forward, self.network, self.saflex, rows)
+        deciding = self.saflex if self.saflex is not None and self.saflex.settings.needs_gains else None
+        products = products_for(self.forward, self.network, deciding, rows)
         with products.recording() if products else nullcontext():
             yield products

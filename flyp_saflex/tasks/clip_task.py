@@ -23,6 +23,7 @@ from flyp_saflex.images.reader import Source, open_reader
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.tables import METHODS
 from flyp_saflex.tasks.captions import Captions
+from flyp_saflex.tasks.clip_evidence import edit_evidence
 from flyp_saflex.tasks.clip_network import ClipNetwork
 from flyp_saflex.tasks.feature_cache import FeatureCache, LoweredImages, open_feature_cache
 from flyp_saflex.tasks.label_space import Gather, LabelSpace, Rows, ValidationSpace, class_space
@@ -46,6 +47,8 @@ class ClipTask(Task):
     """
 
     files: ClassVar[tuple[str, ...]] = ("model/open_clip_config.json", "model/open_clip_model.safetensors")
+    has_captions = True
+    gives_evidence = True
     network: ClipNetwork
 
     def __init__(self, clip: Clip, network: ClipNetwork, dataset: Dataset, config: Config) -> None:
@@ -133,6 +136,10 @@ class ClipTask(Task):
         """Return the caption id of a row: the sample's own caption, or its class in a random template."""
         return self.captions.of_row(item, seed)
 
+    def caption_of_class(self, label: int, seed: int) -> int:
+        """Return the caption id of a class in a template that the seed picks."""
+        return self.captions.of_class(label, seed)
+
     def class_caption(self, labels_V: Tensor) -> Tensor:
         """Return the caption ids of classes in the first template."""
         return labels_V * self.captions.num_templates
@@ -168,6 +175,13 @@ class ClipTask(Task):
             return label
         templates = self.captions.num_templates
         return label // templates if label < self.dataset.num_classes * templates else None
+
+    def edit_evidence(
+        self, kinds: Sequence[str], edits: Sequence[Edit], loader: ImageLoader, *, rank: int = 0, num_processes: int = 1
+    ) -> dict[str, Tensor]:
+        """Return scores [N, K] of cached edits by kind of evidence, from the weights in place."""
+        self.network.eval()
+        return edit_evidence(self.clip, kinds, self.dataset, edits, loader, rank=rank, num_processes=num_processes)
 
     def _follow(self, device: torch.device) -> None:
         """Keep the tokens where the rows are."""

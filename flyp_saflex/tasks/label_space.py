@@ -26,7 +26,8 @@ class Rows:
         ids_N: identity of an augmented row (index of the edit or sample), for states kept between visits.
         num_train: training rows.
         partners_N, partner_labels_N, share_N: Mixup and CutMix: the other caption and class, and the part of the row's
-            label that stays its own; None without mixing.
+            label that stays its own; None where every label is one-hot.
+        prior_N: weight of every row that evidence decided beforehand; None: ones.
     """
 
     inputs: Tensor
@@ -37,6 +38,7 @@ class Rows:
     partners_N: Tensor | None = None
     partner_labels_N: Tensor | None = None
     share_N: Tensor | None = None
+    prior_N: Tensor | None = None
 
 
 @dataclass

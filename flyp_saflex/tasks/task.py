@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flyp_saflex.config import Config, DataConfig
-from flyp_saflex.errors import ConfigError, RunError
+from flyp_saflex.errors import RunError
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import RowReader, Source
 from flyp_saflex.records import Dataset, Edit, Sample
@@ -76,10 +76,14 @@ class Task:
 
     Attributes:
         files: files of a finished run that the task is loaded from.
+        has_captions: whether objectives over captions (proxy classes) can be used.
+        gives_evidence: whether its pretrained weights can judge edits (`edit_evidence`).
         input_size_px: side of the square images that the model takes; 0: it takes no images.
     """
 
     files: ClassVar[tuple[str, ...]] = (f"model/{WEIGHTS}",)
+    has_captions: ClassVar[bool] = False
+    gives_evidence: ClassVar[bool] = False
     input_size_px: int = 0
 
     def __init__(self, network: Network, dataset: Dataset) -> None:
@@ -163,6 +167,10 @@ class Task:
         """Return the caption id of a row: its class, where a task has no captions."""
         return item.label
 
+    def caption_of_class(self, label: int, seed: int) -> int:
+        """Return a caption id of a class, in a template that the seed picks."""
+        return label
+
     def class_caption(self, labels_V: Tensor) -> Tensor:
         """Return the caption ids of classes, for validation rows."""
         return labels_V
@@ -176,10 +184,7 @@ class Task:
             seed: of the step, for a random template.
             gather: concatenation over processes.
         """
-        if over != "classes":
-            raise ConfigError(
-                f"train.method has an objective over captions, but {type(self).__name__} has none: use one over classes"
-            )
+        assert over == "classes", "checked in training/setup.py"
         return class_space(rows, self.dataset.num_classes, self.class_tokens(), gather)
 
     def class_tokens(self) -> Tensor:
@@ -188,11 +193,25 @@ class Task:
 
     def validation_space(self, captions_V: Tensor) -> ValidationSpace:
         """Return the label space of validation rows over their own captions (for objectives over captions)."""
-        raise ConfigError(f"{type(self).__name__} has no captions: set saflex.validation_loss to ce or margin")
+        raise NotImplementedError
 
     def class_of(self, label: int, over: Over) -> int | None:
         """Return the class of a label of the batch's label space; None for a caption that names no class."""
         return label
+
+    def edit_evidence(
+        self, kinds: Sequence[str], edits: Sequence[Edit], loader: ImageLoader, *, rank: int = 0, num_processes: int = 1
+    ) -> dict[str, Tensor]:
+        """Return scores [N, K] of cached edits by kind of evidence, from the weights in place.
+
+        Args:
+            kinds: names in `tables.EVIDENCE`.
+            edits: N of them, made from training samples.
+            loader: of the model's inputs.
+            rank: this process, which reads its share of the images.
+            num_processes: how many there are.
+        """
+        raise NotImplementedError
 
     # Training
 

@@ -15,6 +15,7 @@ from flyp_saflex.step.validation_gradient import Validation
 from flyp_saflex.tasks.feature_cache import FeatureCache
 from flyp_saflex.tasks.label_space import Rows
 from flyp_saflex.training.batches import Batch
+from flyp_saflex.training.decisions import Decisions
 from flyp_saflex.training.sampling import Row, Stream, derived_seed
 from flyp_saflex.training.setup import Setup
 
@@ -25,8 +26,8 @@ KEEP_BYTES = 2 * 2**30
 class RowBuilder:
     """Labels and captions for the inputs of a batch, and the mix of its augmented rows if the recipe says so."""
 
-    def __init__(self, setup: Setup, device: torch.device) -> None:
-        self.setup, self.device = setup, device
+    def __init__(self, setup: Setup, device: torch.device, decisions: Decisions | None = None) -> None:
+        self.setup, self.device, self.decisions = setup, device, decisions
 
     def items(self, batch: Batch) -> list[Sample | Edit]:
         """Return the sample or edit that each row of a batch was read from."""
@@ -45,6 +46,8 @@ class RowBuilder:
         labels_N = torch.tensor([item.label for item in items], device=device)
         inputs = batch.inputs.to(device, non_blocking=True)
         rows = Rows(inputs, captions_N, labels_N, batch.indices.to(device), batch.num_train)
+        if self.decisions is not None:
+            self._decide(rows, self.decisions, seeds)
         if setup.mix is not None and len(items) > batch.num_train:
             self._mix(rows, step, part)
         if task.network.num_frozen and not setup.config.train.frozen_cache:
@@ -52,6 +55,25 @@ class RowBuilder:
             with torch.no_grad():
                 rows.inputs = torch.cat([task.network.lower(inputs) for inputs in rows.inputs.split(few)])
         return rows
+
+    def _decide(self, rows: Rows, decisions: Decisions, seeds: list[int]) -> None:
+        """Put the labels and weights that evidence decided on to the augmented rows."""
+        task, augmented = self.setup.task, range(rows.num_train, len(rows.labels_N))
+        rows.prior_N = torch.ones(len(rows.labels_N), device=self.device)
+        rows.share_N = torch.ones(len(rows.labels_N), device=self.device)
+        partners_N, partner_labels_N = rows.captions_N.clone(), rows.labels_N.clone()
+        for place in augmented:
+            index = int(rows.ids_N[place])
+            first, second = decisions.labels_N2[index].tolist()
+            if first != int(rows.labels_N[place]):
+                rows.labels_N[place] = first
+                rows.captions_N[place] = partners_N[place] = task.caption_of_class(first, seeds[place])
+            rows.prior_N[place] = decisions.weights_N[index]
+            rows.share_N[place] = share = float(decisions.shares_N[index])
+            partner_labels_N[place] = second if share < 1 else first
+            if share < 1:
+                partners_N[place] = task.caption_of_class(second, seeds[place])
+        rows.partners_N, rows.partner_labels_N = partners_N, partner_labels_N
 
     def describe(self, step: int, results: list[StepResult]) -> list[dict[str, Any]]:
         """Return one record per augmented row of a step: identity, weight, gain of its label, learned (soft) label."""
@@ -66,8 +88,9 @@ class RowBuilder:
                     "label": item.label,
                     "weight": float(result.weights_A[place]),
                 }
-                if result.gains_A is not None and result.top_labels_AJ is not None and result.top_shares_AJ is not None:
+                if result.gains_A is not None:
                     record["gain"] = float(result.gains_A[place])
+                if result.top_labels_AJ is not None and result.top_shares_AJ is not None:
                     over, task = self.setup.objective.over, self.setup.task
                     labels = [task.class_of(top, over) for top in result.top_labels_AJ[place].tolist()]
                     record["learned_label"] = labels[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import Source
+from flyp_saflex.presets import PRESETS
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.saflex import Saflex
@@ -104,6 +105,12 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
     method = METHODS[train.method]
     torch.manual_seed(derived_seed(config.seed, "model") % 2**63)  # only linear heads and random models draw from it
     task = TASKS[method.task].build(TaskInputs(config=config, dataset=dataset))
+    objective = OBJECTIVES[method.objective]
+    if objective.over == "captions" and not task.has_captions:
+        raise ConfigError(
+            f"train.method = {train.method} needs captions, but its task '{method.task}' has none: give the method "
+            "an objective over classes (tables.METHODS)"
+        )
     source = task.source(config.data, [sample for split in dataset.splits.values() for sample in split.samples])
     notes += source.notes
     _check_two_passes(config, task, notes)
@@ -115,22 +122,37 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
         num_augmented=round(augment.per_train * train.batch_size) if upstreams else 0,
         balanced=train.balanced_sampling,
     )
-    if config.saflex.enabled and config.saflex.validation_renewed and config.saflex.scope != "head":
+    usual = PRESETS[config.saflex.preset].validation_renewed
+    if config.saflex.enabled and config.saflex.validation_renewed not in (0, usual) and config.saflex.scope != "head":
         notes.append("saflex.validation_renewed has no effect with saflex.scope=all: every image's own gradient is taken")
     return Setup(
         config=config,
         dataset=dataset,
         task=task,
-        objective=OBJECTIVES[method.objective],
+        objective=objective,
         source=source,
         edits=edits,
         plan=plan,
-        saflex=Saflex(config.saflex.settings) if config.saflex.enabled else None,
+        saflex=_saflex(config, task, edits, notes),
         on_train=_operations([UPSTREAMS[name] for name in augment.on_train], task),
         on_augmented=_operations(upstreams, task),
         mix=next((upstream.mix for upstream in upstreams if upstream.mix is not None), None),
         notes=notes,
     )
+
+
+def _saflex(config: Config, task: Task, edits: tuple[Edit, ...] | None, notes: list[str]) -> Saflex | None:
+    """Return SAFLEX with the settings that can be used here."""
+    settings = config.saflex.settings
+    if not config.saflex.enabled:
+        return None
+    if settings.evidence and (edits is None or not task.gives_evidence):
+        reason = "augment.upstream=cache" if edits is None else f"a CLIP, and train.method={config.train.method} has none"
+        notes.append(f"saflex.evidence has no effect without {reason}: gains decide, as in saflex.preset=robust")
+        usual, robust = PRESETS[config.saflex.preset], PRESETS["robust"]
+        left = {field.name for field in fields(settings) if getattr(settings, field.name) == getattr(usual, field.name)}
+        settings = replace(settings, evidence=(), **{name: getattr(robust, name) for name in left - {"evidence"}})
+    return Saflex(settings)
 
 
 def _operations(upstreams: Sequence[Upstream], task: Task) -> list[ItemOperation]:

@@ -28,6 +28,7 @@ from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.tables import METHODS
 from flyp_saflex.training import checkpoint
 from flyp_saflex.training.batches import Batch, UnreadableFiles, read_steps
+from flyp_saflex.training.decisions import decide_about_edits
 from flyp_saflex.training.distributed import device_name, make_accelerator, processes_of, synchronised
 from flyp_saflex.training.model_selection import ModelSelection, save_model
 from flyp_saflex.training.rows import RowBuilder, ValidationRows
@@ -99,7 +100,10 @@ class _Trainer:
         self.validation = ValidationRows(setup, self.cache, accelerator.device) if self.saflex else None
         if self.saflex is not None:
             self.saflex.watch.tell = accelerator.print
-        self.rows = RowBuilder(setup, accelerator.device)
+        self.decisions = decide_about_edits(setup, accelerator, run.path)
+        if self.decisions is not None:
+            self.environment["evidence_seconds"] = self.decisions.seconds
+        self.rows = RowBuilder(setup, accelerator.device, self.decisions)
         apart = not obstacle(self.network, freeze_batchnorm=self.options.freeze_batchnorm)
         self.selecting = Selecting(setup.config.saflex.select if apart else "never")
         self.signals = StopSignals()
@@ -182,7 +186,7 @@ class _Trainer:
 
     def _refresh(self, step: int, step_loss: StepLoss) -> None:
         """Take SAFLEX's validation gradient if it is due; once per step, also where a run that diverged is resumed."""
-        if self.saflex is None or self.validation is None or not self.setup.num_augmented:
+        if self.saflex is None or self.validation is None or not self.setup.num_augmented or not self.saflex.settings.needs_gains:
             return
         if self.saflex.due(step) and self.refreshed != step:
             step_loss.refresh(self.validation.at(step, self.saflex.settings))

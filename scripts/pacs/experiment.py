@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from edits import write_cache
 
 from flyp_saflex import AugmentCache, recipe, runtime
 from flyp_saflex.data.registry import load_dataset
@@ -23,6 +23,9 @@ from flyp_saflex.storage.files import write_json
 from flyp_saflex.storage.run_folder import environment
 from flyp_saflex.training.setup import prepare
 from flyp_saflex.training.train import train
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "beds"))
+from styles import write_style_edits
 
 SAFLEX = ("saflex.enabled=true",)
 OOD_SELECT = ("data.select_domains=art_painting", "data.test_domains=cartoon")
@@ -118,7 +121,8 @@ def run_one(options: argparse.Namespace, name: str, seed: int, rate: float) -> N
     config = recipe.load("pacs", overrides(options, name, condition, seed, rate))
     if condition.edits:
         edit_seed = seed if condition.shots else 0
-        write_cache(load_dataset(config.data, seed=seed), Path(config.cache.root), config.cache.key, seed=edit_seed, rate=rate)
+        dataset = load_dataset(config.data, seed=seed)
+        write_style_edits(dataset, Path(config.cache.root), config.cache.key, seed=edit_seed, rate=rate)
     if condition.needs:
         run_one(options, condition.needs, seed, rate)
         alia_scores(options, seed, rate)

@@ -17,6 +17,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from flyp_saflex import AugmentCache, recipe
+from flyp_saflex.demo.corruption import read_truth
 from flyp_saflex.evaluation.statistics import Interval, paired_difference, summarise
 
 KINDS = ("clean", "swapped", "destroyed")
@@ -63,8 +64,7 @@ def read(root: Path) -> dict[tuple[str, str], Condition]:
         numbers["seconds"][seed] = json.loads((path.parent / "env.json").read_text())["seconds"]
         if match["rate"]:
             key = f"all-rate{match['rate']}" if match["name"].startswith("all-photos") else f"seed{seed}-rate{match['rate']}"
-            truth_file = root / "edits" / "truth" / f"{key}.json"
-            _decisions(path.parent, json.loads(truth_file.read_text()), numbers, seed)
+            _decisions(path.parent, read_truth(root / "edits", "folder", key), numbers, seed)
     return conditions
 
 

@@ -14,8 +14,10 @@ from flyp_saflex.evaluation.statistics import seeds_to_settle
 FLAT = (0.5, 0.5, 0.5, 0.5)
 
 
-def planted(name, test=FLAT, select=FLAT, seconds=(1.0, 1.0, 1.0, 1.0), machines=("cpu",) * 4, edits="", metric="accuracy"):
-    by_seed = [dict(enumerate(values)) for values in (test, select, seconds, machines)]
+def planted(
+    name, test=FLAT, select=FLAT, seconds=(1.0, 1.0, 1.0, 1.0), machines=("cpu",) * 4, edits="", metric="accuracy", once=()
+):
+    by_seed = [dict(enumerate(values)) for values in (test, select, seconds, once, machines)]
     return Outcome(Condition(name, role_of(name), edits, ()), metric, *by_seed)
 
 
@@ -137,6 +139,10 @@ def test_cost_is_the_median_over_seeds_of_ratios_on_one_machine():
     )
     moved = planted("saflex", seconds=(1.1, 2.4, 1.3, 9.0), machines=("cpu", "cpu", "gpu", "gpu"))
     assert "takes 1.15 times as long as one of trusted (median over 2 seeds)" in cost([trusted, moved])
+    early = planted("saflex", once=(30.0, 30.0, 40.0, 30.0))
+    assert "(median over 4 seeds); deciding about its edits before training takes as long as 30 of them." in cost(
+        [trusted, early]
+    )
     assert "different machines" in cost([trusted, planted("saflex", machines=("gpu",) * 4)])
 
 

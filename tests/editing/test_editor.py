@@ -13,8 +13,9 @@ from flyp_saflex import load_editor, recipe
 from flyp_saflex.config import EditorConfig
 from flyp_saflex.editing.editor import Request
 from flyp_saflex.editing.generate import generate
-from flyp_saflex.editing.settings import EDITORS, EditorKind
+from flyp_saflex.editing.settings import EditorKind
 from flyp_saflex.errors import ConfigError
+from flyp_saflex.tables import EDITORS
 
 TEXTS = """dataset = "folder"
 [[edits]]

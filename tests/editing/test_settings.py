@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from flyp_saflex.config import EditorConfig
-from flyp_saflex.editing.settings import EDITORS, PER_KIND, output_size, resolve, scale_box
+from flyp_saflex.editing.settings import PER_KIND, output_size, resolve, scale_box
 from flyp_saflex.errors import ConfigError
+from flyp_saflex.tables import EDITORS
 
 
 def test_usual_values_of_the_kinds() -> None:
@@ -61,7 +62,7 @@ def test_usual_values_are_of_options_that_exist_and_may_be_left_unset() -> None:
         ({"kind": "auto"}, "editor.kind = auto has no usual model: set editor.model"),
         (
             {"kind": "pix2pix"},
-            "editor.kind = pix2pix: there is no such editor; did you mean 'instruct-pix2pix'?",
+            "expected one of instruct-pix2pix, img2img, text2img, inpaint, auto; did you mean 'instruct-pix2pix'?",
         ),
         ({"kind": "text2img", "size_px": 0}, "editor.size_px = 0 keeps the source's size"),
         ({"image_guidance": 0.5}, "expected at least 1"),

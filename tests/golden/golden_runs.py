@@ -47,7 +47,7 @@ positive = ["a photo of a {}."]
 negative = ["a photo of a landscape without animals."]
 """
 EDITED = ("augment.upstream=cache",)
-SAFLEX = (*EDITED, "saflex.enabled=true")
+SAFLEX = (*EDITED, "saflex.enabled=true", "saflex.preset=robust")
 RUNS: dict[str, tuple[str, ...]] = {
     "flyp": (),
     "robust": SAFLEX,

@@ -27,10 +27,17 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_shipped_files():
-    assert set(available()) == {"iwildcam.alia", "iwildcam-mini.alia", "cub.alia", "waterbirds.alia", "demo.places"}
+    assert set(available()) == {
+        "iwildcam.alia",
+        "iwildcam-mini.alia",
+        "cub.alia",
+        "waterbirds.alia",
+        "demo.places",
+        "demo.everywhere",
+    }
 
 
-@pytest.mark.parametrize("name", ["iwildcam.alia", "iwildcam-mini.alia", "cub.alia", "waterbirds.alia", "demo.places"])
+@pytest.mark.parametrize("name", sorted(available()))
 def test_a_shipped_file_is_whole(name: str):
     texts = load_edit_prompts(name, "")
     assert len(texts.edits) >= 4

@@ -10,65 +10,65 @@ SAFLEX = ("augment.upstream=flip", "saflex.enabled=true", "data.select_fraction=
 
 
 def build(make_config, *options):
-    job = prepare(make_config(*SAFLEX, *options))
-    return job, ValidationRows(job, None, torch.device("cpu"))
+    setup = prepare(make_config(*SAFLEX, *options))
+    return setup, ValidationRows(setup, None, torch.device("cpu"))
 
 
-def refresh(job, rows, step):
+def refresh(setup, rows, step):
     """Do to the bank what a step does, with the mean pixel for a feature; return the rows that were read."""
-    read = rows.at(step, job.saflex.settings)
+    read = rows.at(step, setup.saflex.settings)
     if read.slots_V is not None:
-        job.saflex.bank.renew(read.slots_V, read.inputs.mean(dim=(1, 2, 3))[:, None], read.labels_V, read.captions_V)
+        setup.saflex.bank.renew(read.slots_V, read.inputs.mean(dim=(1, 2, 3))[:, None], read.labels_V, read.captions_V)
     return read
 
 
 def test_rows_in_turn_go_through_the_whole_split(make_config):
-    job, rows = build(make_config, "saflex.validation_rows=4", "saflex.refresh_every=2")
-    read = torch.cat([refresh(job, rows, step).inputs for step in (0, 2, 4)])
+    setup, rows = build(make_config, "saflex.validation_rows=4", "saflex.refresh_every=2")
+    read = torch.cat([refresh(setup, rows, step).inputs for step in (0, 2, 4)])
     assert len(rows.samples) == 12
     assert len(torch.unique(read.flatten(1), dim=0)) == 12
 
 
 def test_a_split_that_is_small_enough_is_read_once(make_config, monkeypatch):
-    job, rows = build(make_config)
-    whole = refresh(job, rows, 0)
+    setup, rows = build(make_config)
+    whole = refresh(setup, rows, 0)
     monkeypatch.setattr(rows, "_read", None)
-    assert refresh(job, rows, 4) is whole
+    assert refresh(setup, rows, 4) is whole
     assert whole.slots_V is None
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_bank_of_the_whole_split_is_renewed_in_turn(make_config, resumed):
-    job, rows = build(make_config, "saflex.validation_renewed=5")
-    whole = refresh(job, rows, 0)
+    setup, rows = build(make_config, "saflex.validation_renewed=5")
+    whole = refresh(setup, rows, 0)
     assert whole.slots_V.tolist() == list(range(12))
     if resumed:
-        state = job.saflex.state_dict()
-        job, rows = build(make_config, "saflex.validation_renewed=5")
-        job.saflex.load_state_dict(state)
+        state = setup.saflex.state_dict()
+        setup, rows = build(make_config, "saflex.validation_renewed=5")
+        setup.saflex.load_state_dict(state)
     for step, slots in ((4, [0, 1, 2, 3, 4]), (8, [5, 6, 7, 8, 9]), (12, [10, 11, 0, 1, 2])):
-        read = refresh(job, rows, step)
+        read = refresh(setup, rows, step)
         assert read.slots_V.tolist() == slots
         assert torch.equal(read.inputs, whole.inputs[slots])
         assert torch.equal(read.labels_V, whole.labels_V[slots])
-    assert torch.equal(job.saflex.bank.labels_V, whole.labels_V)
+    assert torch.equal(setup.saflex.bank.labels_V, whole.labels_V)
 
 
 def test_a_bank_that_is_smaller_than_the_split_goes_through_all_of_it(make_config):
-    job, rows = build(make_config, "saflex.validation_rows=6", "saflex.validation_renewed=2")
-    seen = [refresh(job, rows, step) for step in (0, 4, 8, 12)]
+    setup, rows = build(make_config, "saflex.validation_rows=6", "saflex.validation_renewed=2")
+    seen = [refresh(setup, rows, step) for step in (0, 4, 8, 12)]
     assert [read.slots_V.tolist() for read in seen] == [[0, 1, 2, 3, 4, 5], [0, 1], [2, 3], [4, 5]]
     assert len(torch.unique(torch.cat([read.inputs for read in seen]).flatten(1), dim=0)) == 12
-    assert torch.equal(job.saflex.bank.labels_V, torch.cat([read.labels_V for read in seen[1:]]))
+    assert torch.equal(setup.saflex.bank.labels_V, torch.cat([read.labels_V for read in seen[1:]]))
 
 
 def test_renewing_as_many_as_there_are_needs_no_bank(make_config):
-    job, rows = build(make_config, "saflex.validation_renewed=12")
-    assert refresh(job, rows, 0).slots_V is None
+    setup, rows = build(make_config, "saflex.validation_renewed=12")
+    assert refresh(setup, rows, 0).slots_V is None
 
 
 def test_renewing_without_effect_is_noted(make_config):
     assert "validation_renewed" not in " ".join(build(make_config, "saflex.scope=all")[0].notes)  # the preset's value
-    job, rows = build(make_config, "saflex.validation_renewed=2", "saflex.scope=all")
-    assert "no effect with saflex.scope=all" in " ".join(job.notes)
-    assert refresh(job, rows, 0).slots_V is None
+    setup, rows = build(make_config, "saflex.validation_renewed=2", "saflex.scope=all")
+    assert "no effect with saflex.scope=all" in " ".join(setup.notes)
+    assert refresh(setup, rows, 0).slots_V is None

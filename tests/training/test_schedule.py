@@ -2,6 +2,7 @@
 
 import pytest
 
+from flyp_saflex.tables import METHODS
 from flyp_saflex.training.schedule import Phase, phases_of
 from flyp_saflex.training.setup import prepare
 
@@ -36,15 +37,18 @@ def test_a_later_phase_has_a_schedule_of_its_own():
     assert rates(Phase("finetune", 7, 30, False), 2, 0.1) == rates(Phase("train", 0, 30, False), 2, 0.1)
 
 
-def test_phases(make_config):
-    assert phases_of(prepare(make_config())) == [Phase("train", 0, 5, False)]
-    assert phases_of(prepare(make_config("train.method=linear-probe"))) == [Phase("train", 0, 5, True)]
-    assert phases_of(prepare(make_config("train.method=lp-ft", "train.probe_steps=3"))) == [
-        Phase("linear-probe", 0, 3, True),
-        Phase("finetune", 3, 5, False),
-    ]
-    # 12 training images in batches of 6
-    assert phases_of(prepare(make_config("train.steps=0", "train.epochs=2.5"))) == [Phase("train", 0, 5, False)]
+def test_phases():
+    def phases(method):
+        return phases_of(METHODS[method].phases, steps=5, probe_steps=3)
+
+    assert phases("flyp") == [Phase("train", 0, 5, False)]
+    assert phases("linear-probe") == [Phase("train", 0, 5, True)]
+    assert phases("lp-ft") == [Phase("linear-probe", 0, 3, True), Phase("finetune", 3, 5, False)]
+
+
+def test_epochs_are_steps_of_the_training_split(make_config):
+    """12 training images in batches of 6."""
+    assert prepare(make_config("train.steps=0", "train.epochs=2.5")).total_steps == 5
 
 
 def test_an_option_without_effect_is_noted(make_config):

@@ -13,7 +13,7 @@ from flyp_saflex.clip.model import Clip, ImageTower, load_clip, save_clip
 from flyp_saflex.clip.text_tower import encode_text
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.storage.run_folder import RunDir
-from flyp_saflex.tasks.clip_task import parameter_groups
+from flyp_saflex.tasks.network import parameter_groups
 from flyp_saflex.training import model_selection
 from flyp_saflex.training.batches import read_steps
 from flyp_saflex.training.rows import soft_label
@@ -43,25 +43,25 @@ def assert_same(one, other, tolerance=0.0):
 
 def plain_flyp(config, *, published):
     """FLYP as a loop of its own around open_clip's model and torch's AdamW; only the order of the rows is the run's."""
-    job = prepare(config)
+    setup = prepare(config)
     model, options = open_clip.create_model(config.model.name), config.train
     decayed = [p for name, p in model.named_parameters() if p.ndim >= 2]
     other = [p for name, p in model.named_parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": other, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=not published)
     contrast = open_clip.loss.ClipLoss()
-    known = [f"a photo of a {name}." for name in job.dataset.class_names]
+    known = [f"a photo of a {name}." for name in setup.dataset.class_names]
     model.train()
-    for step, (batch,) in enumerate(read_steps(job, None, 0, options.steps)):
-        labels = torch.tensor([job.dataset.train.samples[i].label for i in batch.indices])
+    for step, (batch,) in enumerate(read_steps(setup, None, 0, options.steps)):
+        labels = torch.tensor([setup.dataset.train.samples[i].label for i in batch.indices])
         scale = model.logit_scale.exp()
         images = F.normalize(model.encode_image(batch.inputs) if published else ImageTower(model.visual)(batch.inputs), dim=-1)
         if published:
             captions = [known[label] for label in labels]
-            loss = contrast(images, model.encode_text(job.clip.tokenizer(captions), normalize=True), scale)
+            loss = contrast(images, model.encode_text(setup.task.clip.tokenizer(captions), normalize=True), scale)
         else:
             distinct, inverse = labels.unique(return_inverse=True)
-            encoded = encode_text(model, job.clip.tokenizer([known[label] for label in distinct]))
+            encoded = encode_text(model, setup.task.clip.tokenizer([known[label] for label in distinct]))
             logits = scale * images @ F.normalize(encoded, dim=-1)[inverse].T
             own = torch.arange(len(labels))
             loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -237,21 +237,21 @@ def test_exactly_the_frozen_parameters_stay(make_config, tiny_clip_dir, tmp_path
 def test_balanced_sampling_draws_every_class_equally(make_config, tiny_images_dir, tmp_path):
     for path in list((tiny_images_dir / "day" / "circle").iterdir())[3:]:
         path.unlink()
-    job = prepare(make_config("train.balanced_sampling=true", "train.batch_size=3"))
-    labels = [job.dataset.train.samples[row.index].label for step in range(4) for row in job.plan.step(step)]
-    assert len(set(job.dataset.train.class_counts().values())) > 1, "nothing to balance"
+    setup = prepare(make_config("train.balanced_sampling=true", "train.batch_size=3"))
+    labels = [setup.dataset.train.samples[row.index].label for step in range(4) for row in setup.plan.step(step)]
+    assert len(set(setup.dataset.train.class_counts().values())) > 1, "nothing to balance"
     assert [labels.count(label) for label in range(3)] == [4, 4, 4]
 
 
 def test_shots_cut_the_training_split_only(make_config):
-    job = prepare(make_config("data.shots=2", "train.batch_size=6"))
-    assert set(job.dataset.train.class_counts().values()) == {2}
-    assert len(job.dataset.splits["id_val"]) == 6
+    setup = prepare(make_config("data.shots=2", "train.batch_size=6"))
+    assert set(setup.dataset.train.class_counts().values()) == {2}
+    assert len(setup.dataset.splits["id_val"]) == 6
 
 
 def test_best_weights_are_kept_not_the_last(make_config, tmp_path, monkeypatch):
-    values, score = iter((0.2, 0.6, 0.4, 0.6, 0.1)), model_selection.metrics.score
-    monkeypatch.setattr(model_selection.metrics, "score", lambda *rows: score(*rows) | {"macro_f1": next(values)})
+    values, metric_row = iter((0.2, 0.6, 0.4, 0.6, 0.1)), model_selection.metric_row
+    monkeypatch.setattr(model_selection, "metric_row", lambda scores: metric_row(scores) | {"macro_f1": next(values)})
     run = tmp_path / "run"
     options = ("train.evaluate_every=1", "train.select_metric=macro_f1", "train.checkpoint_every=1", "train.keep_checkpoints=5")
     assert train(make_config(*options), run)["best"] == 0.6
@@ -312,9 +312,9 @@ def test_env_json_says_what_ran(make_config, tmp_path):
 
 
 def test_groups_decay_matrices_only(make_config):
-    job = prepare(make_config("train.method=ce-linear"))
-    groups = parameter_groups(job.learner, lr=1.0, head_lr=2.0, weight_decay=0.1)
-    names = {id(p): name for name, p in job.learner.named_parameters()}
+    setup = prepare(make_config("train.method=ce-linear"))
+    groups = parameter_groups(setup.task.network, lr=1.0, head_lr=2.0, weight_decay=0.1)
+    names = {id(p): name for name, p in setup.task.network.named_parameters()}
     kinds = {(g["peak_lr"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in groups}
     assert kinds[2.0, 0.1] == {"head.weight"}
     assert kinds[2.0, 0.0] == {"head.bias"}

@@ -43,7 +43,7 @@ MISTAKES = {
     "saflex": (
         ["augment.upstream=flip", "saflex.enabled=true", "saflex.average=1"],
         ConfigError,
-        r"saflex\.average = 1.*below 1",
+        r"saflex\.average = 1: Expected `float` < 1",
     ),
 }
 

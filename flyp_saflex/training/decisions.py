@@ -1,0 +1,113 @@
+"""Decisions about cached edits before training, from evidence of the pretrained model."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flyp_saflex.saflex.evidence import Decision, decide
+from flyp_saflex.training.setup import Setup
+
+FILE = "decisions.safetensors"
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Weight and label of every cached edit.
+
+    Attributes:
+        weights_N: 0..1.
+        labels_N2: the two likeliest classes.
+        shares_N: share of the first of them, 0.5..1; 1: the label is one-hot.
+        seconds: time that the evidence took when the decisions were made.
+    """
+
+    weights_N: Tensor
+    labels_N2: Tensor
+    shares_N: Tensor
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, decision: Decision) -> Decisions:
+        """Keep the candidates of each edit: at most two."""
+        shares_NK = torch.where(decision.candidates_NK, decision.labels_NK, torch.zeros_like(decision.labels_NK))
+        top_N2, labels_N2 = shares_NK.topk(2, dim=1)
+        total_N = top_N2.sum(dim=1)
+        shares_N = torch.where(total_N > 0, top_N2[:, 0] / total_N.clamp(min=1e-12), torch.ones_like(total_N))
+        return cls(decision.weights_N.float(), labels_N2, shares_N.float())
+
+
+def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Decisions | None:
+    """Return the decisions of a run, made now or read from its folder; None where no evidence is asked for.
+
+    They are made with the weights that the task has now: call it before a checkpoint is restored.
+
+    Args:
+        setup: of the run; SAFLEX is told rho.
+        accelerator: processes share the work.
+        run: folder that keeps the decisions.
+    """
+    saflex, edits = setup.saflex, setup.edits
+    if saflex is None or not saflex.settings.evidence or edits is None:
+        return None
+    kinds, threshold = saflex.settings.evidence, saflex.settings.evidence_threshold
+    stored = _read(run / FILE, key := _key(setup))
+    if stored is None:
+        accelerator.print(f"evidence on {len(edits)} edits: {', '.join(kinds)}")
+        started = time.monotonic()
+        found = setup.task.edit_evidence(
+            kinds,
+            edits,
+            setup.loader(progress=accelerator.is_main_process),
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        own_N = torch.tensor([edit.label for edit in edits])
+        decision = decide(found, own_N, threshold=threshold)
+        made = Decisions.of(decision)
+        stored = {
+            "weights": made.weights_N,
+            "labels": made.labels_N2,
+            "shares": made.shares_N,
+            "rho": torch.tensor(decision.rho),
+            "kept": torch.tensor(decision.kept_fraction),
+            "relabelled": torch.tensor(decision.relabelled_fraction),
+            "seconds": torch.tensor(time.monotonic() - started),
+        }
+        told = {"calibrated": f"rho = {decision.rho:.2f}", "too few": "too few edits to calibrate: all are kept"}
+        accelerator.print(
+            f"evidence: {told.get(decision.status, 'it says nothing about the labels: all edits are kept')}; "
+            f"{decision.kept_fraction:.0%} of the edits are kept, {decision.relabelled_fraction:.1%} under another class"
+        )
+        if accelerator.is_main_process:
+            save_file(stored, run / FILE, metadata={"key": key})
+    saflex.evidence_row = {name: float(stored[name]) for name in ("rho", "relabelled") if stored[name].isfinite()}
+    return Decisions(stored["weights"], stored["labels"], stored["shares"], float(stored["seconds"]))
+
+
+def _key(setup: Setup) -> str:
+    """Return a digest of what the decisions depend on but the pretrained weights."""
+    settings = setup.config.saflex
+    parts = [*(edit.aug_id for edit in setup.edits or ()), *settings.evidence, str(settings.evidence_threshold)]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    """Return what a run decided earlier, if it was about the same edits."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
