@@ -191,7 +191,7 @@ def test_bad_input_is_one_line_before_anything_is_run(study, tmp_path, condition
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("compare.seeds=[]", "compare.seeds: Expected `array` of length >= 1"),
+        ("compare.seeds=[]", "compare.seeds = []: Expected `array` of length >= 1"),
         ("compare.seed=1", "did you mean 'compare.seeds'?"),
         ("compare.metric=acuracy", "compare.metric = 'acuracy': expected one of accuracy"),
     ],
