@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -137,7 +137,9 @@ def preset(name: str = "robust", **overrides: Any) -> SaflexSettings:
     except msgspec.ValidationError as error:
         problem, _, where = str(error).partition(" - at `$.")
         field = where.rstrip("`")
-        raise ConfigError(f"saflex.{field} = {values.get(field)!r}: {problem}") from None
+        if names := get_args(get_type_hints(SaflexSettings)[field]):
+            problem = f"expected one of {', '.join(names)}{nearest(str(values[field]), names)}"
+        raise ConfigError(f"saflex.{field} = {values[field]!r}: {problem}") from None
 
 
 def with_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,17 +29,18 @@ from torch.nn.functional import normalize
 
 from flyp_saflex.assets import TINY_CLIP
 from flyp_saflex.clip.model import load_clip
-from flyp_saflex.clip.zero_shot import zero_shot_head
-from flyp_saflex.config import DataConfig
+from flyp_saflex.config import Config, DataConfig
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.demo.places import PLACES
 from flyp_saflex.demo.scene import Scene, render
 from flyp_saflex.demo.world import CLASSES, EMPTY, SPECIES, plan, write_world
 from flyp_saflex.evaluation.metrics import accuracy, macro_f1
-from flyp_saflex.evaluation.predict import Head, clip_predictor, predict
+from flyp_saflex.evaluation.predict import predict
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.runtime import keep_freed_memory
 from flyp_saflex.saflex.losses import clip_loss
+from flyp_saflex.tasks.clip_network import ClipNetwork
+from flyp_saflex.tasks.clip_task import ClipTask
 from flyp_saflex.tasks.proxy_classes import proxy_columns
 
 SEED = 20_000_000  # of the scenes, the weights, the captions; worlds of the demo and of the figures have others
@@ -194,12 +195,10 @@ def figures(folder: Path) -> str:
         with tempfile.TemporaryDirectory() as where:
             root = write_world(Path(where), num_images=2000, seed=seed)
             dataset = load_dataset(DataConfig(name="iwildcam", root=where, prompts=str(root / "prompts")), seed=0)
-            head = Head(
-                zero_shot_head(clip, dataset.class_names, dataset.templates), None, float(clip.model.logit_scale.detach().exp())
-            )
+            task = ClipTask(clip, ClipNetwork(clip.model), dataset, Config())
             loader = ImageLoader(clip.preprocess, batch_size=256, progress=False)
             for split in dataset.splits.values():
-                _, (logits_NK,) = predict([lambda: clip_predictor(clip.model, head)], loader.batches(split.samples))  # noqa: B023
+                _, (logits_NK,) = predict([task.predictor], loader.batches(split.samples))
                 labels, predictions = [sample.label for sample in split.samples], logits_NK.argmax(dim=1).numpy()
                 values = f"{100 * accuracy(labels, predictions):.1f} | {100 * macro_f1(labels, predictions):.1f}"
                 lines.append(f"| seed {seed} | {split.name} | {split.shift} | {len(split)} | {values} |")

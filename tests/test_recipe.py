@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from flyp_saflex import recipe
-from flyp_saflex.config import Config, SaflexConfig
+from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError
+from flyp_saflex.presets import PRESETS, SaflexSettings, preset
 
 
 @pytest.mark.parametrize("name", recipe.shipped())
@@ -28,10 +30,20 @@ def test_dumps_and_load_are_inverse(tmp_path: Path) -> None:
         assert recipe.load(str(path)) == config
 
 
-def test_unset_options_stay_unset(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PRESETS)
+def test_unset_options_have_the_presets_values_and_stay_unset(name: str, tmp_path: Path) -> None:
+    config = recipe.build({"saflex": {"preset": name, "average": 0.25}}, "here")
+    assert config.saflex.settings == preset(name, average=0.25)
+    text = recipe.dumps(config)
+    assert "average = 0.25" in text
+    assert not {field.name for field in dataclasses.fields(SaflexSettings)} - {"average"} & set(re.findall(r"^\w+", text, re.M))
+    (tmp_path / "config.toml").write_text(text, encoding="utf-8")
+    assert recipe.load(str(tmp_path / "config.toml")).saflex == config.saflex
+
+
+def test_no_options_are_the_defaults() -> None:
     assert recipe.build({}, "here") == Config()
-    assert Config().saflex == SaflexConfig(temperature=None)
-    assert "temperature" not in recipe.dumps(Config())
+    assert Config().saflex.settings == preset(Config().saflex.preset)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Class names and caption templates, from the folder `prompts/<dataset>` (floor 1; no torch).
+"""Class names and caption templates, from the folder `prompts/<dataset>`.
 
 `templates.txt` holds one caption template per line, each with exactly one `{}`. `classes.txt` holds one class per line, in
 the order of the class indices: an English name, or the dataset's own key and the English name with a tab between.
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from flyp_saflex.data.text import nfc, read_text, shown
 from flyp_saflex.errors import DataError, nearest
 
 
@@ -77,11 +78,11 @@ def read_templates(path: Path) -> tuple[str, ...]:
             continue
         if line.count("{}") != 1 or line.count("{") != 1 or line.count("}") != 1:
             raise DataError(
-                f"{path} line {number}: the template '{line}' has {line.count('{}')} times {{}}, expected exactly one "
+                f"{path} line {number}: the template '{shown(line)}' has {line.count('{}')} times {{}}, expected exactly one "
                 "and no other brace; write for example 'a photo of a {}.'"
             )
         if line in templates:
-            raise DataError(f"{path} line {number}: the template '{line}' is there twice; remove one")
+            raise DataError(f"{path} line {number}: the template '{shown(line)}' is there twice; remove one")
         templates.append(line)
     if not templates:
         raise DataError(f"{path} holds no template: write one per line, for example 'a photo of a {{}}.'")
@@ -104,11 +105,13 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     where: dict[str, int] = {}
     for number, line in lines:
         key, tab, name = line.partition("\t")
-        key, name = key.strip(), name.strip()
+        key, name = nfc(key.strip()), nfc(name.strip())
         if not key or (tab and not name):
             raise DataError(f"{path} line {number}: no class name, expected a name (or key, tab, name); remove or fill the line")
         if tab and key in where:
-            raise DataError(f"{path} line {number}: the key '{key}' is already on line {where[key]}; every class needs its own")
+            raise DataError(
+                f"{path} line {number}: the key '{shown(key)}' is already on line {where[key]}; every class needs its own"
+            )
         if tab:
             where[key] = number
         keys.append(key)
@@ -120,10 +123,4 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Return (line number, text) of every line that is not a comment."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from None
-    return [(number, line.strip(" ")) for number, line in enumerate(text.splitlines(), 1) if not line.startswith("#")]
+    return [(number, line.strip(" ")) for number, line in enumerate(read_text(path).splitlines(), 1) if not line.startswith("#")]

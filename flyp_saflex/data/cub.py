@@ -1,4 +1,4 @@
-"""CUB-200-2011 with ALIA's held-out images (floor 2).
+"""CUB-200-2011 with ALIA's held-out images.
 
 `train` is all official training images but the last five of each class in file order, `val` is those five (ALIA's
 `extra`, used here to select), `test` is the official test set.
@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from flyp_saflex.config import DataConfig
+from flyp_saflex.data.account import Account
 from flyp_saflex.data.class_prompts import load_prompts
 from flyp_saflex.data.folder import existing_root
+from flyp_saflex.data.text import read_text, shown
 from flyp_saflex.errors import DataError
 from flyp_saflex.records import Dataset, Sample, Split
 
@@ -51,7 +53,7 @@ def read_cub(config: DataConfig) -> Dataset:
         flag = is_train.get(image, ("none",))[0]
         if flag not in ("0", "1"):
             raise DataError(
-                f"{folder / 'train_test_split.txt'}: image {image} has '{flag}', expected 0 or 1; unpack the archive again"
+                f"{folder / 'train_test_split.txt'}: image {image} has '{shown(flag)}', expected 0 or 1; unpack the archive again"
             )
         sample = Sample(sample_id=path, item=folder / "images" / path, label=label, box=boxes.get(image))
         if flag == "1":
@@ -71,6 +73,7 @@ def read_cub(config: DataConfig) -> Dataset:
         class_names=prompts.class_names,
         splits={split.name: split for split in splits},
         templates=prompts.templates,
+        notes=(Account(f"rows of {folder / 'images.txt'}", found=len(paths)).note(sum(len(split) for split in splits)),),
     )
 
 
@@ -81,11 +84,11 @@ def _columns(path: Path, count: int) -> dict[str, tuple[str, ...]]:
         DataError: a line with another number of values, or an id twice.
     """
     rows: dict[str, tuple[str, ...]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         identity, *values = line.split() or [""]
         if len(values) != count:
             raise DataError(
-                f"{path} line {number}: '{line}' has {len(values)} values after the id, expected {count}; unpack it again"
+                f"{path} line {number}: '{shown(line)}' has {len(values)} values after the id, expected {count}; unpack it again"
             )
         if identity in rows:
             raise DataError(f"{path} line {number}: the id {identity} is there twice; unpack the archive again")
@@ -95,8 +98,10 @@ def _columns(path: Path, count: int) -> dict[str, tuple[str, ...]]:
 
 def _index(path: Path, image: str, labels: dict[str, tuple[str, ...]], num_classes: int) -> int:
     text = labels.get(image, ("none",))[0]
-    if not text.isdecimal() or not 1 <= int(text) <= num_classes:
-        raise DataError(f"{path}: image {image} has the class '{text}', expected 1..{num_classes}; unpack the archive again")
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= num_classes:
+        raise DataError(
+            f"{path}: image {image} has the class '{shown(text)}', expected 1..{num_classes}; unpack the archive again"
+        )
     return int(text) - 1
 
 
@@ -111,7 +116,7 @@ def _boxes(path: Path, *, needed: bool) -> dict[str, tuple[float, float, float, 
             left, top, width, height = (float(value) for value in values)
         except ValueError:
             raise DataError(
-                f"{path}: image {image} has the box {' '.join(values)}, expected four numbers; unpack the archive again"
+                f"{path}: image {image} has the box {shown(' '.join(values))}, expected four numbers; unpack the archive again"
             ) from None
         boxes[image] = (left, top, width, height)
     return boxes

@@ -1,4 +1,4 @@
-"""`flyp-saflex data`: what a dataset holds, before anything is spent on it (floor 3)."""
+"""Command `data`: contents of a dataset, before anything is spent on it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,30 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median_low
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from flyp_saflex.config import Config, DataConfig
 from flyp_saflex.data.registry import load_dataset
+from flyp_saflex.data.text import spelt
 from flyp_saflex.errors import ConfigError, DataError
-from flyp_saflex.images.decode import decode_image
+from flyp_saflex.images.decode import decode_image, read_bytes
 from flyp_saflex.images.resized_writer import materialise as write_copies
 from flyp_saflex.records import Dataset, Sample, Split
 
 SHOWN = 12
 """Rows of a table that are printed; the returned numbers have all of them."""
+FAINT = 255 // 10
+"""An image whose values lie this close together uses less than a tenth of their range."""
 
 
 def describe(config: Config, *, limit: int | None = None, dry_run: bool = False, materialise: bool = False) -> dict[str, Any]:
     """Print and return what the recipe's dataset holds.
 
-    Counts per split, class and domain; then, from reading every image: sizes, unreadable files, and images with the same
-    bytes in two splits. Under several processes only the first one reads and prints.
+    Counts per split, class and domain; then, from reading every image: sizes, unreadable files, images of nearly one
+    colour, and images with the same bytes in two splits or under two labels. Under several processes only the first one reads
+    and prints.
 
     Args:
         config: the recipe.
@@ -109,7 +113,10 @@ def _read_all(dataset: Dataset, threads: int) -> dict[str, Any]:
     widths: dict[str, list[int]] = defaultdict(list)
     heights: dict[str, list[int]] = defaultdict(list)
     unreadable: list[dict[str, str]] = []
+    faint: list[str] = []
     homes: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    labels: dict[str, set[int]] = defaultdict(set)
+    label_of = {sample.sample_id: dataset.class_names[sample.label] for _, sample in rows}
     with ThreadPoolExecutor(threads) as pool:
         results = pool.map(_read_one, (sample for _, sample in rows))
         for (split, sample), result in zip(
@@ -118,26 +125,36 @@ def _read_all(dataset: Dataset, threads: int) -> dict[str, Any]:
             if isinstance(result, str):
                 unreadable.append({"split": split, "path": str(sample.path), "reason": result})
                 continue
-            digest, (width, height) = result
+            digest, (width, height), contrast = result
             homes[digest].append((split, sample.sample_id))
+            labels[digest].add(sample.label)
+            if contrast < FAINT:
+                faint.append(sample.sample_id)
             widths[split].append(width)
             heights[split].append(height)
     return {
         "sizes": {split: {"width": _spread(widths[split]), "height": _spread(heights[split])} for split in widths},
         "unreadable": unreadable,
+        "faint": faint,
         "duplicates_across_splits": [found for found in homes.values() if len({split for split, _ in found}) > 1],
+        "duplicates_under_two_labels": [
+            [(sample_id, label_of[sample_id]) for _, sample_id in found]
+            for digest, found in homes.items()
+            if len(labels[digest]) > 1
+        ],
         "duplicates_within_splits": sum(len(found) - len({split for split, _ in found}) for found in homes.values()),
     }
 
 
-def _read_one(sample: Sample) -> tuple[str, tuple[int, int]] | str:
+def _read_one(sample: Sample) -> tuple[str, tuple[int, int], int] | str:
+    """Return an image's hash, size and largest difference between its values in 0..255, or why it cannot be read."""
     try:
-        data = sample.path.read_bytes()
-        return hashlib.sha256(data).hexdigest(), decode_image(io.BytesIO(data), sample.path).size
+        data = read_bytes(sample.path)
+        image = decode_image(io.BytesIO(data), sample.path)
+        lows, highs = zip(*cast(tuple[tuple[int, int], ...], image.getextrema()), strict=True)
+        return hashlib.sha256(data).hexdigest(), image.size, max(highs) - min(lows)
     except DataError as error:
-        return str(error)
-    except OSError as error:
-        return f"image {sample.path} cannot be read: {error.strerror}; check its permissions"
+        return spelt(str(error))
 
 
 def _spread(values: Sequence[int]) -> tuple[int, int, int]:
@@ -188,9 +205,18 @@ def _print_files(numbers: Mapping[str, Any], max_unreadable: float) -> None:
         count = sum(1 for row in unreadable if row["split"] == split)
         if count > max_unreadable * counts["n"]:
             print(f"  {split}: more than data.max_unreadable = {max_unreadable} of its images; training would stop")
+    if faint := numbers["faint"]:
+        print(
+            f"images that use less than a tenth of their range: {len(faint)}, first: {', '.join(faint[:3])}; "
+            "of nearly one colour, or 12 bits in a file of 16?"
+        )
     duplicates = numbers["duplicates_across_splits"]
     print(f"same bytes in two splits: {len(duplicates)}; twice within a split: {numbers['duplicates_within_splits']}")
     for found in duplicates[:SHOWN]:
         print("  " + " = ".join(f"{split}: {sample_id}" for split, sample_id in found))
     if duplicates:
         print("  what is trained on and tested on alike tests nothing: remove one of each")
+    if mislabelled := numbers["duplicates_under_two_labels"]:
+        print(f"{len(mislabelled)} images are there under two labels: keep the right one of each")
+        for group in mislabelled[:SHOWN]:
+            print("  " + " = ".join(f"{sample_id} ({label})" for sample_id, label in group))

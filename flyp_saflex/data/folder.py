@@ -1,23 +1,36 @@
-"""Images in folders: `root/<domain>/<class>/*`, `root/<split>/<class>/*` or `root/<class>/*` (floor 2).
+"""Images in folders: `root/<domain>/<class>/*`, `root/<split>/<class>/*` or `root/<class>/*`.
 
-Which of the three it is follows from the recipe and the names: with `data.train_domains` the folders are domains; with a
-folder called `train` (of folders) they are splits; otherwise they are classes of one domain.
+With `data.train_domains` the folders are domains; with a folder called `train` (of folders) they are splits; otherwise they
+are classes of one domain. Every file is counted as used or as left out for a reason.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from flyp_saflex.config import DataConfig
-from flyp_saflex.data.class_prompts import Prompts, load_prompts
-from flyp_saflex.data.splitting import SELECT_NAMES, TEST_NAMES, hold_out, in_reporting_order, role_and_shift
+from flyp_saflex.data.account import Account
+from flyp_saflex.data.class_names import class_list
+from flyp_saflex.data.class_prompts import Prompts
+from flyp_saflex.data.listing import Folder
+from flyp_saflex.data.splitting import (
+    EVAL_NAMES,
+    SELECT_NAMES,
+    TEST_NAMES,
+    canonical_split,
+    check_domain_names,
+    folded,
+    hold_out,
+    in_reporting_order,
+    role_and_shift,
+    split_notes,
+)
+from flyp_saflex.data.text import listed, nfc_all, shown, spelt
 from flyp_saflex.errors import DataError, nearest
 from flyp_saflex.records import Dataset, Sample, Split
-
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 
 
 def read_folder(config: DataConfig) -> Dataset:
@@ -27,27 +40,31 @@ def read_folder(config: DataConfig) -> Dataset:
         DataError: the folder is missing or empty, a named domain is not there, or a class of another split has no
             training folder.
     """
-    root = existing_root(config)
-    folders = _subfolders(root)
+    root = Folder.at(existing_root(config))
+    folders = list(root.folders.values())
+    names = list(root.folders)
     if config.train_domains or config.select_domains or config.test_domains:
-        return _read_domains(config, root, folders)
-    if "train" in folders and not _has_images(root / "train", nested=False):
-        return _read_splits(config, root, folders)
-    if "train" in folders and any(name in (*SELECT_NAMES, *TEST_NAMES) for name in folders):
+        return _read_domains(config, root)
+    train = [folder for folder in folders if canonical_split(folder.name) == "train"]
+    if train and all(folder.num_nested >= len(folder.images) for folder in train):
+        return _read_splits(config, root)
+    if train and any(folded(name) in (*SELECT_NAMES, *TEST_NAMES, *EVAL_NAMES) for name in names):
         raise DataError(
-            f"data.root = {root}: {root / 'train'} holds images without class folders; expected root/<split>/<class>/*.jpg, "
+            f"data.root = {root}: {train[0]} holds images without class folders; expected root/<split>/<class>/*.jpg, "
             'or a table (data.name = "table") that says which class an image has'
         )
-    if any(_has_images(root / name, nested=False) for name in folders):
-        return _read_classes(config, root, folders)
-    if any(_has_images(root / name, nested=True) for name in folders):
+    direct, nested = sum(len(folder.images) for folder in folders), sum(folder.num_nested for folder in folders)
+    if direct and (direct >= nested or not _alike_inside(folders)):
+        return _read_classes(config, root)
+    if nested:
+        strays = f" ({direct} images lie directly below them)" if direct else ""
         raise DataError(
-            f"data.root = {root}: found folders of folders ({_listed(folders)}), but none is called 'train'; if they are domains "
-            f'set data.train_domains=["{folders[0]}"] and data.test_domains, if they are splits call one of them train'
+            f"data.root = {root}: found folders of folders ({listed(names)}){strays}, but none is called 'train'; if they are "
+            f'domains set data.train_domains=["{names[0]}"] and data.test_domains, if they are splits call one of them train'
         )
     raise DataError(
-        f"data.root = {root}: no image found (folders: {_listed(folders) or 'none'}); expected root/<domain>/<class>/*.jpg, "
-        "root/<split>/<class>/*.jpg with a split called train, or root/<class>/*.jpg"
+        f"data.root = {root}: no image found (folders: {listed(names) or 'none'}{_left_out(root)}); expected "
+        "root/<domain>/<class>/*.jpg, root/<split>/<class>/*.jpg with a split called train, or root/<class>/*.jpg"
     )
 
 
@@ -66,158 +83,165 @@ def existing_root(config: DataConfig, contents: str = "the folder of the images"
     return root
 
 
-def readable(name: str) -> str:
-    """Turn a folder's name into words: `003.Sooty_Albatross` -> `Sooty Albatross`."""
-    words = re.sub(r"[_\-]+", " ", re.sub(r"^\d+\.", "", name)).strip()
-    return words or name
-
-
-def class_list(config: DataConfig, keys: Sequence[str]) -> tuple[tuple[str, ...], Prompts]:
-    """Return the class keys by index and the prompts, whose names belong to these keys.
-
-    Without `classes.txt` the keys are those of the training data and their names are made readable. With it, the file
-    decides which classes there are and in which order; a line's key (or, without a tab, its name) is matched with `keys`.
-
-    Raises:
-        DataError: a training class is missing in `classes.txt`.
-    """
-    prompts = load_prompts(config.prompts or "default")
-    if not prompts.class_keys:
-        keys = tuple(keys)
-        names = tuple(readable(key) for key in keys)
-        return keys, Prompts(class_names=names, class_keys=keys, templates=prompts.templates, folder=prompts.folder)
-    by_words = {readable(key).casefold(): key for key in keys}
-    known = tuple(key if key in keys else by_words.get(readable(key).casefold(), key) for key in prompts.class_keys)
-    for key in keys:
-        if key not in known:
-            raise DataError(
-                f"{prompts.folder / 'classes.txt'} has no line for the class '{key}'{nearest(key, prompts.class_keys)} "
-                f"({len(known)} classes there); add a line '{key}<tab>its English name'"
-            )
-    return known, prompts
-
-
-def _read_domains(config: DataConfig, root: Path, folders: list[str]) -> Dataset:
+def _read_domains(config: DataConfig, root: Folder) -> Dataset:
+    folders = root.folders
     if not config.train_domains:
-        raise DataError(f"data.train_domains is empty, but select or test domains are named; choose from {_listed(folders)}")
+        raise DataError(f"data.train_domains is empty, but select or test domains are named; choose from {listed(list(folders))}")
     lists = {"train": config.train_domains, "select": config.select_domains, "test": config.test_domains}
-    seen: dict[str, str] = {}
+    roles: dict[str, str] = {}
     for role, domains in lists.items():
-        for domain in domains:
+        for domain in nfc_all(domains):
             if domain not in folders:
                 raise DataError(
-                    f"data.{role}_domains: no folder '{domain}' in {root}{nearest(domain, folders)} (found: {_listed(folders)})"
+                    f"data.{role}_domains: no folder '{domain}' in {root}{nearest(domain, folders)} "
+                    f"(found: {listed(list(folders))})"
                 )
-            if domain in seen:
+            if domain in roles:
                 raise DataError(
-                    f"data.{role}_domains: '{domain}' is already in data.{seen[domain]}_domains; a domain has one role"
+                    f"data.{role}_domains: '{domain}' is already in data.{roles[domain]}_domains; a domain has one role"
                 )
-            if role != "train" and domain in ("train", "id_val", "id_test"):
-                raise DataError(f"data.{role}_domains: a domain called '{domain}' is taken for a split; rename the folder")
-            seen[domain] = role
-    found = {name for domain in config.train_domains for name in _subfolders(root / domain)}
+            if role != "train":
+                check_domain_names(f"data.{role}_domains", domain, fix="rename the folder")
+            roles[domain] = role
+    found = {name for domain, role in roles.items() if role == "train" for name in folders[domain].folders}
     keys, prompts = class_list(config, sorted(found))
-    notes: list[str] = []
-    pools = {domain: _samples(root, root / domain, keys, domain, notes) for domain in seen}
-    train = [sample for domain in config.train_domains for sample in pools[domain]]
-    splits = list(
-        hold_out(
-            train,
-            select_fraction=config.select_fraction,
-            select_per_class=config.select_per_class,
-            test_fraction=config.test_fraction,
-            seed=config.split_seed,
-            name_of=prompts.class_names.__getitem__,
-        ).values()
-    )
-    for domain in config.select_domains:
-        splits.append(Split(name=domain, role="select", shift="ood", samples=tuple(pools[domain])))
-    for domain in config.test_domains:
-        splits.append(Split(name=domain, role="test", shift="ood", samples=tuple(pools[domain])))
-    if unused := [name for name in folders if name not in seen]:
-        notes.append(f"folders in {root} that no data.*_domains names, left out: {_listed(unused)}")
-    return _dataset(root, prompts, splits, notes)
+    account = Account(f"files in {root}")
+    pools = {domain: _samples(root, folders[domain], keys, domain, account, "domain") for domain in roles}
+    train = [sample for domain, role in roles.items() if role == "train" for sample in pools[domain]]
+    _check_trained(train, prompts, account)
+    splits = _held_out(train, config, prompts)
+    for domain, role in roles.items():
+        if role != "train":
+            splits.append(Split(name=domain, role=role, shift="ood", samples=tuple(pools[domain])))  # type: ignore[arg-type]
+    root.leave_out(account, "images beside the domain folders", deep=False)
+    notes = []
+    if unused := [name for name in folders if name not in roles]:
+        notes.append(f"folders in {root} that no data.*_domains names, left out: {listed(unused)}")
+        for name in unused:
+            folders[name].leave_out(account, "images of domains that no data.*_domains names")
+    return _dataset(root, prompts, splits, notes, account)
 
 
-def _read_splits(config: DataConfig, root: Path, folders: list[str]) -> Dataset:
-    keys, prompts = class_list(config, _subfolders(root / "train"))
-    notes: list[str] = []
+def _read_splits(config: DataConfig, root: Folder) -> Dataset:
+    account = Account(f"files in {root}")
+    root.leave_out(account, "images beside the split folders", deep=False)
+    train = next(folder for folder in root.folders.values() if canonical_split(folder.name) == "train")
+    keys, prompts = class_list(config, list(train.folders))
+    names = [name for name, folder in root.folders.items() if _is_split(folder)]
+    notes = split_notes(names)
+    if others := [name for name in root.folders if name not in names]:
+        notes.append(f"folders in {root} without an image are taken for no split: {listed(others)}")
     splits = []
-    for name in folders:
-        role, shift = role_and_shift(name, folders)
-        samples = _samples(root, root / name, keys, name if shift == "ood" else "", notes)
-        splits.append(Split(name=name, role=role, shift=shift, samples=tuple(samples)))
-    return _dataset(root, prompts, splits, notes)
+    for name, folder in root.folders.items():
+        if name not in names:
+            folder.leave_out(account, "images")  # it has none: only its other files are counted
+            continue
+        role, shift = role_and_shift(name, names)
+        samples = _samples(root, folder, keys, name if shift == "ood" else "", account, "split")
+        if role == "train":
+            _check_trained(samples, prompts, account)
+        splits.append(Split(name=canonical_split(name), role=role, shift=shift, samples=tuple(samples)))
+    return _dataset(root, prompts, splits, notes, account)
 
 
-def _read_classes(config: DataConfig, root: Path, folders: list[str]) -> Dataset:
-    keys, prompts = class_list(config, folders)
-    notes: list[str] = []
+def _read_classes(config: DataConfig, root: Folder) -> Dataset:
+    keys, prompts = class_list(config, list(root.folders))
+    account = Account(f"files in {root}")
+    samples = _samples(root, root, keys, "", account, "folder")
+    _check_trained(samples, prompts, account)
+    return _dataset(root, prompts, _held_out(samples, config, prompts), [], account)
+
+
+def _held_out(samples: list[Sample], config: DataConfig, prompts: Prompts) -> list[Split]:
     splits = hold_out(
-        _samples(root, root, keys, "", notes),
+        samples,
         select_fraction=config.select_fraction,
         select_per_class=config.select_per_class,
         test_fraction=config.test_fraction,
         seed=config.split_seed,
         name_of=prompts.class_names.__getitem__,
     )
-    return _dataset(root, prompts, list(splits.values()), notes)
+    return list(splits.values())
 
 
-def _dataset(root: Path, prompts: Prompts, splits: list[Split], notes: list[str]) -> Dataset:
+def _dataset(root: Folder, prompts: Prompts, splits: list[Split], notes: list[str], account: Account) -> Dataset:
+    """Return the dataset with the sum of its files."""
+    below = [folder for above in root.folders.values() for folder in (above, *above.folders.values())]
+    if twins := sorted({folder.name for folder in below if len(folder.paths) > 1}):
+        notes.append(f"folders whose names differ in their Unicode form only are one: {listed(twins)}")
     return Dataset(
         name="folder",
-        root=root,
+        root=root.paths[0],
         class_names=prompts.class_names,
         splits=in_reporting_order(splits),
         templates=prompts.templates,
-        notes=tuple(notes),
+        notes=(*notes, account.note(sum(len(split) for split in splits))),
     )
 
 
-def _samples(root: Path, folder: Path, keys: Sequence[str], domain: str, notes: list[str]) -> list[Sample]:
-    """Return the images of `folder/<class>/**` in the order of their paths; other files are counted in a note."""
+def _check_trained(samples: Sequence[Sample], prompts: Prompts, account: Account) -> None:
+    """Refuse a class without training images here where files that were left out may be why; the registry refuses the others.
+
+    Raises:
+        DataError: there is such a class.
+    """
+    trained = {sample.label for sample in samples}
+    absent = [f"'{name}'" for label, name in enumerate(prompts.class_names) if label not in trained]
+    if absent and account.left_out:
+        raise DataError(
+            f"dataset 'folder': {len(absent)} of {len(prompts.class_names)} classes have no training image "
+            f"({listed(absent, 5)}); of {account.found} files were left out: {account.reasons()}; add images, or remove the class"
+        )
+
+
+def _samples(root: Folder, folder: Folder, keys: Sequence[str], domain: str, account: Account, what: str) -> list[Sample]:
+    """Return the images of `folder/<class>/**` in the order of their paths; `what` names the folder in messages.
+
+    Raises:
+        DataError: a class without training folder, images but no class folder, or a name that is not UTF-8.
+    """
     labels = {key: index for index, key in enumerate(keys)}
+    start = len(str(root.paths[0]).rstrip(os.sep)) + 1
     samples: list[Sample] = []
-    others = 0
-    for name in _subfolders(folder):
-        paths = list(_files(folder / name))
-        images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-        others += len(paths) - len(images)
-        if name not in labels:
-            if not images:
-                continue
+    for name, below in folder.folders.items():
+        _check_utf8(below)
+        images = list(below.every_image(account))
+        if name not in labels and images:
             raise DataError(
-                f"{folder / name} holds {len(images)} images of the class '{name}', which has no folder in the training "
+                f"{below} holds {len(images)} images of the class '{shown(name)}', which has no folder in the training "
                 f"part{nearest(name, keys)}; add training images of it, rename the folder, or remove it"
             )
         for path in images:
-            sample_id = path.relative_to(root).as_posix()
+            sample_id = spelt(str(path)[start:].replace(os.sep, "/"))
             samples.append(Sample(sample_id=sample_id, item=path, label=labels[name], domain=domain))
-    if others:
-        notes.append(f"{folder}: {others} files are no images (by their ending) and were left out")
+    if folder.images and not samples:
+        raise DataError(
+            f"{what} '{folder.name}' in {root} holds {len(folder.images)} images without class folders; "
+            f"expected {folder.name}/<class>/*.jpg, or data.name = table and a table that says which class an image has"
+        )
+    folder.leave_out(account, "images beside the class folders", deep=False)
     return samples
 
 
-def _subfolders(folder: Path) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"folder {folder} cannot be read: {error.strerror}; check the path and its permissions") from None
+def _check_utf8(folder: Folder) -> None:
+    if spelt(folder.name) != folder.name:
+        raise DataError(f"the name of the folder {folder} is not UTF-8, so it can be no class; rename it")
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for current, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(current, name) for name in sorted(names) if not name.startswith("."))
+def _is_split(folder: Folder) -> bool:
+    """Return whether a folder beside `train` is a split: it has a split's name or an image."""
+    known = role_and_shift(folder.name, ())[1] == "id" or folded(folder.name).startswith("ood_")
+    return known or next(folder.every_image(Account("files")), None) is not None
 
 
-def _has_images(folder: Path, *, nested: bool) -> bool:
-    if nested:
-        return any(_has_images(folder / name, nested=False) for name in _subfolders(folder))
-    return any(os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES for name in os.listdir(folder))
+def _alike_inside(folders: Sequence[Folder]) -> bool:
+    """Return whether folders hold folders of the same names, as domains hold the same classes; one folder does."""
+    counts = Counter(name for folder in folders for name, below in folder.folders.items() if below.images)
+    return len(folders) == 1 or max(counts.values(), default=0) > 1
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def _left_out(root: Folder) -> str:
+    account = Account("files")
+    for folder in (root, *root.folders.values()):
+        folder.leave_out(account, "images without a class folder", deep=False)
+    return f"; left out: {account.reasons()}" if account.left_out else ""

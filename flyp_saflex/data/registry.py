@@ -1,18 +1,21 @@
-"""From a recipe's `[data]` section to a checked `Dataset` (floor 2).
+"""Checked datasets from a recipe's `[data]` section.
 
-The readers know one layout each. What every dataset has to obey is here: one `train` split, no image in two splits, every
-class trained on, every file there; and what every recipe may ask for: few shots, more training rows, a quick look.
+The readers know one layout each. Here is what holds for every dataset: one `train` split, no image in two splits, every class
+trained on, every file there; and what every recipe may ask for: few shots, more training rows, a quick look.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from flyp_saflex.config import DataConfig
-from flyp_saflex.data.splitting import SELECT_NAMES, few_shot, quick_look
+from flyp_saflex.data.class_names import class_name_notes
+from flyp_saflex.data.splitting import EVAL_NAMES, SELECT_NAMES, few_shot, folded, quick_look
+from flyp_saflex.data.text import listed, nfc, shown
 from flyp_saflex.errors import DataError, nearest
 from flyp_saflex.records import Dataset, Role, Sample, Split
 from flyp_saflex.tables import DATASETS
@@ -40,9 +43,10 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
     if check_files:
         _check_files(dataset)
     splits = dict(dataset.splits)
-    notes = [*dataset.notes, *_shared_names(dataset)]
+    notes = [*dataset.notes, *class_name_notes(dataset.class_names)]
     if config.shots:
-        splits["train"] = few_shot(splits["train"], config.shots, seed)
+        splits["train"] = few_shot(dataset.train, config.shots, seed)
+        notes.append(f"data.shots = {config.shots}: {len(splits['train'])} of {len(dataset.train)} training images are used")
         short = [label for label, count in splits["train"].class_counts().items() if count < config.shots]
         if short:
             notes.append(
@@ -55,15 +59,17 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
         notes.append(f"{len(added)} images of '{name}' are trained on (data.add_to_train)")
     notes += _check_classes(replace(dataset, splits=splits), strict=config.name not in PUBLISHED)
     if limit is not None:
+        whole = sum(len(split) for split in splits.values())
         splits = {name: quick_look(split, limit, config.split_seed) for name, split in splits.items()}
-        notes.append(f"a quick look: at most {limit} images of each split")
+        kept = sum(len(split) for split in splits.values())
+        notes.append(f"a quick look: at most {limit} images of each split, {kept} of {whole} in all")
     return replace(dataset, splits=splits, notes=tuple(notes))
 
 
 def split_for(dataset: Dataset, name: str, role: Role | None = None) -> Split:
     """Return a split by name, and see to it that it is used for what it is there for.
 
-    `id_val` also finds the in-distribution split of role `select` under its other usual names (`val`, `valid` ...).
+    `id_val` also finds the in-distribution split of role `select` under its other usual names (`val`, `Valid`, `dev` ...).
 
     Args:
         dataset: where to look.
@@ -73,7 +79,7 @@ def split_for(dataset: Dataset, name: str, role: Role | None = None) -> Split:
     Raises:
         DataError: there is no such split, or its role forbids the use.
     """
-    split = dataset.splits.get(name) or _synonym(dataset, name)
+    split = dataset.splits.get(name) or dataset.splits.get(nfc(name)) or _synonym(dataset, name)
     if split is None:
         raise DataError(
             f"dataset '{dataset.name}' has no split '{name}'{nearest(name, dataset.splits)} (it has: {', '.join(dataset.splits)})"
@@ -90,10 +96,12 @@ def split_for(dataset: Dataset, name: str, role: Role | None = None) -> Split:
 
 
 def _synonym(dataset: Dataset, name: str) -> Split | None:
-    if name not in SELECT_NAMES:
+    if folded(name) not in SELECT_NAMES:
         return None
     found = [
-        split for split in dataset.splits.values() if split.name in SELECT_NAMES and (split.role, split.shift) == ("select", "id")
+        split
+        for split in dataset.splits.values()
+        if folded(split.name) in (*SELECT_NAMES, *EVAL_NAMES) and (split.role, split.shift) == ("select", "id")
     ]
     return found[0] if len(found) == 1 else None
 
@@ -151,11 +159,23 @@ def _check_files(dataset: Dataset) -> None:
             if sample.path.name not in listings[folder]:
                 missing[split.name].append(sample)
     if missing:
-        first = [str(sample.path) for samples in missing.values() for sample in samples][:3]
+        lost = [sample for samples in missing.values() for sample in samples]
         counts = ", ".join(f"{len(samples)} of {len(dataset.splits[name])} in {name}" for name, samples in missing.items())
         raise DataError(
-            f"images of '{dataset.name}' are missing ({counts}), first: {', '.join(first)}; copy them there or correct data.root"
+            f"images of '{dataset.name}' are missing ({counts}), first: "
+            f"{', '.join(shown(str(sample.path), 200) for sample in lost[:3])}{_other_spelling(lost[0].path, listings)}; "
+            "copy them there or correct data.root"
         )
+
+
+def _other_spelling(path: Path, listings: Mapping[Path, frozenset[str]]) -> str:
+    """Return a hint if a file of this name is there in another case or another Unicode form."""
+    wanted = nfc(path.name).casefold()
+    other = next((name for name in sorted(listings[path.parent]) if nfc(name).casefold() == wanted), None)
+    if other is None:
+        return ""
+    how = "another Unicode form" if nfc(other) == nfc(path.name) else "another case"
+    return f" (there is '{shown(other)}', the name in {how})"
 
 
 def _check_classes(dataset: Dataset, *, strict: bool) -> list[str]:
@@ -181,17 +201,5 @@ def _check_classes(dataset: Dataset, *, strict: bool) -> list[str]:
     return problems
 
 
-def _shared_names(dataset: Dataset) -> list[str]:
-    labels: dict[str, list[int]] = defaultdict(list)
-    for label, name in enumerate(dataset.class_names):
-        labels[name.casefold()].append(label)
-    doubled = Counter({name: len(found) for name, found in labels.items() if len(found) > 1})
-    if not doubled:
-        return []
-    shown = ", ".join(f"'{name}' ({', '.join(map(str, labels[name]))})" for name in sorted(doubled)[:4])
-    return [f"{len(doubled)} class names stand for more than one class, whose captions are then the same: {shown}"]
-
-
 def _named(dataset: Dataset, labels: list[int]) -> str:
-    names = ", ".join(f"'{dataset.class_names[label]}'" for label in labels[:5])
-    return names + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
+    return listed([f"'{dataset.class_names[label]}'" for label in labels], 5)

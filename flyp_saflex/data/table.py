@@ -1,40 +1,45 @@
-"""Images listed in a CSV, TSV or Parquet file (floor 2).
+"""Images listed in a CSV, TSV or Parquet file.
 
-Columns: path, label, and optionally split, domain and caption, under the names that the recipe gives. Rows are counted as
-an editor shows them: the header of a CSV is row 1. A Parquet file's first row is row 1.
+Columns: path, label, and optionally split, domain and caption, under the names that the recipe gives. Every row is in one
+split or counted as left out.
 """
 
 from __future__ import annotations
 
-import csv
 import posixpath
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
 
 from flyp_saflex.config import DataConfig
+from flyp_saflex.data.account import Account
+from flyp_saflex.data.class_names import class_list
 from flyp_saflex.data.class_prompts import Prompts
-from flyp_saflex.data.folder import class_list, existing_root
-from flyp_saflex.data.splitting import hold_out, in_reporting_order, split_by_name
+from flyp_saflex.data.folder import existing_root
+from flyp_saflex.data.splitting import (
+    canonical_split,
+    check_domain_names,
+    hold_out,
+    in_reporting_order,
+    split_by_name,
+    split_notes,
+)
+from flyp_saflex.data.table_file import Table, without_fractions
+from flyp_saflex.data.table_parquet import load_parquet
+from flyp_saflex.data.table_text import load_delimited
+from flyp_saflex.data.text import listed, nfc, nfc_all, not_utf8, shown
 from flyp_saflex.errors import DataError, nearest
 from flyp_saflex.records import Dataset, Sample, Split
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Table:
-    """Text cells of the columns that the recipe names, and how to name a row in an error."""
-
-    file: Path
-    first_row: int
-    columns: dict[str, list[str]]
-
-    def at(self, index: int, column: str) -> str:
-        return f"{self.file} row {index + self.first_row}, column '{column}'"
+Part = str | None
+"""Split of a row by name; the empty string for the pool that is split further, None for a row that is left out."""
+POOL = ""
+UNUSUAL = re.compile(r"^[/.]|\\|//|/\.|/$")
+"""What a path has that `posixpath.normpath` might change, or that leads out of the root."""
+LONGEST_INDEX = 9
+"""Digits of a class index at most."""
 
 
 def read_table(config: DataConfig) -> Dataset:
@@ -55,27 +60,32 @@ def read_table(config: DataConfig) -> Dataset:
     if (config.train_domains or config.select_domains or config.test_domains) and not config.domain_column:
         raise DataError("data.train_domains, select_domains or test_domains need data.domain_column: name the table's column")
 
-    sample_ids = _sample_ids(table, config.path_column, root)
-    parts, notes = _parts(table, config)
-    keys, prompts = _classes(table, config, parts)
-    labels = _labels(table, config.label_column, keys, parts)
-    domains = table.columns.get(config.domain_column) or [""] * len(sample_ids)
-    captions = table.columns.get(config.caption_column) or [""] * len(sample_ids)
+    account = Account(f"rows of {file}")
+    notes = list(table.notes)
+    sample_ids = _sample_ids(table, nfc(config.path_column), root)
+    domains = _column(table, config.domain_column)
+    parts = _parts(table, config, domains, notes)
+    labels, prompts = _labels(table, config, parts, notes)
+    captions = _column(table, config.caption_column, composed=False)
+    used = [part is not None for part in parts]
+    account.found = used.count(True)
+    account.leave_out("of domains that no data.*_domains names", used.count(False))
+    for reason, count in table.left_out.items():
+        account.leave_out(reason, count)
     rows = [
-        (
-            part,
-            Sample(sample_id=sample_id, item=root / sample_id, label=label, domain=domain, caption=caption or None),
+        (part, Sample(sample_id=sample_id, item=root / sample_id, label=label, domain=domain, caption=caption or None))
+        for part, sample_id, label, domain, caption in compress(
+            zip(parts, sample_ids, labels, domains, captions, strict=True), used
         )
-        for part, sample_id, label, domain, caption in zip(parts, sample_ids, labels, domains, captions, strict=True)
-        if part
     ]
+    splits = _splits(rows, config, prompts.class_names)  # type: ignore[arg-type]
     return Dataset(
         name="table",
         root=root,
         class_names=prompts.class_names,
-        splits=_splits(rows, config, prompts.class_names),
+        splits=splits,
         templates=prompts.templates,
-        notes=tuple(notes),
+        notes=(*notes, account.note(sum(len(split) for split in splits.values()))),
     )
 
 
@@ -89,169 +99,183 @@ def _find(config: DataConfig) -> Path:
     raise DataError(f"data.table = {config.table}: there is no such file (nor below data.root = '{config.root}'); check the path")
 
 
-def _load(file: Path, wanted: list[str]) -> _Table:
-    """Read the wanted columns as text, stripped; missing values are empty."""
+def _load(file: Path, wanted: Sequence[str]) -> Table:
+    """Read columns of a table.
+
+    Args:
+        file: a .csv, .tsv, .tab, .parquet or .pq file.
+        wanted: columns; the first one is that of the paths.
+
+    Raises:
+        DataError: names file, row and column of what cannot be read.
+    """
     suffix = file.suffix.lower()
     if suffix not in (*DELIMITERS, ".parquet", ".pq"):
         raise DataError(f"{file}: the ending '{file.suffix}' is unknown, expected .csv, .tsv or .parquet; rename or convert it")
+    wanted = nfc_all(wanted)
     try:
-        if suffix in DELIMITERS:
-            with open(file, encoding="utf-8-sig", newline="") as lines:
-                header = next(csv.reader(lines, delimiter=DELIMITERS[suffix]), [])
-            _check_columns(file, [name.strip() for name in header], wanted)
-            frame = pd.read_csv(
-                file,
-                sep=DELIMITERS[suffix],
-                dtype=str,
-                keep_default_na=False,
-                encoding="utf-8-sig",
-                index_col=False,
-                skip_blank_lines=False,
-                on_bad_lines="error",
-            )
-            frame.columns = [name.strip() for name in header]
-        else:
-            frame = pd.read_parquet(file)
-            _check_columns(file, list(frame.columns), wanted)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except DataError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:  # pandas' and pyarrow's parsing errors are ValueErrors
-        raise DataError(f"{file} cannot be read: {' '.join(str(error).split())}; mend the file or save it anew") from None
-    if not len(frame):
+        table = load_delimited(file, wanted, DELIMITERS[suffix]) if suffix in DELIMITERS else load_parquet(file, wanted)
+    except UnicodeDecodeError:
+        raise DataError(_not_utf8(file)) from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {' '.join(str(error.strerror or error).split())}; check the file") from None
+    if not table.num_rows:
         raise DataError(f"{file} has a header but no row; expected one row per image")
-    columns = {name: [_text(value) for value in frame[name].tolist()] for name in wanted}
-    return _Table(file=file, first_row=2 if suffix in DELIMITERS else 1, columns=columns)
+    for name, cells in table.columns.items():
+        if (index := next((index for index, cell in enumerate(cells) if "\0" in cell), None)) is not None:
+            raise DataError(f"{table.at(index, name)} holds a NUL character; save the file anew as UTF-8 text")
+    return table
 
 
-def _text(value: Any) -> str:
-    if pd.isna(value):  # None, NaN and pandas' NA
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # a column of whole numbers with gaps is read as float
-    return str(value).strip()
+def _column(table: Table, name: str, *, composed: bool = True) -> list[str]:
+    """Return a column's cells, of names in Unicode's composed form; empty ones if the recipe names no such column."""
+    if not name:
+        return [""] * table.num_rows
+    cells = table.columns[nfc(name)]
+    if not composed:
+        return cells
+    names = {cell: nfc(cell) for cell in set(cells)}
+    return [names[cell] for cell in cells]
 
 
-def _check_columns(file: Path, header: list[str], wanted: list[str]) -> None:
-    for name in dict.fromkeys(wanted):
-        if header.count(name) > 1:
-            raise DataError(
-                f"{file} row 1: the column '{name}' is there {header.count(name)} times; rename or remove all but one"
-            )
-        if name not in header:
-            raise DataError(
-                f"{file} row 1: there is no column '{name}'{nearest(name, header)} (columns: {', '.join(header)}); "
-                "set data.path_column, label_column, split_column, domain_column or caption_column"
-            )
-    doubled = [name for name in dict.fromkeys(wanted) if wanted.count(name) > 1]
-    if doubled:
-        raise DataError(f"the recipe uses the column '{doubled[0]}' of {file} for two things; correct the data.*_column options")
-
-
-def _sample_ids(table: _Table, column: str, root: Path) -> list[str]:
+def _sample_ids(table: Table, column: str, root: Path) -> list[str]:
     """Return root-relative paths with forward slashes."""
-    sample_ids: list[str] = []
-    rows: dict[str, int] = {}
-    for index, cell in enumerate(table.columns[column]):
-        if not cell:
-            raise DataError(
-                f"{table.at(index, column)} is empty, expected an image's path relative to {root}; fill or drop the row"
-            )
-        path = cell.replace("\\", "/")
-        if posixpath.isabs(path):
-            prefix = f"{root.as_posix().rstrip('/')}/"
-            path = path.removeprefix(prefix) if path.startswith(prefix) else path
-        sample_id = posixpath.normpath(path)
-        if posixpath.isabs(sample_id) or sample_id == ".." or sample_id.startswith("../") or sample_id == ".":
-            raise DataError(
-                f"{table.at(index, column)} is '{cell}', a path outside of {root}; move the image there or set data.root"
-            )
-        if sample_id in rows:
-            raise DataError(
-                f"{table.at(index, column)}: '{cell}' is already in row {rows[sample_id] + table.first_row}; "
-                "an image belongs to one row and one split, drop one of them"
-            )
-        rows[sample_id] = index
-        sample_ids.append(sample_id)
+    cells = table.columns[column]
+    sample_ids = [
+        cell if cell and not UNUSUAL.search(cell) else _relative(table, index, column, root) for index, cell in enumerate(cells)
+    ]
+    if len(set(sample_ids)) < len(sample_ids):
+        rows: dict[str, int] = {}
+        for index, sample_id in enumerate(sample_ids):
+            if sample_id in rows:
+                raise DataError(
+                    f"{table.at(index, column)}: '{shown(cells[index])}' is already in row {table.row(rows[sample_id])}; "
+                    "an image belongs to one row and one split, drop one of them"
+                )
+            rows[sample_id] = index
     return sample_ids
 
 
-def _parts(table: _Table, config: DataConfig) -> tuple[list[str], list[str]]:
-    """Return each row's split name (`pool` for what is held out from, empty for rows that are not used) and notes."""
-    count = len(table.columns[config.path_column])
+def _relative(table: Table, index: int, column: str, root: Path) -> str:
+    """Return the root-relative path of a cell.
+
+    Raises:
+        DataError: it is empty or leads out of the root.
+    """
+    cell = table.columns[column][index]
+    if not cell:
+        raise DataError(f"{table.at(index, column)} is empty, expected an image's path relative to {root}; fill or drop the row")
+    path = cell.replace("\\", "/")
+    if posixpath.isabs(path):
+        prefix = f"{root.as_posix().rstrip('/')}/"
+        path = path.removeprefix(prefix) if path.startswith(prefix) else path
+    sample_id = posixpath.normpath(path)
+    if posixpath.isabs(sample_id) or sample_id == ".." or sample_id.startswith("../") or sample_id == ".":
+        raise DataError(
+            f"{table.at(index, column)} is '{shown(cell)}', a path outside of {root}; move the image there or set data.root"
+        )
+    return sample_id
+
+
+def _parts(table: Table, config: DataConfig, domains: Sequence[str], notes: list[str]) -> list[Part]:
+    """Return each row's part and add notes on split names."""
     if config.split_column:
-        for index, cell in enumerate(table.columns[config.split_column]):
-            if not cell:
-                raise DataError(
-                    f"{table.at(index, config.split_column)} is empty, expected train, val, test or another split's name; "
-                    "fill or drop the row"
-                )
-        found = sorted(set(table.columns[config.split_column]))
-        if "train" not in found:
-            raise DataError(
-                f"{table.file}: no row has 'train' in column '{config.split_column}' (found: {', '.join(found[:8])}); "
-                "name the training rows' split train"
-            )
-        return table.columns[config.split_column], []
+        return _named_parts(table, config.split_column, notes)
     if not (config.train_domains or config.select_domains or config.test_domains):
-        return ["pool"] * count, []
-    found = sorted(set(table.columns[config.domain_column]))
+        return [POOL] * table.num_rows
+    found = sorted(set(domains))
     part_of: dict[str, str] = {}
-    for role, domains in (("train", config.train_domains), ("select", config.select_domains), ("test", config.test_domains)):
-        for domain in domains:
+    for role, named in (("train", config.train_domains), ("select", config.select_domains), ("test", config.test_domains)):
+        for domain in nfc_all(named):
             if domain not in found:
                 raise DataError(
                     f"data.{role}_domains: no row of {table.file} has '{domain}' in column '{config.domain_column}'"
-                    f"{nearest(domain, found)} (found: {', '.join(found[:8])})"
+                    f"{nearest(domain, found[:1000])} (found: {listed(found)})"
                 )
             if domain in part_of:
                 raise DataError(f"data.{role}_domains: '{domain}' is named twice; a domain has one role")
-            part_of[domain] = "pool" if role == "train" else domain
-    parts = [part_of.get(domain, "") for domain in table.columns[config.domain_column]]
-    if "pool" not in parts:
+            if role != "train":
+                fix = f"set data.split_column={config.domain_column} instead, or rename the domain"
+                check_domain_names(f"data.{role}_domains", domain, fix=fix)
+            part_of[domain] = POOL if role == "train" else domain
+    if POOL not in part_of.values():
+        raise DataError(f"data.train_domains is empty; name the domains of {table.file} to train on (found: {listed(found)})")
+    return [part_of.get(domain) for domain in domains]
+
+
+def _named_parts(table: Table, column: str, notes: list[str]) -> list[Part]:
+    cells = _column(table, column)
+    if "" in cells:
         raise DataError(
-            f"data.train_domains is empty; name the domains of {table.file} to train on (found: {', '.join(found[:8])})"
+            f"{table.at(cells.index(''), column)} is empty, expected train, val, test or another split's name; "
+            "fill or drop the row"
         )
-    unused = parts.count("")
-    return parts, [f"{table.file}: {unused} rows of domains that no data.*_domains names were left out"] if unused else []
+    names = {name: canonical_split(name) for name in sorted(set(cells))}
+    if "train" not in names.values():
+        raise DataError(
+            f"{table.file}: no row has 'train' in column '{column}' (found: {listed(list(names))}); "
+            "name the training rows' split train"
+        )
+    notes += split_notes(list(names))
+    return [names[cell] for cell in cells]
 
 
-def _classes(table: _Table, config: DataConfig, parts: list[str]) -> tuple[tuple[str, ...], Prompts]:
-    cells = table.columns[config.label_column]
-    for index, cell in enumerate(cells):
-        if not cell:
-            raise DataError(f"{table.at(index, config.label_column)} is empty, expected a class; fill or drop the row")
-    trained = {cell for cell, part in zip(cells, parts, strict=True) if part in ("train", "pool")}
-    numeric = all(cell.isdecimal() for cell in trained)
-    if numeric and config.prompts:
-        trained = set()  # class indices: classes.txt decides, _labels checks the range
-    return class_list(config, sorted(trained, key=(lambda cell: (int(cell), cell)) if numeric else None))
+def _labels(table: Table, config: DataConfig, parts: Sequence[Part], notes: list[str]) -> tuple[list[int], Prompts]:
+    """Return the class index of every row, -1 for rows that are left out, and the prompts.
+
+    A cell is a class's key, its name, or (where no key is a number) its index.
+
+    Raises:
+        DataError: a cell is empty or names no class.
+    """
+    column = config.label_column
+    written = _column(table, column)
+    cells = without_fractions(written)
+    if cells is not written:
+        notes.append(f"{table.file}, column '{column}': whole numbers written as fractions are read as whole numbers (0.0 as 0)")
+    if "" in cells:
+        raise DataError(f"{table.at(cells.index(''), column)} is empty, expected a class; fill or drop the row")
+    trained = {cell for cell, part in zip(cells, parts, strict=True) if part in ("train", POOL)}
+    numeric = all(_index(cell) is not None for cell in trained)
+    by_class_file = numeric and bool(config.prompts)  # class indices: classes.txt decides
+    order = (lambda cell: (_index(cell), cell)) if numeric else None
+    keys, prompts = class_list(config, [] if by_class_file else sorted(trained, key=order))
+    used = {cell for cell, part in zip(cells, parts, strict=True) if part is not None}
+    label_of = {key: index for index, key in enumerate(keys)}
+    if not any(_index(key) is not None for key in keys):
+        indices = {cell: index for cell in used - set(keys) if (index := _index(cell)) is not None}
+        _check_indices(table, column, cells, indices, len(keys))
+        label_of |= indices
+    if unknown := used - set(label_of):
+        index = next(i for i, cell in enumerate(cells) if cell in unknown and parts[i] is not None)
+        raise DataError(
+            f"{table.at(index, column)} is '{shown(cells[index])}', a class that no training row and no class file has"
+            f"{nearest(shown(cells[index]), keys)}; correct it, add training images of it, or drop the row"
+        )
+    return [label_of.get(cell, -1) for cell in cells], prompts
 
 
-def _labels(table: _Table, column: str, keys: Sequence[str], parts: list[str]) -> list[int]:
-    """Return class indices; a cell is a class's key, its name, or (where no key is a number) its index."""
-    index_of = {key: index for index, key in enumerate(keys)}
-    by_index = not any(key.isdecimal() for key in keys)
-    labels = []
-    for index, cell in enumerate(table.columns[column]):
-        if cell in index_of:
-            labels.append(index_of[cell])
-        elif not parts[index]:
-            labels.append(-1)  # a row of a domain that is not used
-        elif by_index and cell.isdecimal() and int(cell) < len(keys):
-            labels.append(int(cell))
-        elif by_index and cell.isdecimal():
-            raise DataError(
-                f"{table.at(index, column)} is {cell}, but there are {len(keys)} classes (0..{len(keys) - 1}); "
-                "drop the row or update the class file"
-            )
-        else:
-            raise DataError(
-                f"{table.at(index, column)} is '{cell}', a class that no training row and no class file has"
-                f"{nearest(cell, keys)}; correct it, add training images of it, or drop the row"
-            )
-    return labels
+def _check_indices(table: Table, column: str, cells: Sequence[str], indices: dict[str, int], num_classes: int) -> None:
+    """Refuse labels that are no index of a class, or that seem to be counted from 1."""
+    if not indices:
+        return
+    first, last = min(indices.values()), max(indices.values())
+    if first == 1 and last <= num_classes:
+        raise DataError(
+            f"{table.file}, column '{column}': labels run from 1 to {last} and there are {num_classes} classes "
+            f"(0..{num_classes - 1}): they seem to be counted from 1; subtract 1 from each, or write the classes' names"
+        )
+    if last >= num_classes:
+        index = next(i for i, cell in enumerate(cells) if indices.get(cell, 0) >= num_classes)
+        raise DataError(
+            f"{table.at(index, column)} is {cells[index]}, but there are {num_classes} classes (0..{num_classes - 1}); "
+            "drop the row or update the class file"
+        )
+
+
+def _index(cell: str) -> int | None:
+    """Return a class index; None if the cell is none."""
+    return int(cell) if cell.isdecimal() and len(cell) <= LONGEST_INDEX else None
 
 
 def _splits(rows: list[tuple[str, Sample]], config: DataConfig, class_names: tuple[str, ...]) -> dict[str, Split]:
@@ -259,7 +283,7 @@ def _splits(rows: list[tuple[str, Sample]], config: DataConfig, class_names: tup
         return split_by_name(rows)
     splits = list(
         hold_out(
-            [sample for part, sample in rows if part == "pool"],
+            [sample for part, sample in rows if part == POOL],
             select_fraction=config.select_fraction,
             select_per_class=config.select_per_class,
             test_fraction=config.test_fraction,
@@ -268,7 +292,24 @@ def _splits(rows: list[tuple[str, Sample]], config: DataConfig, class_names: tup
         ).values()
     )
     for domains, role in ((config.select_domains, "select"), (config.test_domains, "test")):
-        for domain in domains:
+        for domain in nfc_all(domains):
             samples = tuple(sample for part, sample in rows if part == domain)
             splits.append(Split(name=domain, role=role, shift="ood", samples=samples))  # type: ignore[arg-type]
     return in_reporting_order(splits)
+
+
+def _not_utf8(file: Path) -> str:
+    """Return the message about a file that is not UTF-8, with the first line that is not."""
+    start = b""
+    for number, line in enumerate(_lines(file), 1):
+        start = start or line[:2]
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError:
+            return not_utf8(file, number, start)
+    return not_utf8(file, 1, start)
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    with open(file, "rb") as lines:
+        yield from lines

@@ -1,4 +1,4 @@
-"""iWildCam: WILDS' official five splits, and ALIA's seven-class subset of it (floor 2).
+"""iWildCam: WILDS' official five splits, and ALIA's seven-class subset of it.
 
 The official splits come from the `wilds` package itself, which also holds the official evaluator. Nothing is downloaded and
 nothing is written into the dataset's folder.
@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from flyp_saflex.config import DataConfig
+from flyp_saflex.data.account import Account
 from flyp_saflex.data.class_prompts import load_prompts
+from flyp_saflex.data.text import listed, shown
 from flyp_saflex.errors import DataError
 from flyp_saflex.records import Dataset, Role, Sample, Shift, Split
 
 FOLDER = "iwildcam_v2.0"
 RELEASE = "RELEASE_v2.0.txt"
 COLUMNS = ("split", "filename", "y", "location_remapped", "sequence_remapped", "datetime")
+NUMBERS = ("y", "location_remapped", "sequence_remapped")
 OFFICIAL: dict[str, tuple[Role, Shift]] = {
     "train": ("train", "id"),
     "id_val": ("select", "id"),
@@ -58,6 +61,7 @@ def read_iwildcam(config: DataConfig) -> Dataset:
     prompts = load_prompts(config.prompts or "iwildcam")
     table = _metadata(folder / "metadata.csv", len(prompts.class_names))
     official, notes = _open(folder)
+    account = Account(f"rows of {folder / 'metadata.csv'}", found=len(table))
     names = table["filename"].tolist()
     root, paths = _locate(folder, names)
     locations = official.metadata_array[:, official.metadata_fields.index("location")].tolist()
@@ -82,7 +86,7 @@ def read_iwildcam(config: DataConfig) -> Dataset:
         class_names=prompts.class_names,
         splits=splits,
         templates=prompts.templates,
-        notes=notes,
+        notes=(*notes, account.note(sum(len(split) for split in splits.values()))),
     )
 
 
@@ -173,24 +177,38 @@ def _metadata(path: Path, num_classes: int) -> pd.DataFrame:
     """Read metadata.csv and check what the `wilds` package takes on trust."""
     try:
         table = pd.read_csv(path, low_memory=False)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); copy WILDS' file again") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}; copy it again") from None
+        raise DataError(f"{path} cannot be read: {shown(' '.join(str(error).split()), 200)}; copy it again") from None
+    found = [str(name) for name in table.columns]
     for column in COLUMNS:
         if column not in table:
-            raise DataError(
-                f"{path} row 1: there is no column '{column}' (found: {', '.join(table.columns)}); copy WILDS' file again"
-            )
+            raise DataError(f"{path} row 1: there is no column '{column}' (found: {listed(found, 20)}); copy WILDS' file again")
         empty = table[column].isna()
         if empty.any():
             raise DataError(
                 f"{path} row {int(empty.argmax()) + 2}: column '{column}' is empty; drop the row or copy the file again"
             )
+    if not len(table):
+        raise DataError(f"{path} has a header but no row; copy WILDS' file again")
     unknown = ~table["split"].isin(OFFICIAL)
     if unknown.any():
         row = int(unknown.argmax())
-        raise DataError(f"{path} row {row + 2}: column 'split' is '{table['split'][row]}', expected one of {', '.join(OFFICIAL)}")
-    y = pd.to_numeric(table["y"], errors="coerce")
-    wrong = ~y.between(0, num_classes - 1)
+        raise DataError(
+            f"{path} row {row + 2}: column 'split' is '{shown(str(table['split'][row]))}', expected one of {', '.join(OFFICIAL)}"
+        )
+    for column in NUMBERS:
+        numbers = pd.to_numeric(table[column], errors="coerce")
+        wrong = ~(numbers.ge(0) & numbers.eq(numbers.round()))
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise DataError(
+                f"{path} row {row + 2}: column '{column}' is '{shown(str(table[column][row]))}', expected a whole number from 0; "
+                "drop the row or copy the file again"
+            )
+        table[column] = numbers.astype("int64")
+    wrong = ~table["y"].between(0, num_classes - 1)
     if wrong.any():
         row = int(wrong.argmax())
         raise DataError(
@@ -214,7 +232,7 @@ def _open(folder: Path) -> tuple[Any, tuple[str, ...]]:
             (shadow / RELEASE).touch()
             note = f"{folder} is not named {FOLDER} or has no {RELEASE}: opened through a temporary link, nothing written into it"
             return get_dataset("iwildcam", root_dir=temporary, download=False), (note,)
-    except (AssertionError, KeyError, ValueError) as error:
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or "the values of y, location_remapped or sequence_remapped have gaps"
         raise DataError(
             f"{folder / 'metadata.csv'}: the wilds package refuses it: {reason}; copy WILDS' own file again"

@@ -30,9 +30,10 @@ from flyp_saflex.errors import DataError
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset
 from flyp_saflex.runtime import StopSignals
-from flyp_saflex.storage.augment_cache import DONE, FORMATS, MANIFEST, SHEETS, WRITERS, AugmentCache
+from flyp_saflex.storage.augment_cache import DONE, FORMATS, SHEETS, AugmentCache
 from flyp_saflex.storage.augment_cache_files import read_rejected, state_settings
 from flyp_saflex.storage.augment_cache_writer import CacheWriter
+from flyp_saflex.storage.manifest import MANIFEST, WRITERS
 
 PROBE_AGAIN_S = 30.0
 """Probes below this many seconds are repeated: the first batch includes the set-up of the device."""

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from flyp_saflex.clip.model import Clip, ImageTower, load_clip
+from flyp_saflex.clip.image_tower import ImageTower
+from flyp_saflex.clip.model import Clip, load_clip
 from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError, ModelError, RunError

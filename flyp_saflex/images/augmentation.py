@@ -1,4 +1,4 @@
-"""Random operations on an image, as functions of (image, seed) (floor 2).
+"""Random operations on an image, as functions of image and seed.
 
 No operation asks a global generator or leaves one changed. They act in the coordinates of the full-size image: from the same
 seed the same crop is drawn whether the image was decoded whole, decoded smaller or read from a resized copy.

@@ -1,4 +1,4 @@
-"""Contact sheets: a grid of pictures with a text under each, for a person who wants to see what came out (floor 2).
+"""Contact sheets: a grid of pictures with a text under each.
 
 Pillow only. Every picture is fitted into a square cell: small ones are enlarged by a whole factor so that their pixels stay
 visible, large ones are shrunk. A row may be shorter than the others.
@@ -6,14 +6,14 @@ visible, large ones are shrunk. A row may be shorter than the others.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from flyp_saflex.errors import DataError
+from flyp_saflex.errors import DataError, RunError
+from flyp_saflex.storage.files import atomic_write
 
 CELL_PX = {192: 192, 10**9: 256}
 """Side of a cell, by the longest side of any picture up to which it holds."""
@@ -46,16 +46,14 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
         DataError: the file cannot be written.
     """
     sheet = draw_sheet(rows)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(temporary, format="PNG" if path.suffix.lower() == ".png" else "JPEG", quality=90)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"contact sheet {path} cannot be written: {error.strerror or error}; free disk space") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+        with atomic_write(path, "wb") as file:
+            sheet.save(file, format="PNG" if path.suffix.lower() == ".png" else "JPEG", quality=90)
+    except (OSError, RunError) as error:
+        cause = error.__cause__ if isinstance(error, RunError) else error
+        reason = getattr(cause, "strerror", None) or cause
+        raise DataError(f"contact sheet {path} cannot be written: {reason}; free disk space") from None
 
 
 def draw_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:
@@ -87,7 +85,7 @@ def draw_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:
 
 
 def fit(image: Image.Image, side_px: int) -> Image.Image:
-    """Return an RGB picture whose longer side is at most `side_px`, enlarged by a whole factor if that leaves it within."""
+    """Return an RGB picture whose longer side is at most `side_px`; small ones are enlarged by a whole factor."""
     factor = side_px // max(image.size)
     if factor >= 1:
         return image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

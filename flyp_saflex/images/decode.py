@@ -1,13 +1,17 @@
-"""Reading an image from disk (floor 2).
+"""Decoding of image files to upright 8-bit RGB.
 
-Whatever the file holds (CMYK, 16 bit, palette, transparency, a rotation flag) comes out as upright 8-bit RGB. A JPEG that is
-made small anyway can be decoded at a half or a quarter of its size (DCT scaling), which is cheaper.
+CMYK, 16 bit, palettes, transparency and rotation flags are followed. A JPEG that is made small anyway can be decoded at a half
+or a quarter of its size (DCT scaling), which is cheaper. Only formats that Pillow decodes itself are opened: an EPS file, say,
+would start Ghostscript, whatever its ending.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +24,13 @@ from flyp_saflex.images.picture import Picture
 
 Box = tuple[float, float, float, float]
 
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM"),
+    *("PSD", "QOI", "SGI", "DDS", "ICO", "PCX", "TGA"),
+)
+"""Pillow's formats that are opened; TGA, which has no signature, last."""
+HEIC_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
+"""Kinds of ISO media files that are HEIC images."""
 ORIENTATION_TAG = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,11 +71,36 @@ def read_picture(path: Path, *, box: Box | None = None, at_least_px: int | None 
     Raises:
         DataError: as for `read_image`.
     """
+    with open_regular(path) as file:
+        return decode_picture(file, path, box=box, at_least_px=at_least_px)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open an image's file for reading.
+
+    Raises:
+        DataError: it is not there, or no regular file: a pipe would never end.
+    """
     try:
-        with open(path, "rb") as file:
-            return decode_picture(file, path, box=box, at_least_px=at_least_px)
-    except OSError as error:
-        raise DataError(f"image {path} cannot be read: {error.strerror or error}; check the path and its permissions") from None
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"image {path} is no regular file; replace or remove it")
+        return open(path, "rb")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"image {path} cannot be read: {reason}; check the path and its permissions") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the bytes of an image's file.
+
+    Raises:
+        DataError: as for `open_regular`, or it cannot be read.
+    """
+    with open_regular(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise DataError(f"image {path} cannot be read: {error.strerror}; check the file system") from None
 
 
 def decode_image(file: BinaryIO, path: Path, *, box: Box | None = None) -> Image.Image:
@@ -77,7 +113,7 @@ def decode_picture(file: BinaryIO, path: Path, *, box: Box | None = None, at_lea
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sizes are checked below; odd metadata is no concern of training
-            image: Image.Image = Image.open(file)
+            image: Image.Image = Image.open(file, formats=_formats())
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(
@@ -86,21 +122,43 @@ def decode_picture(file: BinaryIO, path: Path, *, box: Box | None = None, at_lea
             left, top, right, bottom = (0, 0, width, height) if box is None else _edges(image, box, path)
             shorter = min(right - left, bottom - top)
             window = _decode_smaller(image, shorter // at_least_px if at_least_px else 1)
+            scale = _transparency_scale(image)
             image.load()
             turn = TURNS.get(_orientation(image))
             picture = Picture(image, (width, height), window)
             if box is not None:
                 picture = picture.crop(left, top, right - left, bottom - top)
-            picture = Picture(_rgb(picture.pixels), picture.size, picture.window)
+            picture = Picture(_rgb(picture.pixels, scale), picture.size, picture.window)
             return picture if turn is None else picture.turned(turn)
     except Image.DecompressionBombError:
         raise DataError(f"image {path} is too large, at most {MAX_PIXELS} pixels; shrink or remove it") from None
     # Broken files make Pillow's decoders raise any of these.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, MemoryError, struct.error) as error:
-        size = Path(path).stat().st_size if Path(path).exists() else 0
-        told = "" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        reason = "the file is empty" if size == 0 else told or "no image format that Pillow knows"
+        reason = _reason(file, error)
         raise DataError(f"image {path} cannot be decoded ({reason}); replace or remove it") from None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return the formats that are opened, of those that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _reason(file: BinaryIO, error: Exception) -> str:
+    """Return why a file cannot be decoded."""
+    if not isinstance(error, UnidentifiedImageError):
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    try:
+        file.seek(0)
+        start = file.read(12)
+    except (OSError, ValueError):
+        start = b"?"
+    if not start:
+        return "the file is empty"
+    if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
+        return "it is HEIC, which Pillow does not read: convert it to JPEG"
+    return "no image format that is read here"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -140,14 +198,34 @@ def _edges(image: Image.Image, box: Box, path: Path) -> tuple[int, int, int, int
     return edges
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel: Pillow's own conversion would clip at 255
+def _transparency_scale(image: Image.Image) -> float:
+    """Return by what a PNG's transparent grey or colour has to be multiplied to be one of the decoded values.
+
+    Pillow spreads 1, 2 and 4 bits to 0..255 and takes the upper byte of 16-bit colours, but leaves the transparent value of
+    the file as it is. 16-bit grey keeps its values. Asked before the pixels are loaded.
+    """
+    rawmode = next((tile[3] for tile in getattr(image, "tile", ()) if isinstance(tile[3], str)), "")
+    return {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(rawmode, 1)
+
+
+def _rgb(image: Image.Image, transparency_scale: float = 1) -> Image.Image:
+    """Return 8-bit RGB on white; 16 and 32 bits per pixel are brought to 8 from their full range."""
+    transparent = image.info.get("transparency")
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip at 255
         values: np.ndarray = np.asarray(image, dtype=np.float32)
+        clear = values == transparent if isinstance(transparent, (int, float)) else None
         if image.mode == "F":
             values = values * 255 if values.size and values.max() <= 1 else values
         elif image.mode != "I" or values.max() > 255:
             values = values / 257  # 0..65535 to 0..255
+        if clear is not None:
+            values = np.where(clear, 255, values)
         return Image.fromarray(values.clip(0, 255).round().astype(np.uint8), "L").convert("RGB")
+    if transparency_scale != 1 and transparent is not None:
+        colours = transparent if isinstance(transparent, tuple) else (transparent,)
+        scaled = tuple(int(colour * transparency_scale) for colour in colours)
+        image = image.convert("L") if image.mode == "1" else image.copy()
+        image.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -1,4 +1,4 @@
-"""Batches of preprocessed images in a fixed order (floor 2).
+"""Batches of preprocessed images in a fixed order.
 
 For passes that see every image once: evaluation, features, validation gradients. An unreadable image is skipped, counted
 and listed; too many of them stop the pass. `B` batch, `S` image size.

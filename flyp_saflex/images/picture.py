@@ -1,4 +1,4 @@
-"""An image whose pixels may be fewer than the file's, in the file's own coordinates (floor 2).
+"""Image whose pixels may be fewer than the file's, in the file's own coordinates.
 
 A JPEG can be decoded at half its size for a third of the price, and a resized copy is cheaper still; but half of 1023
 pixels is 511.5, not 512. A `Picture` keeps the exact place of the whole image among the pixels at hand, so that every crop,
@@ -41,7 +41,7 @@ class Picture:
 
     @property
     def whole(self) -> bool:
-        """Whether every pixel of the image is at hand."""
+        """True if every pixel of the image is at hand."""
         return self.pixels.size == self.size and self.window == (0, 0, *self.size)
 
     def image(self) -> Image.Image:

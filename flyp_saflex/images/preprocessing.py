@@ -1,4 +1,4 @@
-"""The usual preprocessing of CLIP models, on an image that may have been decoded smaller (floor 2).
+"""CLIP preprocessing, on an image that may have been decoded smaller.
 
 open_clip describes it in a few numbers: resize (shorter side to S, or squash to S x S), centre crop, to [0, 1], normalise.
 What stands here calculates the same, to the last bit for an image that is there whole. Of one that was decoded smaller it

@@ -1,8 +1,8 @@
-"""From an image's file to the tensor that the model takes (floor 2).
+"""Image readers: from a file to the tensor that the model takes.
 
     exact    the whole image is decoded and goes through the model's own transform
     scaled   a JPEG is decoded smaller, but to at least 2.25 times what the model sees; the difference is at most 1/255 on
-             average, PSNR >= 50 dB on photographs, 46 dB where they are sharp to the last pixel (test_image_reader.py)
+             average, PSNR >= 50 dB on photographs, 46 dB where they are sharp to the last pixel (tests/images/test_reader.py)
     resized  a copy made once by `flyp-saflex data RECIPE --materialise` is read instead of the file
 
 An image that is too small for that, or no JPEG, is the same to the last bit in the first two. A preprocessing that is not the
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flyp_saflex.config import DataConfig
 from flyp_saflex.errors import DataError
-from flyp_saflex.images.decode import Box, read_picture
+from flyp_saflex.images.decode import Box, read_bytes, read_picture
 from flyp_saflex.images.picture import Picture
 from flyp_saflex.images.preprocessing import Preprocessing
 from flyp_saflex.images.resized_copies import ResizedImages
@@ -38,7 +38,7 @@ MARGIN = 2.25
 
 
 class Source(Protocol):
-    """Reader of samples: a file, a row of an array, or a row of a table becomes what the model takes.
+    """Reader of samples: files, rows of an array or rows of a table become model inputs.
 
     Attributes:
         notes: what a person should know about it.
@@ -134,7 +134,7 @@ class ImageReader:
 
     @property
     def scaled(self) -> bool:
-        """Whether JPEGs are decoded smaller where that is enough."""
+        """True if JPEGs are decoded smaller where that is enough."""
         return self._scaled and self._usual is not None
 
     def read(self, item: Sample | Edit, *, box_crop: bool = False) -> Picture:
@@ -180,8 +180,8 @@ class ImageReader:
         if self.resized is not None and (known := self.resized.key(item.path)):
             return known
         try:
-            return hashlib.sha256(item.path.read_bytes()).hexdigest()
-        except OSError:
+            return hashlib.sha256(read_bytes(item.path)).hexdigest()
+        except DataError:
             return ""
 
 

@@ -1,4 +1,4 @@
-"""Copies of a dataset's images at a small size, in a few large files (floor 2).
+"""Copies of a dataset's images at a small size, in a few large files.
 
     settings.json     dataset, shorter side, JPEG quality
     shard-00000.bin   the copies' bytes, one behind the other; a new file after 64 MiB
@@ -30,7 +30,7 @@ READING_THREADS = 8
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What decides how the copies look."""
+    """Settings that decide how the copies look."""
 
     dataset: str
     shorter_side_px: int
@@ -62,7 +62,7 @@ class Stored(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> tuple[str, Box | None]:
-        """What a later row replaces."""
+        """Key by which a later row replaces an earlier one."""
         return self.id, self.box
 
     @property
@@ -176,7 +176,7 @@ def shard_name(number: int) -> str:
 
 
 def stamps(paths: Iterable[Path]) -> Iterator[tuple[int, int] | None]:
-    """Yield size and time of change of each file, None for one that is not there; in parallel, for network drives."""
+    """Yield size and time of change of each file, None for missing ones; in parallel, for network drives."""
     with ThreadPoolExecutor(READING_THREADS) as pool:
         paths = list(paths)
         parts = (paths[start : start + 1000] for start in range(0, len(paths), 1000))
@@ -208,7 +208,7 @@ def read_settings(folder: Path) -> Settings | None:
 
 
 def read_index(folder: Path) -> list[Stored]:
-    """Return the rows of the index, as far as they are whole: a kill may have cut off the last one.
+    """Return the whole rows of the index; a kill may have cut off the last one.
 
     Raises:
         DataError: a row that is no row of ours.

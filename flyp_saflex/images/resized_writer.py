@@ -1,4 +1,4 @@
-"""Making the resized copies of `resized.py`; may be killed at any moment (floor 2).
+"""Writer of the resized copies; it may be killed at any moment.
 
 Bytes are appended to a shard and flushed, then their rows to the index: bytes that no row names are cut off at the next
 start. Images are written in the order of the dataset, so a run that was killed and started again leaves the same files, byte
@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flyp_saflex.errors import DataError, RunError
-from flyp_saflex.images.decode import Box, decode_picture
+from flyp_saflex.images.decode import Box, decode_picture, read_bytes
 from flyp_saflex.images.resized_copies import (
     INDEX,
     SETTINGS,
@@ -49,7 +49,7 @@ CHUNK = 64
 
 @dataclass
 class Made:
-    """What was done.
+    """Counts of what was done.
 
     Attributes:
         kept: copies that were there and whose source is unchanged.
@@ -175,7 +175,7 @@ def _copy(task: _Task, settings: Settings) -> tuple[Stored, bytes | None] | str:
     """Return a row and the bytes to store (None: those that the row names already), or why there are none."""
     path, px = task.sample.path, settings.shorter_side_px
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         sha256 = hashlib.sha256(data).hexdigest()
         stamp = task.stamp or (len(data), 0)
         if task.old is not None and task.old.sha256 == sha256:
@@ -184,8 +184,6 @@ def _copy(task: _Task, settings: Settings) -> tuple[Stored, bytes | None] | str:
         picture = decode_picture(io.BytesIO(data), path, box=task.box)
     except DataError as error:
         return str(error)
-    except OSError as error:
-        return f"image {path} cannot be read: {error.strerror}; check its permissions"
     shorter = min(picture.size)
     if shorter <= px and task.box is None:
         return row, data

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from flyp_saflex.saflex.losses import at_least_float32
 
+ROUNDING = 1e-6
+"""Of float32 sums, relative to the sum of magnitudes."""
+
 
 def keep_all(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
     """Keep every row, so that only the labels are learned."""
@@ -30,8 +33,12 @@ def keep_upstream(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, pena
 
 
 def keep_sum(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:
-    """Keep rows whose gains sum to >= 0, as printed in Eq. (11): the uniform label helps."""
-    return (gains_AK.sum(dim=1) >= 0).to(gains_AK.dtype)
+    """Keep rows for which the uniform label helps, Eq. (11) as printed.
+
+    A sum that is zero up to rounding counts as zero: with f read as probabilities every sum is.
+    """
+    rounding_A = ROUNDING * gains_AK.abs().sum(dim=1)
+    return (gains_AK.sum(dim=1) >= -rounding_A).to(gains_AK.dtype)
 
 
 def keep_label(gains_AK: Tensor, labels_AK: Tensor, upstream_AK: Tensor, penalty: float) -> Tensor:

@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -27,11 +27,11 @@ import msgspec
 from flyp_saflex.errors import DataError, RunError, nearest
 from flyp_saflex.records import Dataset, Edit
 from flyp_saflex.storage.files import atomic_write, mend_tail
+from flyp_saflex.storage.manifest import MANIFEST, ManifestReader
 
-MANIFEST = "metadata.jsonl"
 SCORES = "scores.jsonl"
 SHEETS = "sheets"
-WRITERS, ROWS, DONE = ".writers", "rows.jsonl", "DONE"
+DONE = "DONE"
 SPLIT_WORDS = re.compile(
     r"(?i)(?:^|[-._ 0-9/])(train|training|val|valid|validation|dev|test|testing|eval|evaluation)(?:$|[-._ 0-9/])"
 )
@@ -57,8 +57,7 @@ class AugmentCache:
     def __init__(self, folder: Path, dataset: str, class_names: Sequence[str] = ()) -> None:
         self.folder = folder
         self.dataset = dataset
-        self._class_names = tuple(class_names)
-        self._notes: list[str] = []
+        self._reader = ManifestReader(folder, tuple(class_names))
         self._writable = False
 
     @classmethod
@@ -154,7 +153,7 @@ class AugmentCache:
     def notes(self) -> tuple[str, ...]:
         """Messages for the user about the entry: a truncated last line, an unfinished entry."""
         unfinished = () if self.done else (f"{self.folder} is unfinished (no DONE): {len(self.edits)} edits so far",)
-        return (*self._notes, *unfinished)
+        return (*self._reader.notes, *unfinished)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -175,7 +174,7 @@ class AugmentCache:
         if not path.is_file():
             raise DataError(f"{path}: there is no such file; score the edits first, or set cache.scores to a file of this folder")
         rows = {}
-        for number, row in self._rows(path):
+        for number, row in self._reader.rows(path):
             aug_id = row.get("aug_id")
             if not isinstance(aug_id, str) or aug_id not in self._by_id:
                 raise DataError(
@@ -211,7 +210,7 @@ class AugmentCache:
         Raises:
             DataError: the entry belongs to another dataset, by name, source ids or labels.
         """
-        self._class_names = self._class_names or dataset.class_names
+        self._reader.class_names = self._reader.class_names or dataset.class_names
         stated = self._stated_dataset() or self.dataset
         if stated != dataset.name:
             raise DataError(
@@ -248,7 +247,7 @@ class AugmentCache:
         fields = {"aug_id": row.get("file_name"), "dataset": self.dataset, "instruction": "", **row}
         first = ("file_name", "aug_id", "dataset", "source_id", "label", "instruction")
         full = {name: fields.get(name) for name in first} | {k: v for k, v in fields.items() if k not in first}
-        edit = self._edit(full, "the new row")
+        edit = self._reader.edit(full, "the new row")
         if found := SPLIT_WORDS.search(str(full["file_name"])):
             raise DataError(
                 f"augment cache: file_name '{full['file_name']}' has the word '{found[1]}', which Hugging Face's "
@@ -301,76 +300,8 @@ class AugmentCache:
         Raises:
             DataError: see `edits`.
         """
-        seen: dict[str, tuple[Path, int, int]] = {}
-        listings: dict[str, frozenset[str]] = {}
-        # The manifest is read last: a writer that ends meanwhile merges its rows into it.
-        parts = [(path, self._rows(path)) for path in sorted(self.folder.glob(f"{WRITERS}/*/{ROWS}"))]
-        for path, rows in ((self._manifest, self._rows(self._manifest)), *parts):
-            for number, row in rows:
-                edit = self._edit(row, f"{path} line {number}")
-                known, digest = seen.get(edit.aug_id), hash(msgspec.json.encode(row)) if parts else 0
-                if known is not None:
-                    if known[0] != path and known[2] == digest:
-                        continue  # a row of a writer that has just been merged into the manifest
-                    where = "" if known[0] == path else f" of {known[0]}"
-                    raise DataError(f"{path} line {number}: '{edit.aug_id}' is already on line {known[1]}{where}; remove one")
-                seen[edit.aug_id] = (path, number, digest)
-                folder, name = os.path.split(edit.path)
-                if folder not in listings:
-                    listings[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
-                if name not in listings[folder]:
-                    raise DataError(f"{path} line {number}: the image {edit.path} is missing; copy it back or remove the line")
-                yield edit
-
-    def _edit(self, row: Mapping[str, Any], where: str) -> Edit:
-        values = {**row, "aug_id": row.get("aug_id", row.get("file_name"))}
-        if self._class_names and isinstance(values.get("label"), str):
-            values["label"] = self._class_index(values["label"], where)
-        for name, kind in (("file_name", str), ("aug_id", str), ("source_id", str), ("label", int)):
-            value = values.get(name)
-            if not isinstance(value, kind) or isinstance(value, bool) or value == "":
-                expected = "a class index" if kind is int else "text"
-                raise DataError(f"{where}: '{name}' is {value!r}, expected {expected}; correct the row")
-        relative = PurePosixPath(values["file_name"])
-        if relative.is_absolute() or ".." in relative.parts or "\\" in values["file_name"]:
-            raise DataError(f"{where}: file_name '{values['file_name']}' points outside of the cache entry; correct the row")
-        known = ("file_name", "aug_id", "source_id", "label", "instruction")
-        return Edit(
-            aug_id=values["aug_id"],
-            path=self.folder / relative,
-            source_id=values["source_id"],
-            label=values["label"],
-            instruction=str(values.get("instruction") or ""),
-            provenance={name: value for name, value in values.items() if name not in known},
-        )
-
-    def _class_index(self, name: str, where: str) -> int:
-        found = [label for label, known in enumerate(self._class_names) if known.casefold() == name.casefold()]
-        if len(found) != 1:
-            problem = "stands for several classes" if found else f"is no class{nearest(name, self._class_names)}"
-            raise DataError(f"{where}: label '{name}' {problem} (class names: {len(self._class_names)}); write the class index")
-        return found[0]
+        return self._reader.checked()
 
     def _stated_dataset(self) -> str:
         """Return the dataset name in the rows, or the empty string."""
         return next((str(edit.provenance["dataset"]) for edit in self.edits if edit.provenance.get("dataset")), "")
-
-    def _rows(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Read a file at once; return an iterator over (line number, row) that skips a truncated last line with a note."""
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except FileNotFoundError:  # rows of a writer that were merged in the meantime
-            lines = []
-        return self._decoded(path, lines)
-
-    def _decoded(self, path: Path, lines: list[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, msgspec.json.decode(line, type=dict[str, Any])
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                if number == len(lines):  # no newline after it: the writer was killed
-                    self._notes.append(f"{path} line {number} was cut off and is left out")
-                    return
-                raise DataError(f"{path} line {number}: no valid JSON row ({error}); mend or remove the line") from None

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from flyp_saflex.errors import DataError, RunError
-from flyp_saflex.storage.augment_cache import MANIFEST, WRITERS
 from flyp_saflex.storage.files import entry_lock, whole_lines, write_json
+from flyp_saflex.storage.manifest import MANIFEST, WRITERS
 
 SETTINGS, REJECTED = "settings.json", "rejected.jsonl"
 

@@ -24,9 +24,10 @@ from typing import IO, Any
 import msgspec
 
 from flyp_saflex.errors import DataError
-from flyp_saflex.storage.augment_cache import DONE, FORMATS, MANIFEST, ROWS, SHEETS, WRITERS, AugmentCache, SavableImage
+from flyp_saflex.storage.augment_cache import DONE, FORMATS, SHEETS, AugmentCache, SavableImage
 from flyp_saflex.storage.augment_cache_files import REJECTED, SETTINGS, read_rejected, rows_by_id, troubles
 from flyp_saflex.storage.files import append_rows, entry_lock, held_by_other, hold, mend_tail, replace_lines, whole_lines
+from flyp_saflex.storage.manifest import MANIFEST, ROWS, WRITERS
 
 JPEG_QUALITY = 95
 

@@ -17,7 +17,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from flyp_saflex.clip.model import Clip, ImageTower, num_blocks
+from flyp_saflex.clip.image_tower import ImageTower, num_blocks
+from flyp_saflex.clip.model import Clip
 from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.records import Dataset, Edit, Sample

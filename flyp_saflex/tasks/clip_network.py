@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flyp_saflex.clip.model import ImageTower
+from flyp_saflex.clip.image_tower import ImageTower
 from flyp_saflex.clip.text_tower import encode_text
 from flyp_saflex.saflex.jvp import forward_mode
 from flyp_saflex.saflex.losses import at_least_float32

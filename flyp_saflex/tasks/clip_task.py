@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from flyp_saflex.clip.model import RANDOM, Clip, load_clip, num_blocks, save_clip
+from flyp_saflex.clip.image_tower import num_blocks
+from flyp_saflex.clip.model import RANDOM, Clip, load_clip, save_clip
 from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.config import Config, DataConfig
 from flyp_saflex.errors import ConfigError, RunError

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flyp_saflex.clip.model import Clip, ImageTower
+from flyp_saflex.clip.image_tower import ImageTower
+from flyp_saflex.clip.model import Clip
 from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.images.loader import ImageLoader

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
 from flyp_saflex.config import Config
@@ -35,6 +34,7 @@ from flyp_saflex.training.rows import RowBuilder, ValidationRows
 from flyp_saflex.training.sampling import derived_seed
 from flyp_saflex.training.schedule import Phase, phases_of, plan_line
 from flyp_saflex.training.setup import Setup, prepare
+from flyp_saflex.training.state import RunState
 
 
 def train(config: Config, path: Path, *, resume: bool = False, limit: int | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -108,9 +108,8 @@ class _Trainer:
         self.selecting = Selecting(setup.config.saflex.select if apart else "never")
         self.signals = StopSignals()
         self.unreadable = UnreadableFiles(accelerator)
-        self.decided_before: dict[str, Any] = {}
-        self.buffers_before: dict[str, Tensor] = {}
-        self.refreshed = -1
+        parts = (self.task, self.saflex, self.selecting, self.selection, self.unreadable)
+        self.state = RunState(*parts, run, accelerator, keep=self.options.keep_checkpoints)
         self.seconds = 0.0
 
     def fit(self, state: tuple[int, dict[str, Any]] | None) -> dict[str, Any]:
@@ -118,7 +117,7 @@ class _Trainer:
         step = 0
         if state is not None:
             step = state[0]
-            self._restore(state[1])
+            self.seconds = self.state.restore(state[1])
         quiet = not self.accelerator.is_main_process or None  # None: no bar when the output is not a terminal
         with self.signals, tqdm(total=self.phases[-1].end, initial=step, unit="step", disable=quiet, desc="training") as bar:
             for phase in self.phases:
@@ -141,7 +140,7 @@ class _Trainer:
             self.selecting.reset()
             if self.saflex is not None:
                 self.saflex.reset()
-                self.refreshed = -1
+                self.state.refreshed = -1
         optimizer = torch.optim.AdamW(
             self.task.parameter_groups(lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay),
             betas=options.betas,
@@ -188,9 +187,9 @@ class _Trainer:
         """Take SAFLEX's validation gradient if it is due; once per step, also where a run that diverged is resumed."""
         if self.saflex is None or self.validation is None or not self.setup.num_augmented or not self.saflex.settings.needs_gains:
             return
-        if self.saflex.due(step) and self.refreshed != step:
+        if self.saflex.due(step) and self.state.refreshed != step:
             step_loss.refresh(self.validation.at(step, self.saflex.settings))
-            self.refreshed = step
+            self.state.refreshed = step
 
     def _optimise(
         self, step: int, batches: list[Batch], model: Any, optimizer: Any, step_loss: StepLoss
@@ -199,8 +198,7 @@ class _Trainer:
         seed, options, accelerator = self.setup.config.seed, self.options, self.accelerator
         torch.manual_seed(derived_seed(seed, "step", step))  # dropout, if the model has any
         self.network.set_mode(training=True, freeze_batchnorm=options.freeze_batchnorm)
-        self.decided_before = self._decided()
-        self.buffers_before = {} if options.freeze_batchnorm else {k: value.clone() for k, value in self.network.named_buffers()}
+        self.state.remember(buffers=not options.freeze_batchnorm)
         generator = torch.Generator().manual_seed(derived_seed(seed, "filter", step))
         results = []
         for part, batch in enumerate(batches):
@@ -248,7 +246,7 @@ class _Trainer:
         too_many = len(self.unreadable.reasons) > self.setup.config.data.max_unreadable * len(self.setup.dataset.train)
         due = options.checkpoint_every and step % options.checkpoint_every == 0
         if due or last or stopping or too_many or self.selection.exhausted:
-            self._save(step, optimizer)
+            self.state.save(step, optimizer, seconds=self.seconds)
         if too_many:
             self._stop_unreadable(step)
         if stopping and not (last and phase is self.phases[-1]):
@@ -275,42 +273,6 @@ class _Trainer:
         if self.accelerator.is_main_process:
             self.run.append_metrics(row)
             self.accelerator.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=step)
-
-    def _save(self, step: int, optimizer: Any) -> None:
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state = {
-                "learner": self.network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                **self._decided(),
-                "refreshed": self.refreshed,
-                "selection": self.selection.state_dict(),
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-                "unreadable": self.unreadable.reasons,
-                "seconds": self.seconds,
-            }
-            checkpoint.save(self.run.checkpoints, step, state, keep=self.options.keep_checkpoints)
-
-    def _decided(self) -> dict[str, Any]:
-        """Return the state that decisions about augmented rows go on from."""
-        saflex = self.saflex.state_dict() if self.saflex is not None else None
-        return {"saflex": saflex, "selecting": self.selecting.state_dict()}
-
-    def _restore_decided(self, state: dict[str, Any]) -> None:
-        if self.saflex is not None:
-            self.saflex.load_state_dict(checkpoint.moved(state["saflex"], self.accelerator.device))
-        self.selecting.load_state_dict(state["selecting"])
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["learner"])
-        self.task.weights_changed()
-        self._restore_decided(state)
-        self.refreshed = state["refreshed"]
-        self.selection.load_state_dict(state["selection"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.unreadable.restore(state["unreadable"])
-        self.seconds = state["seconds"]
 
     def _finish(self, step: int) -> None:
         if self.accelerator.is_main_process:
@@ -342,10 +304,8 @@ class _Trainer:
         )
 
     def _stop_diverged(self, step: int, what: str, value: float, batches: list[Batch], optimizer: Any) -> None:
-        for name, before in self.buffers_before.items():
-            self.network.get_buffer(name).copy_(before)
-        self._restore_decided(self.decided_before)
-        self._save(step, optimizer)
+        self.state.roll_back()
+        self.state.save(step, optimizer, seconds=self.seconds)
         names = [identity for batch in batches for identity in self.rows.names(batch)]
         if self.accelerator.is_main_process:
             self.run.append_metrics({"step": step + 1, "diverged": True, "value": str(value), "batch": names})

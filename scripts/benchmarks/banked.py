@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from flyp_saflex.saflex.saflex import Saflex
-from flyp_saflex.step.step import Validation
-from flyp_saflex.tasks.clip_task import Learner
+from flyp_saflex.step.validation_gradient import Validation
+from flyp_saflex.tasks.network import Network
 
 
-def usual_validation(saflex: Saflex, learner: Learner, image_CHW: Tensor, class_captions_K: Tensor) -> Validation:
+def usual_validation(saflex: Saflex, network: Network, image_CHW: Tensor, class_captions_K: Tensor) -> Validation:
     """Fill the bank with noise, which costs what features do; return what a later refresh reads: noise for images too.
 
     Outside of head scope there is no bank: as many rows as the settings renew would be no default there, so all are read.
@@ -21,7 +21,7 @@ def usual_validation(saflex: Saflex, learner: Learner, image_CHW: Tensor, class_
         images = torch.randn(len(labels_V), *image_CHW.shape, device=device)
         return Validation(images, labels_V, class_captions_K[labels_V])
     with torch.no_grad():
-        shape = learner.tower.upper(image_CHW[None]).shape[1:]
+        shape = network.pool(image_CHW[None]).shape[1:]
     slots_V = torch.arange(len(labels_V), device=device)
     saflex.bank.renew(slots_V, torch.randn(len(labels_V), *shape, device=device), labels_V, class_captions_K[labels_V])
     few = slice(settings.validation_renewed)

@@ -30,14 +30,14 @@ from flyp_saflex import recipe
 from flyp_saflex.assets import TINY_CLIP
 from flyp_saflex.demo.world import write_world
 from flyp_saflex.saflex import jvp, losses
-from flyp_saflex.saflex.closed_form import soft_labels, spread
+from flyp_saflex.saflex.closed_form import gains, soft_labels, spread
 from flyp_saflex.saflex.estimators import fidelity
-from flyp_saflex.step.step import StepLoss, Validation
-from flyp_saflex.tasks.clip_task import parameter_groups
-from flyp_saflex.tasks.task import Rows
+from flyp_saflex.step.step import StepLoss
+from flyp_saflex.step.validation_gradient import Validation
+from flyp_saflex.tasks.label_space import Rows, assignment
 from flyp_saflex.training.batches import read_steps
 from flyp_saflex.training.rows import RowBuilder, ValidationRows
-from flyp_saflex.training.setup import Job, prepare
+from flyp_saflex.training.setup import Setup, prepare
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 STEPS = (0, 20, 60)
@@ -58,15 +58,15 @@ def ways() -> Iterator[tuple[str, str, str, float]]:
 class Point:
     """A step of a finetune: gains of its augmented rows over the class captions."""
 
-    def __init__(self, job: Job, rows: Rows, validation: Validation) -> None:
-        self.learner, self.rows, self.validation = job.learner, rows, validation
-        self.tokens_KL, self.labels_A = job.tokens_ML[job.class_captions()], rows.labels_N[rows.num_train :]
+    def __init__(self, setup: Setup, rows: Rows, validation: Validation) -> None:
+        self.network, self.rows, self.validation = setup.task.network, rows, validation
+        self.tokens_KL, self.labels_A = setup.task.class_tokens(), rows.labels_N[rows.num_train :]
         with torch.no_grad():
-            self.own_AK = self.learner(rows.inputs, self.tokens_KL).logits()[rows.num_train :]
+            self.own_AK = self.network(rows.inputs, self.tokens_KL).logits()[rows.num_train :]
 
     def gains(self, scope: str, estimator: str, target: float, previous_rms: float | None) -> tuple[Tensor, float]:
         """Return gains_AK and the derivative's root mean square."""
-        parameters = self.learner.parameters_in(scope)  # type: ignore[arg-type]
+        parameters = self.network.parameters_in(scope)  # type: ignore[arg-type]
         direction = jvp.gradient(
             lambda p: losses.margin(self._logits(p, self.validation.inputs), self.validation.labels_V), parameters
         )
@@ -79,41 +79,41 @@ class Point:
             target_rms=target,
             previous_rms=previous_rms,
         )
-        return jvp.gains(values, tangent), jvp.rms(tangent)
+        return gains(values, tangent), jvp.rms(tangent)
 
     def _logits(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        return functional_call(self.learner, parameters, (inputs, self.tokens_KL), tie_weights=False).logits()
+        return functional_call(self.network, parameters, (inputs, self.tokens_KL), tie_weights=False).logits()
 
 
 def compare(found_AK: Tensor, exact_AK: Tensor, labels_A: Tensor) -> tuple[float, ...]:
     """Return error, cosine, sign, argmax and total variation."""
-    upstream_AK = losses.assignment(labels_A, torch.arange(exact_AK.shape[1]))
+    upstream_AK = assignment(labels_A, torch.arange(exact_AK.shape[1]))
     everyone = torch.ones(len(labels_A), dtype=torch.bool)
     labels = [soft_labels(values / spread(values, everyone), upstream_AK, 0.1, 0.0) for values in (found_AK, exact_AK)]
     variation = float((labels[0] - labels[1]).abs().sum(dim=1).mean() / 2)
     return (*astuple(fidelity(found_AK, exact_AK, labels_A))[1:], variation)
 
 
-def finetune(job: Job, title: str, batches: int) -> None:
+def finetune(setup: Setup, title: str, batches: int) -> None:
     """Finetune, stop at `STEPS`, compare, print."""
-    learner, saflex = job.learner, job.saflex
+    task, network, saflex = setup.task, setup.task.network, setup.saflex
     assert saflex is not None
-    learner.freeze()
-    options = job.config.train
-    optimizer = torch.optim.AdamW(parameter_groups(learner, lr=options.lr, head_lr=options.head_lr, weight_decay=0.1))
-    step_loss = StepLoss(learner, learner, caption_tokens_ML=job.tokens_ML, class_captions_K=job.class_captions(), saflex=saflex)
-    builder, validation = RowBuilder(job, CPU), ValidationRows(job, None, CPU)
-    size = f"{options.batch_size} train + {job.num_augmented} augmented rows, lr {options.lr:g}"
+    task.begin_phase(only_head=False)
+    options = setup.config.train
+    optimizer = torch.optim.AdamW(task.parameter_groups(lr=options.lr, head_lr=options.head_lr, weight_decay=0.1))
+    step_loss = StepLoss(task, setup.objective, saflex=saflex)
+    builder, validation = RowBuilder(setup, CPU), ValidationRows(setup, None, CPU)
+    size = f"{options.batch_size} train + {setup.num_augmented} augmented rows, lr {options.lr:g}"
     print(f"\n{title}: {size}, {batches} batches per point, {len(validation.samples)} validation rows")
     print("\n| step | gains | error | cosine | sign | argmax | TV |\n|--:|---|--:|--:|--:|--:|--:|")
     found: dict[str, list[tuple[float, ...]]] = {}
-    for step, parts in enumerate(read_steps(job, None, 0, job.config.train.steps)):
+    for step, parts in enumerate(read_steps(setup, None, 0, setup.config.train.steps)):
         rows = builder.build(parts[0], step, 0)
-        learner.set_mode(training=True, freeze_batchnorm=True)
+        network.set_mode(training=True, freeze_batchnorm=True)
         at = max(point for point in STEPS if point <= step)
         if step - at < batches:
-            point = Point(job, rows, validation.at(step, saflex.settings))
-            learner.eval()
+            point = Point(setup, rows, validation.at(step, saflex.settings))
+            network.eval()
             exact_AK, previous_rms = point.gains("all", "exact", 0.0, None)
             for name, scope, estimator, target in ways():
                 other_AK, _ = point.gains(scope, estimator, target, previous_rms)
@@ -130,7 +130,7 @@ def finetune(job: Job, title: str, batches: int) -> None:
             continue
         if saflex.due(step):
             step_loss.refresh(validation.at(step, saflex.settings))
-        learner.set_mode(training=True, freeze_batchnorm=True)
+        network.set_mode(training=True, freeze_batchnorm=True)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * min((step + 1) / max(options.warmup_steps, 1), 1)
         for surrogate in step_loss(rows).surrogates:
@@ -139,14 +139,14 @@ def finetune(job: Job, title: str, batches: int) -> None:
         optimizer.zero_grad()
 
 
-def tiny_job(folder: Path, steps: int, num_images: int = 800) -> Job:
+def tiny_setup(folder: Path, steps: int, num_images: int = 800) -> Setup:
     """Return the tiny CLIP on a drawn world, for so many steps."""
     root = write_world(folder, num_images=num_images, seed=0, size_px=64)
     options = [f"data.root={root}", f"data.prompts={root / 'prompts'}", f"model.name=local-dir:{TINY_CLIP}"]
     return prepare(recipe.load("demo", [*options, *_common(32, steps), "saflex.validation_split=id_val"]))
 
 
-def pacs_job(model: Path, pacs: Path, batch_size: int, steps: int) -> Job:
+def pacs_setup(model: Path, pacs: Path, batch_size: int, steps: int) -> Setup:
     """Return a pretrained CLIP on PACS photographs, for so many steps."""
     options = [f"data.root={pacs}", f"model.name=local-dir:{model}", "train.freeze_image_blocks=0"]
     options += ["augment.per_train=1", "saflex.validation_rows=64"]
@@ -175,10 +175,10 @@ def main() -> None:
     steps = max(STEPS) + options.batches
     print(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}, float32")
     with tempfile.TemporaryDirectory() as folder:
-        finetune(tiny_job(Path(folder), steps), "tiny CLIP on the drawn world", options.batches)
+        finetune(tiny_setup(Path(folder), steps), "tiny CLIP on the drawn world", options.batches)
     if options.mini_clip.is_dir() and options.pacs.is_dir():
-        job = pacs_job(options.mini_clip, options.pacs, options.batch_size, steps)
-        finetune(job, "pretrained CLIP on PACS photographs", options.batches)
+        setup = pacs_setup(options.mini_clip, options.pacs, options.batch_size, steps)
+        finetune(setup, "pretrained CLIP on PACS photographs", options.batches)
     else:
         print(f"\nskipped: the pretrained CLIP on PACS ({options.mini_clip} and {options.pacs} are not both there)")
 

@@ -21,14 +21,15 @@ from functools import partial
 
 import torch
 from banked import usual_validation
-from torch import Tensor
+from made_up_task import made_up_task
 
 from flyp_saflex.assets import TINY_CLIP
 from flyp_saflex.clip.model import load_clip
+from flyp_saflex.saflex.objectives import CONTRASTIVE
 from flyp_saflex.saflex.saflex import Saflex
-from flyp_saflex.step.step import StepLoss, Validation
-from flyp_saflex.tasks.clip_task import Learner
-from flyp_saflex.tasks.task import Rows
+from flyp_saflex.step.step import StepLoss
+from flyp_saflex.step.validation_gradient import Validation
+from flyp_saflex.tasks.label_space import Rows
 
 MODELS = {
     "tiny": (f"local-dir:{TINY_CLIP}", "", 32),
@@ -51,34 +52,32 @@ class Case:
     def __init__(self, name: str, pretrained: str, batch_size: int) -> None:
         torch.manual_seed(0)
         clip = load_clip(name, pretrained)
-        self.learner = Learner(clip.model)
-        self.learner.freeze()
-        self.learner.set_mode(training=True, freeze_batchnorm=True)
         num_classes = max(batch_size * 3 // 4, 2)
-        tokens = clip.tokenizer([f"a camera trap photo of animal {k}." for k in range(num_classes)])
+        self.task = made_up_task(clip, [f"a camera trap photo of animal {k}." for k in range(num_classes)])
+        self.network = self.task.network
+        self.network.set_mode(training=True, freeze_batchnorm=True)
         labels = torch.arange(2 * batch_size) % num_classes
         images = partial(torch.randn, 2 * batch_size, 3, clip.image_size_px, clip.image_size_px)
         self.rows = Rows(images(), labels, labels, torch.arange(2 * batch_size), batch_size)
         self.validation = {}
-        self.steps = {"plain": self._step(tokens, None, True)}
+        self.steps = {"plain": self._step(None, True)}
         for way, (scope, estimator, kept) in WAYS.items():
             saflex = Saflex(scope=scope, estimator=estimator, weight_rule="all", refresh_every=REFRESH_EVERY, check_every=0)
-            self.steps[way] = self._step(tokens, saflex, kept)
-            usual = usual_validation(saflex, self.learner, self.rows.inputs[0], torch.arange(num_classes))
+            self.steps[way] = self._step(saflex, kept)
+            usual = usual_validation(saflex, self.network, self.rows.inputs[0], torch.arange(num_classes))
             rows_of_all = Validation(images()[:batch_size], labels[:batch_size], labels[:batch_size])
             self.validation[way] = usual if scope == "head" else rows_of_all
 
-    def _step(self, tokens: Tensor, saflex: Saflex | None, kept: bool) -> StepLoss:
-        forward = self.learner if kept else partial(type(self.learner).__call__, self.learner)
-        classes = torch.arange(len(tokens))
-        return StepLoss(self.learner, forward, caption_tokens_ML=tokens, class_captions_K=classes, saflex=saflex)
+    def _step(self, saflex: Saflex | None, kept: bool) -> StepLoss:
+        forward = self.network if kept else partial(type(self.network).__call__, self.network)
+        return StepLoss(self.task, CONTRASTIVE, forward, saflex=saflex)
 
     def train(self, way: str) -> None:
         """Do a step's forward and backward pass."""
         result = self.steps[way](self.rows)
         for surrogate in result.surrogates:
             surrogate().backward()
-        self.learner.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
 
     def refresh(self, way: str) -> None:
         """Take the validation gradient."""

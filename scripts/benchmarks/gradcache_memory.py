@@ -20,10 +20,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from made_up_task import made_up_task
 
 from flyp_saflex.clip.model import load_clip
-from flyp_saflex.step.step import Rows, StepLoss
-from flyp_saflex.tasks.clip_task import Learner
+from flyp_saflex.saflex.objectives import CONTRASTIVE
+from flyp_saflex.step.step import StepLoss
+from flyp_saflex.tasks.label_space import Rows
 
 NUM_CLASSES = 20
 
@@ -35,10 +37,8 @@ class Bench:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         clip = load_clip(model, "random")
-        self.learner = Learner(clip.model)
-        self.learner.freeze()
-        self.optimizer = torch.optim.AdamW(self.learner.parameters(), lr=1e-7, fused=True)
-        self.tokens_ML = clip.tokenizer([f"a photo of animal number {number}." for number in range(NUM_CLASSES)])
+        self.task = made_up_task(clip, [f"a photo of animal number {number}." for number in range(NUM_CLASSES)])
+        self.optimizer = torch.optim.AdamW(self.task.network.parameters(), lr=1e-7, fused=True)
         labels_N, side = torch.arange(batch) % NUM_CLASSES, clip.image_size_px
         self.batch = batch
         self.rows = Rows(torch.randn(batch, 3, side, side), labels_N, labels_N, torch.arange(batch), batch)
@@ -47,13 +47,7 @@ class Bench:
         """Take an optimiser step, on the first `size` rows (0: all)."""
         size = size or self.batch
         few = Rows(self.rows.inputs[:size], self.rows.captions_N[:size], self.rows.labels_N[:size], self.rows.ids_N[:size], size)
-        loss = StepLoss(
-            self.learner,
-            self.learner,
-            caption_tokens_ML=self.tokens_ML,
-            class_captions_K=torch.arange(NUM_CLASSES),
-            rows_at_once=rows_at_once,
-        )
+        loss = StepLoss(self.task, CONTRASTIVE, rows_at_once=rows_at_once)
         for surrogate in loss(few).surrogates:
             surrogate().backward()
         self.optimizer.step()

@@ -26,17 +26,19 @@ import open_clip
 import torch
 from banked import usual_validation
 from interleaved import hardware, ratio, rounds, stopwatch
+from made_up_task import made_up_task
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flyp_saflex.clip.model import RANDOM, load_clip
+from flyp_saflex.clip.model import RANDOM, Clip, load_clip
 from flyp_saflex.data.class_prompts import load_prompts
-from flyp_saflex.evaluation.predict import autocast
 from flyp_saflex.runtime import keep_freed_memory
+from flyp_saflex.saflex.objectives import CONTRASTIVE
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step.skip_dropped import Selecting
-from flyp_saflex.step.step import Rows, StepLoss
-from flyp_saflex.tasks.clip_task import Learner, parameter_groups
+from flyp_saflex.step.step import StepLoss
+from flyp_saflex.tasks.label_space import Rows
+from flyp_saflex.tasks.task import autocast
 
 SMALL = {
     "embed_dim": 192,
@@ -60,18 +62,24 @@ class Judged(Saflex):
         return (torch.arange(len(weights_A), device=weights_A.device) < self.part * len(weights_A)).to(weights_A), labels_AK
 
 
+def small_clip() -> Clip:
+    """Return a model of a few million parameters, for a quick look."""
+    settings = {"model_cfg": SMALL, "preprocess_cfg": {"size": SMALL["vision_cfg"]["image_size"]}}  # type: ignore[index]
+    return Clip(open_clip.CLIP(**SMALL), lambda image: torch.empty(0), open_clip.tokenize, settings)
+
+
 class Bench:
     """A model, rows, and the steps that are compared on them."""
 
     def __init__(self, name: str, batch: int, device: str, precision: str, *, saflex: bool, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.device, self.precision, self.batch = torch.device(device), precision, batch
-        self.model: Any = open_clip.CLIP(**SMALL) if name == "small" else load_clip(name, RANDOM).model
-        self.model.to(self.device)
+        clip = small_clip() if name == "small" else load_clip(name, RANDOM)
+        self.model: Any = clip.model.to(self.device)
         prompts = load_prompts("iwildcam")
         num_templates, num_classes = len(prompts.templates), len(prompts.class_names)
-        texts = [template.replace("{}", own) for own in prompts.class_names for template in prompts.templates]
-        self.tokens_ML = open_clip.tokenize(texts).to(self.device)
+        self.task = made_up_task(clip, prompts.class_names, prompts.templates)
+        self.tokens_ML = self.task.tokens_ML.to(self.device)
         self.side_px = self.model.visual.image_size[0]
         num_rows = 2 * batch if saflex else batch
         labels_N = torch.randint(num_classes, (num_rows,))
@@ -83,17 +91,16 @@ class Bench:
             num_train=batch,
         )
         classes_K = torch.arange(num_classes, device=self.device) * num_templates
-        self.learner = Learner(self.model)
-        self.learner.freeze()
-        self.learner.set_mode(training=True, freeze_batchnorm=True)
+        self.network = self.task.network
+        self.network.set_mode(training=True, freeze_batchnorm=True)
         self.saflex, self.judged = Saflex(), Judged()
-        self.validation = usual_validation(self.saflex, self.learner, self.rows.inputs[0], classes_K)
-        step_loss = partial(StepLoss, self.learner, self.learner, caption_tokens_ML=self.tokens_ML, class_captions_K=classes_K)
+        self.validation = usual_validation(self.saflex, self.network, self.rows.inputs[0], classes_K)
+        step_loss = partial(StepLoss, self.task, CONTRASTIVE)
         self.plain, self.with_saflex = step_loss(), step_loss(saflex=self.saflex)
         self.deciding_first = step_loss(saflex=self.judged, selecting=Selecting("always"))
-        groups = parameter_groups(self.learner, lr=LR, head_lr=LR, weight_decay=WEIGHT_DECAY)
+        groups = self.task.parameter_groups(lr=LR, head_lr=LR, weight_decay=WEIGHT_DECAY)
         self.fused = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
-        groups = parameter_groups(self.learner, lr=LR, head_lr=LR, weight_decay=WEIGHT_DECAY)
+        groups = self.task.parameter_groups(lr=LR, head_lr=LR, weight_decay=WEIGHT_DECAY)
         self.default = torch.optim.AdamW(groups, betas=BETAS, eps=EPS)
         self.contrast = open_clip.loss.ClipLoss()
 
@@ -133,7 +140,7 @@ class Bench:
             result = step_loss(self.rows)
         float(result.loss.detach())  # the trainer looks whether it is finite
         result.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.fused.step()
         self.fused.zero_grad(set_to_none=True)
 
@@ -143,7 +150,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     batch = options.batch or CASES.get(name, (32, None))[0]
     bench = Bench(name, batch, options.device, options.precision, saflex=options.saflex)
     num_rows = len(bench.rows.inputs)
-    distinct = len(bench.plain.same_M[bench.rows.captions_N].unique())
+    distinct = len(bench.task.same_M.to(bench.device)[bench.rows.captions_N].unique())
     print(f"\n{name}: {num_rows} rows with {distinct} distinct captions, precision {options.precision}", flush=True)
     sides: dict[str, Callable[[], object]] = {"reference": bench.reference_step, "ours": bench.our_step}
     kept = [float(part) for part in options.kept.split(",") if part]

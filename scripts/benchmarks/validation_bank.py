@@ -23,20 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from estimator_fidelity import SHARED, pacs_job, tiny_job
+from estimator_fidelity import SHARED, pacs_setup, tiny_setup
 from torch import Tensor
 from torch.func import functional_call
 
 from flyp_saflex.presets import SaflexSettings
 from flyp_saflex.saflex import jvp
+from flyp_saflex.saflex.closed_form import gains
 from flyp_saflex.saflex.estimators import fidelity
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step.step import StepLoss
-from flyp_saflex.tasks.clip_task import parameter_groups
-from flyp_saflex.tasks.task import Rows
+from flyp_saflex.tasks.label_space import Rows
 from flyp_saflex.training.batches import read_steps
 from flyp_saflex.training.rows import RowBuilder, ValidationRows
-from flyp_saflex.training.setup import Job
+from flyp_saflex.training.setup import Setup
 
 CPU = torch.device("cpu")
 ROWS = (256, 64, 32, 16)
@@ -56,14 +56,12 @@ class Way:
     validation: ValidationRows
 
     @classmethod
-    def of(cls, job: Job, rows: int, renewed: int, average: float) -> Way:
-        """Return it for a job of a finetune."""
+    def of(cls, setup: Setup, rows: int, renewed: int, average: float) -> Way:
+        """Return it for a finetune."""
         settings = SaflexSettings(validation_rows=rows, validation_renewed=renewed, average=average)
-        own = copy.copy(job)
+        own = copy.copy(setup)
         own.saflex = saflex = Saflex(settings)
-        step_loss = StepLoss(
-            job.learner, job.learner, caption_tokens_ML=job.tokens_ML, class_captions_K=job.class_captions(), saflex=saflex
-        )
+        step_loss = StepLoss(setup.task, setup.objective, saflex=saflex)
         name = f"{rows or 'all'} rows" + (f", {renewed} renewed" if renewed else "") + f", average {average:g}"
         validation = ValidationRows(own, None, CPU)
         return cls(name, renewed or min(rows or len(validation.samples), len(validation.samples)), saflex, step_loss, validation)
@@ -73,15 +71,15 @@ class Way:
         self.step_loss.refresh(self.validation.at(step, self.saflex.settings))
 
 
-def gains_along(job: Job, direction: jvp.Parameters, rows: Rows, tokens_KL: Tensor) -> Tensor:
+def gains_along(setup: Setup, direction: jvp.Parameters, rows: Rows, tokens_KL: Tensor) -> Tensor:
     """Return the augmented rows' gains_AK over the class captions."""
 
     def logits_fn(parameters: dict[str, Tensor]) -> Tensor:
         inputs = rows.inputs[rows.num_train :]
-        return functional_call(job.learner, parameters, (inputs, tokens_KL), tie_weights=False).logits()
+        return functional_call(setup.task.network, parameters, (inputs, tokens_KL), tie_weights=False).logits()
 
-    values, tangent = jvp.directional_derivative(logits_fn, job.learner.parameters_in("head"), direction)
-    return jvp.gains(values, tangent)
+    values, tangent = jvp.directional_derivative(logits_fn, setup.task.network.parameters_in("head"), direction)
+    return gains(values, tangent)
 
 
 def cosine(one: jvp.Parameters, other: jvp.Parameters) -> float:
@@ -90,35 +88,35 @@ def cosine(one: jvp.Parameters, other: jvp.Parameters) -> float:
     return product / float(jvp.norm(one) * jvp.norm(other))
 
 
-def finetune(job: Job, title: str, steps: int) -> None:
+def finetune(setup: Setup, title: str, steps: int) -> None:
     """Finetune with the whole split's gradient, follow the other ways, print what they give."""
-    job.learner.freeze()
-    options = job.config.train
-    optimizer = torch.optim.AdamW(parameter_groups(job.learner, lr=options.lr, head_lr=options.head_lr, weight_decay=0.1))
-    builder, every = RowBuilder(job, CPU), SaflexSettings().refresh_every
-    leading, fresh = Way.of(job, 0, 0, 0.5), Way.of(job, 0, 0, 0.0)
-    ways = [Way.of(job, rows, 0, 0.5) for rows in ROWS] + [Way.of(job, 32, 0, 0.9)]
-    ways += [Way.of(job, 256, renewed, 0.5) for renewed in RENEWED]
+    setup.task.begin_phase(only_head=False)
+    options = setup.config.train
+    optimizer = torch.optim.AdamW(setup.task.parameter_groups(lr=options.lr, head_lr=options.head_lr, weight_decay=0.1))
+    builder, every = RowBuilder(setup, CPU), SaflexSettings().refresh_every
+    leading, fresh = Way.of(setup, 0, 0, 0.5), Way.of(setup, 0, 0, 0.0)
+    ways = [Way.of(setup, rows, 0, 0.5) for rows in ROWS] + [Way.of(setup, 32, 0, 0.9)]
+    ways += [Way.of(setup, 256, renewed, 0.5) for renewed in RENEWED]
     rows_in_split = len(leading.validation.samples)
     print(f"\n{title}: batch {options.batch_size}, lr {options.lr:g}, {steps} steps, {rows_in_split} validation rows")
-    tokens_KL = job.tokens_ML[job.class_captions()]
+    tokens_KL = setup.task.class_tokens()
     found: dict[str, list[tuple[int, float, float, float]]] = {way.name: [] for way in ways}
-    for step, parts in enumerate(read_steps(job, None, 0, steps)):
+    for step, parts in enumerate(read_steps(setup, None, 0, steps)):
         rows = builder.build(parts[0], step, 0)
-        job.learner.set_mode(training=True, freeze_batchnorm=True)
+        setup.task.network.set_mode(training=True, freeze_batchnorm=True)
         if step % every == 0:
             for way in (leading, *ways):
                 way.refresh(step)
         if step % every == every - 1:
             fresh.refresh(step)
-            job.learner.eval()
-            whole_AK = gains_along(job, fresh.saflex.direction, rows, tokens_KL)
+            setup.task.network.eval()
+            whole_AK = gains_along(setup, fresh.saflex.direction, rows, tokens_KL)
             for way in ways:
-                own_AK = gains_along(job, way.saflex.direction, rows, tokens_KL)
+                own_AK = gains_along(setup, way.saflex.direction, rows, tokens_KL)
                 agreement = fidelity(own_AK, whole_AK, rows.labels_N[rows.num_train :])
                 along = cosine(way.saflex.direction, fresh.saflex.direction)
                 found[way.name].append((step, along, agreement.row_cosine, agreement.sign_agreement))
-            job.learner.set_mode(training=True, freeze_batchnorm=True)
+            setup.task.network.set_mode(training=True, freeze_batchnorm=True)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * min((step + 1) / max(options.warmup_steps, 1), 1)
         for surrogate in leading.step_loss(rows).surrogates:
@@ -142,10 +140,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        finetune(tiny_job(Path(folder), options.steps, num_images=2400), "tiny CLIP on the drawn world", options.steps)
+        finetune(tiny_setup(Path(folder), options.steps, num_images=2400), "tiny CLIP on the drawn world", options.steps)
     if options.mini_clip.is_dir() and options.pacs.is_dir():
-        job = pacs_job(options.mini_clip, options.pacs, options.batch_size, options.steps)
-        finetune(job, "pretrained CLIP on PACS photographs", options.steps)
+        setup = pacs_setup(options.mini_clip, options.pacs, options.batch_size, options.steps)
+        finetune(setup, "pretrained CLIP on PACS photographs", options.steps)
     else:
         print(f"\nskipped: the pretrained CLIP on PACS ({options.mini_clip} and {options.pacs} are not both there)")
 

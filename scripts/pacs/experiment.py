@@ -144,16 +144,15 @@ def alia_scores(options: argparse.Namespace, seed: int, rate: float) -> None:
     cache = AugmentCache.open(config.cache.root, "folder", config.cache.key)
     if (cache.folder / "alia.jsonl").is_file():
         return
-    job = prepare(config)
-    job.learner.eval()
-    columns = job.tokens_ML[job.class_captions()]
+    setup = prepare(config)
+    network, columns = setup.task.network.eval(), setup.task.class_tokens()
 
     @torch.no_grad()
     def probabilities(items: object) -> np.ndarray:
-        parts = [job.learner(job.learner.tower.lower(images), columns).logits() for _, images in job.loader().batches(items)]
+        parts = [network(network.lower(images), columns).logits() for _, images in setup.loader().batches(items)]
         return torch.cat(parts).softmax(dim=1).numpy()
 
-    held_out = job.dataset.splits["id_val"].samples
+    held_out = setup.dataset.splits["id_val"].samples
     thresholds = confident_thresholds(probabilities(held_out), [sample.label for sample in held_out])
     flags = confidence_filter(probabilities(cache.edits), [edit.label for edit in cache.edits], thresholds)
     for file, drop in (("alia.jsonl", flags.unchanged_N | flags.corrupted_N), ("alia-corrupted.jsonl", flags.corrupted_N)):

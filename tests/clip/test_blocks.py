@@ -12,7 +12,7 @@ import torch
 from torch.func import functional_call
 
 from flyp_saflex.clip.blocks import is_plain_block, run_block, run_block_for_first
-from flyp_saflex.clip.model import ImageTower
+from flyp_saflex.clip.image_tower import ImageTower
 from flyp_saflex.saflex.jvp import directional_derivative
 
 WAYS = {"whole": (run_block, slice(None)), "first": (run_block_for_first, slice(0, 1))}

@@ -87,6 +87,14 @@ BAD = {
     "no boxes": (lambda f: (f / "CUB_200_2011" / "bounding_boxes.txt").unlink(), "box_crop is true"),
     "a bad box": (lambda f: edit(f, "bounding_boxes.txt", "1 10.0", "1 ten"), "image 1 has the box ten"),
     "classes missing": (lambda f: edit(f, "classes.txt", "200 200.Some_Bird200\n", ""), "has 199 classes"),
+    "not UTF-8": (
+        lambda f: (f / "CUB_200_2011" / "images.txt").write_bytes(b"1 caf\xe9.jpg\n"),
+        r"images.txt is not UTF-8 text \(line 1\)",
+    ),
+    "a huge class": (
+        lambda f: edit(f, "image_class_labels.txt", "1 1\n", f"1 {'9' * 5000}\n"),
+        "image 1 has the class '999",
+    ),
     "no image": (lambda f: (f / "CUB_200_2011/images/001.Some_Bird1/0.jpg").unlink(), "1 of 400 in train.*0.jpg"),
 }
 

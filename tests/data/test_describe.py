@@ -151,3 +151,40 @@ def test_materialise_goes_on_at_the_command_line(tiny_images_dir: Path, tmp_path
         assert f"new: {new} resized" in printed
         assert "unreadable: 1\n" in printed
         assert "0.png cannot be decoded (the file is empty)" in printed
+
+
+def test_images_under_two_labels_are_named_in_both(tiny_images_dir: Path, capsys: pytest.CaptureFixture[str]):
+    root = tiny_images_dir / "day"
+    for number in range(3):
+        shutil.copy(root / "circle" / f"{number}.png", root / "square" / f"copy_{number}.png")
+    shutil.copy(root / "stripes" / "0.png", root / "stripes" / "again.png")
+    found = describe(Config(data=DataConfig(root=str(root))))["duplicates_under_two_labels"]
+    assert [sorted(group) for group in sorted(found, key=sorted)] == [
+        [(f"circle/{number}.png", "circle"), (f"square/copy_{number}.png", "square")] for number in range(3)
+    ]
+    printed = capsys.readouterr().out
+    assert "3 images are there under two labels" in printed
+    assert "square/copy_1.png (square)" in printed
+
+
+def test_images_that_use_a_part_of_their_range_are_counted(tiny_images_dir: Path, capsys: pytest.CaptureFixture[str]):
+    import numpy as np
+    from PIL import Image
+
+    ramp = np.tile(np.linspace(0, 4095, 48).astype(np.uint16), (40, 1))
+    Image.fromarray(ramp).save(tiny_images_dir / "day" / "circle" / "12bit.png")
+    Image.fromarray(ramp * 16).save(tiny_images_dir / "day" / "circle" / "16bit.png")
+    assert describe(Config(data=DataConfig(root=str(tiny_images_dir / "day"))))["faint"] == ["circle/12bit.png"]
+    assert "less than a tenth of their range: 1, first: circle/12bit.png" in capsys.readouterr().out
+
+
+def test_file_names_that_are_not_utf8_can_be_printed(tiny_images_dir: Path, capfd: pytest.CaptureFixture[str]):
+    import os
+
+    folder = os.fsencode(tiny_images_dir / "day" / "circle")
+    try:
+        Path(os.fsdecode(os.path.join(folder, b"caf\xe9.png"))).write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    describe(Config(data=DataConfig(root=str(tiny_images_dir / "day"))))
+    assert r"caf\udce9.png cannot be decoded (the file is empty)" in capfd.readouterr().out

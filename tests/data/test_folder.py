@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flyp_saflex.config import DataConfig
-from flyp_saflex.data.folder import readable
+from flyp_saflex.data.class_names import readable, readable_names
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import DataError
 
@@ -94,7 +94,7 @@ def test_held_out_parts_depend_on_split_seed_only_and_survive_a_new_image(tmp_pa
 
 
 def test_names_are_made_readable():
-    assert readable("003.Sooty_Albatross") == "Sooty Albatross"
+    assert readable_names(("003.Sooty_Albatross", "004.Groove-billed_Ani")) == ("Sooty Albatross", "Groove billed Ani")
     assert readable("polar-bear") == "polar bear"
     assert readable("300") == "300"
 
@@ -125,7 +125,7 @@ def test_other_files_are_left_out_with_a_note(tmp_path: Path):
     (root / "cat" / "readme.txt").write_text("no image")
     (root / "cat" / ".hidden.png").write_bytes(b"")
     dataset = load_dataset(DataConfig(root=str(root)))
-    assert "1 files are no images" in " ".join(dataset.notes)
+    assert f"10 files in {root} = 8 in splits + 2 left out (1 hidden files, 1 .txt files)" in dataset.notes
 
 
 def break_nothing(root):

@@ -14,6 +14,7 @@ from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.data.splitting import few_shot, quick_look, role_and_shift
 from flyp_saflex.errors import DataError
 from flyp_saflex.records import Dataset, Sample, Split
+from flyp_saflex.tables import DATASETS
 
 
 def sample(name: str, label: int = 0) -> Sample:
@@ -37,7 +38,7 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DataConfig]:
             splits={one.name: one for one in splits},
             templates=("a {}",),
         )
-        monkeypatch.setitem(registry.READERS, name, lambda config: dataset)
+        monkeypatch.setitem(DATASETS, name, lambda config: dataset)
         return DataConfig(name=name)
 
     return install
@@ -184,7 +185,7 @@ def test_missing_files_are_counted_and_named(domains: DataConfig):
         (Path(domains.root) / "night" / "circle" / f"{number}.png").unlink()
     # The folder reader lists what is there, so only a list (table, CUB, WILDS) can name files that are not.
     dataset = load_dataset(domains)
-    lost = dataclasses.replace(dataset.train.samples[0], path=Path(domains.root) / "nope.png", sample_id="nope.png")
+    lost = dataclasses.replace(dataset.train.samples[0], item=Path(domains.root) / "nope.png", sample_id="nope.png")
     broken = dataclasses.replace(dataset, splits={"train": dataclasses.replace(dataset.train, samples=(lost,))})
     with pytest.raises(DataError, match=r"are missing \(1 of 1 in train\), first: .*nope\.png"):
         registry._check_files(broken)

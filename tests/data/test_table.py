@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pandas as pd
@@ -95,6 +96,48 @@ def test_indices_go_with_a_class_file(images: Path, tmp_path: Path):
         load_dataset(config)
 
 
+def test_labels_written_as_fractions_are_indices_and_told(images: Path):
+    dataset = load_dataset(write(images, "path,label\n0.png,0.0\n1.png,1.0\n2.png,2.0\n"))
+    assert dataset.class_names == ("0", "1", "2")
+    assert any("read as whole numbers (0.0 as 0)" in note for note in dataset.notes)
+    assert any("3 of 3 class names are only numbers" in note for note in dataset.notes)
+    assert load_dataset(write(images, "path,label\n0.png,1.5T\n1.png,3.0T\n")).class_names == ("1.5T", "3.0T")
+
+
+@pytest.mark.parametrize("labels", ["1234", "123", "2134"])
+def test_labels_that_run_from_1_are_refused_as_such(images: Path, tmp_path: Path, labels: str):
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "templates.txt").write_text("a {}\n")
+    (prompts / "classes.txt").write_text("cat\ndog\nfox\nowl\n")
+    text = "path,label\n" + "".join(f"{index}.png,{label}\n" for index, label in enumerate(labels))
+    config = write(images, text)
+    with pytest.raises(
+        DataError, match=f"labels run from 1 to {len(labels)} and there are 4 classes .* counted from 1; subtract 1"
+    ):
+        load_dataset(DataConfig(name="table", root=config.root, table=config.table, prompts=str(prompts)))
+
+
+def test_labels_in_two_unicode_forms_are_one_class(images: Path):
+    nfc, nfd = (unicodedata.normalize(form, "Köter") for form in ("NFC", "NFD"))
+    dataset = load_dataset(write(images, f"path,label\n0.png,{nfc}\n1.png,{nfd}\n2.png,dog\n"))
+    assert dataset.class_names == (nfc, "dog")
+    assert [sample.label for sample in dataset.train.samples] == [0, 0, 1]
+
+
+def test_a_file_in_another_spelling_is_named(images: Path):
+    with pytest.raises(DataError, match=r"are missing .*0\.PNG \(there is '0\.png', the name in another case\)"):
+        load_dataset(write(images, "path,label\n0.PNG,cat\n"))
+
+
+def test_very_long_cells_are_quoted_short(images: Path):
+    for text in (f"path,label\n{'../' * 5000}x,cat\n", f"path,label\n0.png,{'9' * 5000},x\n"):
+        config = write(images, text)
+        with pytest.raises(DataError) as caught:
+            load_dataset(config)
+        assert len(str(caught.value)) < 600
+
+
 BAD = {
     "no column": ("file,label\n0.png,cat\n", "no column 'path'.*columns: file, label"),
     "column twice": ("path,label,label\n0.png,cat,dog\n", "column 'label' is there 2 times"),
@@ -105,7 +148,7 @@ BAD = {
     "absolute": ("path,label\n/etc/secret.png,cat\n", "a path outside"),
     "twice": ("path,label\n0.png,cat\n./0.png,cat\n", "row 3, column 'path': './0.png' is already in row 2"),
     "no row": ("path,label\n", "has a header but no row"),
-    "ragged": ("path,label\n0.png,cat\n1.png,cat,dog,bird\n", "cannot be read"),
+    "ragged": ("path,label\n0.png,cat\n1.png,cat,dog,bird\n", "row 3: 4 cells where the header has 2"),
     "missing image": ("path,label\n0.png,cat\nnope.png,cat\n", r"are missing \(1 of 2 in train\), first: .*nope.png"),
 }
 

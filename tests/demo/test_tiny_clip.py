@@ -11,13 +11,14 @@ from safetensors import safe_open
 
 from flyp_saflex.assets import TINY_CLIP
 from flyp_saflex.clip.model import Clip, load_clip
-from flyp_saflex.clip.zero_shot import zero_shot_head
-from flyp_saflex.config import DataConfig
+from flyp_saflex.config import Config, DataConfig
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.demo.world import CLASSES, write_world
 from flyp_saflex.evaluation.metrics import accuracy
-from flyp_saflex.evaluation.predict import Head, clip_predictor, predict
+from flyp_saflex.evaluation.predict import predict
 from flyp_saflex.images.loader import ImageLoader
+from flyp_saflex.tasks.clip_network import ClipNetwork
+from flyp_saflex.tasks.clip_task import ClipTask
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +55,11 @@ def test_model_takes_the_worlds_pictures_and_the_demos_captions(clip: Clip) -> N
 def test_zero_shot_beats_chance_on_a_fresh_world_in_and_out_of_distribution(clip: Clip, tmp_path: Path) -> None:
     root = write_world(tmp_path, num_images=400, seed=40_000_000)
     dataset = load_dataset(DataConfig(name="iwildcam", root=str(root), prompts=str(root / "prompts")), seed=0)
-    head = Head(zero_shot_head(clip, dataset.class_names, dataset.templates), None, float(clip.model.logit_scale.detach().exp()))
+    task = ClipTask(clip, ClipNetwork(clip.model), dataset, Config())
     loader = ImageLoader(clip.preprocess, batch_size=200, progress=False)
     for shift in ("id", "ood"):
         samples = [sample for split in dataset.splits.values() if split.shift == shift for sample in split.samples]
-        _, (logits_NK,) = predict([lambda: clip_predictor(clip.model, head)], loader.batches(samples))
+        _, (logits_NK,) = predict([task.predictor], loader.batches(samples))
         found = accuracy([sample.label for sample in samples], logits_NK.argmax(dim=1).numpy())
         # README.md has 61 % and more; with 120 to 180 pictures the standard error is 4 points.
         assert found > 0.5 > 5 / len(CLASSES), f"{shift}: {found:.2f}"

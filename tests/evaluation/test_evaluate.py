@@ -12,13 +12,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flyp_saflex import recipe
-from flyp_saflex.clip.model import ImageTower, load_clip, save_clip
+from flyp_saflex.clip.image_tower import ImageTower
+from flyp_saflex.clip.model import load_clip, save_clip
 from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import ConfigError, DataError, ModelError, RunError
 from flyp_saflex.evaluation import metrics
 from flyp_saflex.evaluation.evaluate import evaluate, evaluate_split
-from flyp_saflex.evaluation.weight_averaging import WiseModel, interpolate
+from flyp_saflex.evaluation.load_run import load_run
+from flyp_saflex.evaluation.scoring import scores_of
+from flyp_saflex.evaluation.weight_averaging import interpolate
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.storage.run_folder import RunDir
 
@@ -144,7 +147,7 @@ def test_wise_sweep_equals_models_that_hold_the_weights_and_alpha_is_chosen_on_t
     assert sorted(rows) == sorted((split, alpha) for split in SPLITS for alpha in (*alphas, 1.0))
     for (split, alpha), row in rows.items():
         samples, logits = by_hand(run, split, alpha)
-        expected = metrics.score(logits, [s.label for s in samples], [s.domain for s in samples])
+        expected = {"n": len(samples), **metrics.metric_row(scores_of(samples, logits))}
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5), (split, alpha)
     assert len({row["accuracy"] for (split, _), row in rows.items() if split == "id_val"}) > 1, "nothing to choose from"
     best = max((row["accuracy"], alpha) for (split, alpha), row in rows.items() if split == "id_val")
@@ -299,13 +302,11 @@ def test_dry_run_checks_and_writes_nothing(run, capsys):
 def test_models_of_several_runs_share_one_pass_over_the_images(run, tiny_clip_dir, tiny_images_dir, tmp_path):
     other = make_run(tmp_path / "other", tiny_clip_dir, tiny_images_dir, "seed=4", noise=0.02)
     dataset = load_dataset(RunDir(run, lock=False).read_config().data)
-    models = {
-        path: WiseModel(load_clip(f"local-dir:{path / 'model'}"), dataset.class_names, dataset.templates) for path in (run, other)
-    }
+    tasks = {path: load_run(path, RunDir(path, lock=False).read_config(), dataset) for path in (run, other)}
     reads = []
-    preprocess = models[run].clip.preprocess
+    preprocess = tasks[run].clip.preprocess
     loader = ImageLoader(lambda image: (reads.append(1), preprocess(image))[1], batch_size=7)
-    scored = evaluate_split({path: model.variant(1.0) for path, model in models.items()}, dataset.splits["night"], loader)
+    scored = evaluate_split({path: task.predictor for path, task in tasks.items()}, dataset.splits["night"], loader)
     assert len(reads) == 24
     for path, part in scored.items():
         (row,) = evaluate(path, splits=["night"])["results"]
@@ -326,11 +327,11 @@ def test_a_sweep_runs_a_frozen_image_tower_once(tiny_clip_dir, tiny_images_dir, 
     lower = ImageTower.lower
     monkeypatch.setattr(ImageTower, "lower", lambda self, images: (passes.append(len(images)), lower(self, images))[1])
     results = evaluate(run, splits=["night"], wise_alphas=(0.0, 0.3, 0.6))["results"]
-    assert sum(passes) == (24 if frozen else 0), "whole towers are run where the two ends differ"
+    assert sum(passes) == (24 if frozen else 4 * 24), "once for all alphas, or once for each where the two ends differ"
     assert [row["wise_alpha"] for row in results] == [0.0, 0.3, 0.6, 1.0]
     for row in results:
         samples, logits = by_hand(run, "night", row["wise_alpha"])
-        expected = metrics.score(logits, [sample.label for sample in samples], [sample.domain for sample in samples])
+        expected = metrics.metric_row(scores_of(samples, logits))
         assert row["accuracy"] == expected["accuracy"]
         assert row["ece"] == pytest.approx(expected["ece"], abs=1e-5), "which the logits' sizes decide"
     assert len({row["ece"] for row in results}) == 4

@@ -9,6 +9,8 @@ from sklearn.metrics import f1_score
 
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.evaluation import metrics
+from flyp_saflex.evaluation.metrics import Scores
+from flyp_saflex.tables import METRICS
 
 LABELS = np.array([0, 0, 0, 1, 1, 3])
 PREDICTIONS = np.array([0, 0, 1, 1, 2, 3])
@@ -114,20 +116,24 @@ def test_intervals_are_seeded_and_do_not_depend_on_the_order_of_images():
 
 def test_one_class_and_one_image():
     assert metrics.bootstrap_intervals([2, 2], [2, 2], resamples=10) == {"accuracy": (1.0, 1.0), "macro_f1": (1.0, 1.0)}
-    row = metrics.score([[0.0, 5.0]], [1], ["here"], bootstrap=10)
-    assert (row["n"], row["accuracy"], row["macro_f1"], row["worst_group_accuracy"]) == (1, 1.0, 1.0, 1.0)
-    assert metrics.score([[5.0, 0.0]], [1], ["here"])["macro_f1"] == 0.0
+    row = metrics.metric_row(Scores.of([[0.0, 5.0]], [1], ["here"]))
+    assert (row["accuracy"], row["macro_f1"], row["worst_group_accuracy"]) == (1.0, 1.0, 1.0)
+    assert metrics.metric_row(Scores.of([[5.0, 0.0]], [1], ["here"]))["macro_f1"] == 0.0
 
 
-def test_score_has_every_metric_and_takes_tensors():
+def test_a_row_has_every_metric_and_takes_tensors():
     logits = torch.eye(4)[torch.from_numpy(PREDICTIONS)] * 3
-    row = metrics.score(logits, torch.from_numpy(LABELS), ["a"] * 3 + ["b"] * 3, bootstrap=100)
+    scores = Scores.of(logits, torch.from_numpy(LABELS), ["a"] * 3 + ["b"] * 3)
+    row = metrics.metric_row(scores)
+    assert list(row) == list(METRICS)
     assert row["accuracy"] == pytest.approx(4 / 6)
     assert row["worst_group_accuracy"] == pytest.approx(2 / 3)
     confidence = math.exp(3) / (math.exp(3) + 3)
     assert row["ece"] == pytest.approx(abs(4 / 6 - confidence))
-    assert row["accuracy_interval"][0] <= row["accuracy"] <= row["accuracy_interval"][1]
-    assert "accuracy_interval" not in metrics.score(logits, LABELS, ["a"] * 6)
+    intervals = metrics.interval_row(scores, resamples=100)
+    assert intervals.keys() == {"accuracy_interval", "macro_f1_interval"}
+    assert intervals["accuracy_interval"][0] <= row["accuracy"] <= intervals["accuracy_interval"][1]
+    assert metrics.interval_row(scores, resamples=0) == {}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -135,7 +141,7 @@ def test_logits_that_are_not_finite_are_an_error(bad):
     logits = np.zeros((3, 2))
     logits[1, 0] = bad
     with pytest.raises(RunError, match=r"1 of 3 images .* image number 1"):
-        metrics.score(logits, [0, 1, 0], [""] * 3)
+        Scores.of(logits, [0, 1, 0], [""] * 3)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +152,7 @@ def test_logits_that_are_not_finite_are_an_error(bad):
         lambda: metrics.per_group([], [], []),
         lambda: metrics.expected_calibration_error([], []),
         lambda: metrics.bootstrap_intervals([], []),
-        lambda: metrics.score(np.empty((0, 3)), [], []),
+        lambda: Scores.of(np.empty((0, 3)), [], []),
     ],
 )
 def test_no_images_is_an_error(call):

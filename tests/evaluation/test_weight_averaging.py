@@ -1,13 +1,20 @@
 """WiSE-FT: exact ends, the line in between, buffers, and a model that stands anywhere on it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from flyp_saflex.clip.model import load_clip
 from flyp_saflex.clip.zero_shot import zero_shot_head
+from flyp_saflex.config import Config
 from flyp_saflex.errors import ModelError
 from flyp_saflex.evaluation.predict import predict
-from flyp_saflex.evaluation.weight_averaging import WiseModel, interpolate, set_weights
+from flyp_saflex.evaluation.weight_averaging import WeightAverage, interpolate, set_weights
+from flyp_saflex.records import Dataset
+from flyp_saflex.tasks import clip_task
+from flyp_saflex.tasks.clip_network import ClipNetwork
+from flyp_saflex.tasks.clip_task import ClipTask, LinearClipTask
 
 CLASSES, TEMPLATES = ("cat", "dog", "bird"), ("a photo of a {}.", "{}")
 
@@ -77,6 +84,10 @@ def test_set_weights_is_interpolate_in_place():
     assert model[1].num_batches_tracked.item() == 5
 
 
+def dataset():
+    return Dataset(name="made up", root=Path(), class_names=CLASSES, splits={}, templates=TEMPLATES)
+
+
 def finetuned_clip(folder):
     """A model and a perturbed copy of it that stands for the finetuned one."""
     start = load_clip(f"local-dir:{folder}")
@@ -88,15 +99,19 @@ def finetuned_clip(folder):
     return start, clip
 
 
-def test_wise_model_gives_the_logits_of_a_model_that_holds_the_weights(tiny_clip_dir):
+def start_of(clip):
+    return {f"clip.{name}": tensor for name, tensor in clip.model.state_dict().items()}
+
+
+def test_an_average_gives_the_logits_of_a_model_that_holds_the_weights(tiny_clip_dir):
     start, clip = finetuned_clip(tiny_clip_dir)
     images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     pre = start.model.state_dict()
     fine = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
-    wise = WiseModel(clip, CLASSES, TEMPLATES, pretrained=pre)
+    average = WeightAverage(ClipTask(clip, ClipNetwork(clip.model), dataset(), Config()), start_of(start))
     alphas = (0.0, 0.5, 1.0)
     _, logits = predict(
-        [wise.variant(alpha) for alpha in alphas], [([0, 1], images[:2]), ([2, 3, 4], images[2:])], rows_at_once=2
+        [average.variant(alpha) for alpha in alphas], [([0, 1], images[:2]), ([2, 3, 4], images[2:])], rows_at_once=2
     )
     for alpha, found in zip(alphas, logits, strict=True):
         model = load_clip(f"local-dir:{tiny_clip_dir}")
@@ -109,6 +124,17 @@ def test_wise_model_gives_the_logits_of_a_model_that_holds_the_weights(tiny_clip
     assert not torch.allclose(logits[0], logits[2], atol=1e-2), "the ends must differ for this to test anything"
 
 
+def test_the_zero_shot_head_of_an_alpha_is_made_once(tiny_clip_dir, monkeypatch):
+    start, clip = finetuned_clip(tiny_clip_dir)
+    made = []
+    monkeypatch.setattr(clip_task, "zero_shot_head", lambda *args: (made.append(1), zero_shot_head(*args))[1])
+    average = WeightAverage(ClipTask(clip, ClipNetwork(clip.model), dataset(), Config()), start_of(start))
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    batches = [([place], images[place : place + 1]) for place in range(6)]
+    predict([average.variant(alpha) for alpha in (0.0, 0.5, 1.0)], batches, rows_at_once=2)
+    assert len(made) == 3, "one for every alpha, whatever the number of collections"
+
+
 def test_linear_head_is_interpolated_from_its_start(tiny_clip_dir):
     start, clip = finetuned_clip(tiny_clip_dir)
     generator = torch.Generator().manual_seed(3)
@@ -118,8 +144,12 @@ def test_linear_head_is_interpolated_from_its_start(tiny_clip_dir):
     }
     images = torch.rand(4, 3, 32, 32, generator=generator)
     fine = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
-    wise = WiseModel(clip, CLASSES, TEMPLATES, pretrained=start.model.state_dict(), head=head)
-    (found,) = predict([wise.variant(0.25)], [(range(4), images)])[1]
+    linear = torch.nn.Linear(32, 3)
+    linear.load_state_dict({name: head[name] for name in ("weight", "bias")})
+    task = LinearClipTask(clip, ClipNetwork(clip.model, head=linear), dataset(), Config())
+    began = {f"head.{name}": head[f"initial_{name}"] for name in ("weight", "bias")}
+    average = WeightAverage(task, start_of(start) | began)
+    (found,) = predict([average.variant(0.25)], [(range(4), images)])[1]
     start.model.load_state_dict(interpolate(start.model.state_dict(), fine, 0.25))
     with torch.no_grad():
         features = start.model.encode_image(images, normalize=True)
@@ -130,6 +160,6 @@ def test_linear_head_is_interpolated_from_its_start(tiny_clip_dir):
 
 def test_a_model_of_another_architecture_is_refused_before_any_image(tiny_clip_dir):
     start, clip = finetuned_clip(tiny_clip_dir)
-    other = {name: tensor for name, tensor in start.model.state_dict().items() if name != "logit_scale"}
-    with pytest.raises(ModelError, match="only the finetuned one has 'logit_scale'"):
-        WiseModel(clip, CLASSES, TEMPLATES, pretrained=other)
+    other = {name: tensor for name, tensor in start_of(start).items() if name != "clip.logit_scale"}
+    with pytest.raises(ModelError, match=r"only the finetuned one has 'clip\.logit_scale'"):
+        WeightAverage(ClipTask(clip, ClipNetwork(clip.model), dataset(), Config()), other)

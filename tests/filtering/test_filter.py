@@ -290,7 +290,7 @@ def test_a_dry_run_loads_and_writes_nothing(
         raise AssertionError("a dry run loads no weights")
 
     monkeypatch.setattr(scores, "load_clip", refuse)
-    monkeypatch.setattr("flyp_saflex.evaluation.load_run.load_clip", refuse)
+    monkeypatch.setattr("flyp_saflex.tasks.clip_task.load_clip", refuse)
     before = sorted(edits.folder.rglob("*"))
     assert filter_edits(config, dry_run=True) == {"edits": 24}
     assert sorted(edits.folder.rglob("*")) == before

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +82,79 @@ def test_what_is_transparent_is_white(tmp_path: Path):
     for name in ("rgba.png", "la.png", "p.png"):
         assert read_image(tmp_path / name).getpixel((0, 0)) == (255, 255, 255)
     assert read_image(tmp_path / "p.png").getpixel((3, 1)) == (255, 0, 0)
+
+
+def png(values: np.ndarray, bits: int, transparent: tuple[int, ...]) -> bytes:
+    """Return a PNG of grey [H, W] or colour [H, W, 3] values with a transparent value, written by hand."""
+    high, wide = values.shape[:2]
+    if bits >= 8:
+        rows = [row.astype(f">u{bits // 8}").tobytes() for row in values]
+    else:
+        spread = np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[:, :, 8 - bits :].reshape(high, -1)
+        rows = [np.packbits(row).tobytes() for row in spread]
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", wide, high, bits, 2 if values.ndim == 3 else 0, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))]
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + b"".join([*parts, chunk(b"IDAT", data), chunk(b"IEND", b"")])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_is_white_at_every_depth(bits: int, tmp_path: Path):
+    top = 2**bits - 1
+    values = np.linspace(0, top, 16).round().astype(np.uint16).reshape(4, 4)
+    values[0, 0] = top
+    for transparent in {0, int(values[1, 3]), top}:
+        (tmp_path / "a.png").write_bytes(png(values, bits, (transparent,)))
+        expected = np.where(values == transparent, 255, (values * (255 / top)).round())
+        found = np.asarray(read_image(tmp_path / "a.png"))
+        assert np.array_equal(found, np.repeat(expected[:, :, None], 3, axis=2)), transparent
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_transparent_colour_is_white_at_every_depth(bits: int, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 250, size=(4, 4, 3)) * (257 if bits == 16 else 1)
+    (tmp_path / "a.png").write_bytes(png(values, bits, tuple(values[1, 2])))
+    found = np.asarray(read_image(tmp_path / "a.png"))
+    assert tuple(found[1, 2]) == (255, 255, 255)
+    assert np.array_equal(found[0], values[0] // (257 if bits == 16 else 1))
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.png", "a.jpg"])
+def test_postscript_is_no_image_whatever_its_ending(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    gradient().convert("L").save(tmp_path / name, "EPS")
+    with pytest.raises(DataError, match="no image format that is read here"):
+        read_image(tmp_path / name)
+
+
+def test_heic_says_what_to_do(tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
+    with pytest.raises(DataError, match="it is HEIC, which Pillow does not read: convert it to JPEG"):
+        read_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".avif", ".jp2", ".ppm", ".webp", ".bmp", ".gif", ".tiff", ".apng"])
+def test_other_endings_are_read(suffix: str, tmp_path: Path):
+    kind = {".jfif": "JPEG", ".jpe": "JPEG", ".apng": "PNG"}.get(suffix)
+    gradient().save(tmp_path / f"a{suffix}", format=kind)
+    difference = np.abs(np.asarray(read_image(tmp_path / f"a{suffix}"), dtype=int) - np.asarray(gradient(), dtype=int))
+    assert difference.mean() < 25  # GIF has 256 colours, the others lose less
+
+
+@pytest.mark.parametrize("path", ["pipe.png", "/dev/zero", "folder.png", "a\0b.png"])
+def test_only_regular_files_are_read(path: str, tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for read in (read_image, decode.read_bytes):
+        with pytest.raises(DataError, match=r"is no regular file|cannot be read"):
+            read(tmp_path / path)
 
 
 def test_broken_files_are_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

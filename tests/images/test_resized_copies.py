@@ -291,8 +291,8 @@ def test_a_reader_takes_copies_where_there_are_any(samples, tmp_path, scaled):
     assert reader.notes[0].startswith(f"2 of 9 images are read from {tmp_path / 'copies'} (shorter side 40 px); of the others 7")
     assert not reader.picture(samples[0].path).whole
     assert np.array_equal(reader.picture(samples[2].path).image(), read_image(samples[2].path))
-    keys = [reader.key(sample.path) for sample in samples]
-    plain = [ImageReader(preprocess).key(sample.path) for sample in samples]
+    keys = [reader.key(sample) for sample in samples]
+    plain = [ImageReader(preprocess).key(sample) for sample in samples]
     assert len(set(keys)) == 9
     assert [a == b for a, b in zip(keys, plain, strict=True)] == [False] * 2 + [True] * 7
     loads = [list(ImageLoader(reader, batch_size=3, workers=workers, max_unreadable=0.2).batches(samples)) for workers in (0, 2)]

@@ -1,98 +1,79 @@
-"""Candidate labels solve the restricted program; what the two readings of the paper's gains imply."""
+"""Labels are the softened solution of the paper's program, Eq. (10); gains have the properties of Eq. (9)."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from gain_rows import random_gains
 
-from flyp_saflex.saflex.closed_form import gains, soft_labels
-from flyp_saflex.saflex.saflex import Saflex
+from flyp_saflex.saflex.closed_form import gains, renormalise, soft_labels
 
 RETAINED = 1e6  # a penalty that retains labels, see the robust preset
 
 
-def random_gains(rows=12, labels=5, seed=0):
-    """Gains as a model gives them, at the raw scale that was measured (a standard deviation of tens)."""
-    generator = torch.Generator().manual_seed(seed)
-    logits, tangent = (torch.randn(rows, labels, generator=generator, dtype=torch.float64) for _ in range(2))
-    return gains(logits, 30 * tangent), torch.randint(labels, (rows,), generator=generator)
-
-
-# --- candidate labels, the restricted program
-
-
-def test_all_labels_as_candidates_change_no_bit():
-    pi, upstream = random_gains(rows=40)
+def test_labels_are_the_written_softmax():
+    pi, upstream = random_gains()
     u = F.one_hot(upstream, 5).double()
-    for labels in (u, 0.25 * u + 0.75 * u.flip(0)):
-        for penalty in (0.0, 1.0, RETAINED, math.inf):
-            free = soft_labels(pi, labels, 0.1, penalty, torch.ones(40, 5, dtype=torch.bool))
-            assert torch.equal(free, soft_labels(pi, labels, 0.1, penalty))
-
-
-def test_the_own_label_as_only_candidate_retains_it():
-    pi, upstream = random_gains(rows=40)
-    u = F.one_hot(upstream, 5).double()
-    for penalty in (0.0, 1.0, math.inf):
-        assert torch.equal(soft_labels(pi, u, 0.1, penalty, u.bool()), u)
-    assert torch.equal(soft_labels(pi, u, 0.1, 0.0, torch.zeros(40, 5, dtype=torch.bool)), u)  # no candidate at all
-
-
-def test_labels_among_candidates_are_the_written_softmax_of_those():
-    pi, upstream = random_gains(rows=40)
-    u = F.one_hot(upstream, 5).double()
-    candidates = torch.rand(40, 5, generator=torch.Generator().manual_seed(1)) < 0.5
-    candidates[:, 0] = True
     for penalty in (0.0, 0.5, 3.0):
-        expected = ((pi / 10 + penalty * u) / 0.7).masked_fill(~candidates, -torch.inf).softmax(1)
-        torch.testing.assert_close(soft_labels(pi / 10, u, 0.7, penalty, candidates), expected, rtol=1e-12, atol=1e-15)
-    retained = soft_labels(pi, u, 0.1, math.inf, candidates)
-    assert retained.isfinite().all()
-    kept = candidates.gather(1, upstream[:, None])[:, 0]
-    assert torch.equal(retained[kept], u[kept])
+        expected = ((pi / 10 + penalty * u) / 0.7).softmax(1)
+        torch.testing.assert_close(soft_labels(pi / 10, u, 0.7, penalty), expected, rtol=1e-12, atol=1e-15)
 
 
-def test_no_labels_among_candidates_beat_the_cold_ones():
-    pi, upstream = random_gains(rows=6)
-    candidates = torch.rand(6, 5, generator=torch.Generator().manual_seed(2)) < 0.5
-    candidates[torch.arange(6), upstream] = True
-    labels = soft_labels(pi, F.one_hot(upstream, 5).double(), 1e-6, 0.0, candidates)
-    value = (labels * pi).sum()
-    # The program is linear, so its maximum is at a corner: every choice of one candidate per row is tried.
-    corners = itertools.product(*(row.nonzero()[:, 0].tolist() for row in candidates))
-    best = max(sum(float(pi[row, label]) for row, label in enumerate(choice)) for choice in corners)
-    assert float(value) == pytest.approx(best, abs=1e-9)
+def test_cold_labels_are_the_hard_solution():
+    pi, upstream = random_gains()
+    labels = soft_labels(pi, F.one_hot(upstream, 5).double(), 1e-6, 0.0)
+    assert torch.equal(labels, F.one_hot(pi.argmax(1), 5).double())
 
 
-# --- readings of the paper: f as log-probabilities and as probabilities
+@pytest.mark.parametrize("penalty", [RETAINED, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_penalty_gives_the_upstream_labels_to_the_last_bit(penalty, dtype):
+    pi, upstream = random_gains()
+    u = F.one_hot(upstream, 5).to(dtype)
+    mixed = 0.25 * u + 0.75 * u.flip(0)  # Mixup's
+    for labels in (u, mixed):
+        assert torch.equal(soft_labels(pi.to(dtype), labels, 0.1, penalty), labels)
 
 
-def test_gains_of_log_probabilities_average_to_zero_under_the_models_own_prediction():
-    generator = torch.Generator().manual_seed(0)
-    for num_labels in (2, 5):
-        logits, tangent = (torch.randn(30, num_labels, generator=generator, dtype=torch.float64) for _ in range(2))
-        average = (logits.softmax(1) * gains(logits, 30 * tangent)).sum(1)
-        torch.testing.assert_close(average, torch.zeros(30).double(), atol=1e-12, rtol=0)
+def test_soft_upstream_labels_are_the_mean_over_their_classes():
+    pi, _ = random_gains(rows=3)
+    u = torch.tensor([[0.6, 0.4, 0, 0, 0], [0, 0, 1, 0, 0], [0.2, 0.2, 0.2, 0.2, 0.2]]).double()
+    classes = torch.eye(5).double()
+    expected = sum(u[:, k, None] * soft_labels(pi / 20, classes[k].expand(3, 5), 0.5, 1.3) for k in range(5))
+    torch.testing.assert_close(soft_labels(pi / 20, u, 0.5, 1.3), expected)
 
 
-def test_with_two_labels_the_sum_rule_keeps_a_row_exactly_when_its_label_is_the_less_likely_one():
-    generator = torch.Generator().manual_seed(0)
-    logits, tangent = (torch.randn(200, 2, generator=generator, dtype=torch.float64) for _ in range(2))
-    upstream = torch.randint(2, (200,), generator=generator)
-    saflex = Saflex(preset="paper", weight_rule="sum", temperature=1e-6, penalty=0.0)
-    weights, labels = saflex.solve(gains(logits, tangent), upstream)
-    assert torch.equal(weights > 0, labels.argmax(1) == logits.argmin(1))
-    assert 0 < (weights > 0).sum() < 200
+@pytest.mark.parametrize("temperature", [1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("penalty", [0.0, 1e-9, 1.0, 50.0])
+def test_labels_are_on_the_simplex_at_every_setting(temperature, penalty):
+    pi, upstream = random_gains()
+    labels = soft_labels(pi.float() * 10, F.one_hot(upstream, 5).float(), temperature, penalty)
+    torch.testing.assert_close(labels.sum(1), torch.ones(12), rtol=0, atol=1e-6)
+    assert (labels >= 0).all()
 
 
-def test_gains_of_probabilities_sum_to_zero_so_the_sum_rule_keeps_every_row():
-    generator = torch.Generator().manual_seed(0)
-    logits, tangent = (torch.randn(30, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    _, derivative = torch.autograd.functional.jvp(lambda z: z.softmax(1), logits, tangent)
-    of_probabilities = logits.softmax(1) * gains(logits, tangent)
-    torch.testing.assert_close(of_probabilities, -derivative)  # Eq. (9) with f the probability of the label
-    assert of_probabilities.sum(1).abs().max() < 1e-12
+def test_weights_have_a_mean_of_one_over_kept_rows():
+    assert renormalise(torch.tensor([0.5, 0.0, 1.5, 2.0])).tolist() == [0.375, 0.0, 1.125, 1.5]
+    assert torch.equal(renormalise(torch.zeros(3)), torch.zeros(3))
+
+
+def test_facts_about_gains():
+    torch.manual_seed(0)
+    logits, tangent = torch.randn(50, 7).double(), torch.randn(50, 7).double()
+    pi, p = gains(logits, tangent), logits.softmax(1)
+    torch.testing.assert_close((p * pi).sum(1), torch.zeros(50).double(), rtol=0, atol=1e-14)
+    assert (pi.max(1).values >= 0).all()
+    uniform_gain = -(tangent.mean(1) - (p * tangent).sum(1))  # of y = 1/K, by linearity of Eq. (7)
+    torch.testing.assert_close(pi.sum(1), 7 * uniform_gain)
+    torch.testing.assert_close(gains(logits + 3, tangent - 5), pi)  # a shift of the logits is no change of the softmax
+
+
+def test_a_nan_stays_in_its_row():
+    logits, tangent = torch.zeros(2, 3), torch.ones(2, 3)
+    tangent[1, 0] = torch.nan
+    pi = gains(logits, tangent)
+    assert pi[0].isfinite().all()
+    assert pi[1].isnan().all()

@@ -254,25 +254,6 @@ def test_a_part_of_the_parameters_is_a_scope():
     torch.testing.assert_close(part, padded)
 
 
-def test_facts_about_gains():
-    torch.manual_seed(0)
-    logits, tangent = torch.randn(50, 7).double(), torch.randn(50, 7).double()
-    pi, p = gains(logits, tangent), logits.softmax(1)
-    torch.testing.assert_close((p * pi).sum(1), torch.zeros(50).double(), rtol=0, atol=1e-14)
-    assert (pi.max(1).values >= 0).all()
-    uniform_gain = -(tangent.mean(1) - (p * tangent).sum(1))  # of y = 1/K, by linearity of Eq. (7)
-    torch.testing.assert_close(pi.sum(1), 7 * uniform_gain)
-    torch.testing.assert_close(gains(logits + 3, tangent - 5), pi)  # a shift of the logits is no change of the softmax
-
-
-def test_a_nan_stays_in_its_row():
-    logits, tangent = torch.zeros(2, 3), torch.ones(2, 3)
-    tangent[1, 0] = torch.nan
-    pi = gains(logits, tangent)
-    assert pi[0].isfinite().all()
-    assert pi[1].isnan().all()
-
-
 def test_timm_efficientnet_with_in_place_activations_is_exact():
     torch.manual_seed(0)
     model = settle(timm.create_model("test_efficientnet", num_classes=4))

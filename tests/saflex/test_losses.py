@@ -19,7 +19,6 @@ from flyp_saflex.saflex.losses import (
     nt_xent_partners,
     soft_cross_entropy,
 )
-from flyp_saflex.tasks.proxy_classes import assignment, average_over_columns, proxy_columns, spread_over_columns
 
 
 @pytest.fixture
@@ -152,38 +151,6 @@ def test_losses_times_mass_are_linear_in_labels(loss_fn, generator):
     first, second = simplex(5, 4, generator), simplex(5, 4, generator)
     mixed = loss_fn(logits, 0.3 * first + 0.7 * second)
     torch.testing.assert_close(mixed, 0.3 * loss_fn(logits, first) + 0.7 * loss_fn(logits, second), rtol=1e-13, atol=0)
-
-
-def test_caption_columns_collapse_repeats_and_batch_columns_keep_them():
-    ids = torch.tensor([7, 3, 7, 5])
-    columns, mass = proxy_columns(ids, "captions")
-    assert columns.tolist() == [3, 5, 7]
-    assert torch.equal(mass, F.one_hot(torch.tensor([2, 0, 2, 1]), 3).float())
-    columns, mass = proxy_columns(ids, "batch")
-    assert torch.equal(columns, ids)
-    assert torch.equal(mass, torch.eye(4))  # as published: a repeat of its caption is a negative of the row
-    assert assignment(torch.tensor([7, 5]), ids).tolist() == [[0.5, 0, 0.5, 0], [0, 0, 0, 1]]
-    with pytest.raises(AssertionError, match="in no column"):
-        assignment(torch.tensor([4]), ids)
-
-
-def test_learned_labels_share_their_mass_over_repeats(generator):
-    columns, captions = torch.tensor([7, 3, 7, 5]), torch.tensor([3, 5, 7])
-    labels = simplex(6, 3, generator)
-    spread = spread_over_columns(labels, captions, columns)
-    torch.testing.assert_close(spread.sum(dim=1), torch.ones(6, dtype=torch.float64))
-    assert torch.equal(spread[:, 0], spread[:, 2])
-    torch.testing.assert_close(spread[:, 0] + spread[:, 2], labels[:, 2])
-    gains = torch.randn(6, 4, generator=generator, dtype=torch.float64)
-    averaged = average_over_columns(gains, captions, columns)
-    torch.testing.assert_close((averaged * labels).sum(), (gains * spread).sum())
-
-
-def test_distinct_captions_make_both_proxies_equal(generator):
-    ids, logits = torch.tensor([4, 2, 9]), torch.randn(3, 3, generator=generator, dtype=torch.float64)
-    columns, mass = proxy_columns(ids, "captions")
-    order = torch.tensor([[4, 2, 9].index(int(caption)) for caption in columns])
-    torch.testing.assert_close(clip_loss(logits[:, order], mass), clip_loss(logits, proxy_columns(ids, "batch")[1]))
 
 
 def test_nt_xent_is_the_textbook_formula(generator):

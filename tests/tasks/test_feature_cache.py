@@ -11,7 +11,7 @@ from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.records import Sample
 from flyp_saflex.storage.run_folder import RunDir
-from flyp_saflex.tasks.feature_cache import ActivationStore, fingerprint
+from flyp_saflex.tasks.feature_cache import FeatureCache, fingerprint
 from flyp_saflex.training.setup import prepare
 from flyp_saflex.training.train import train
 
@@ -41,13 +41,13 @@ def samples(tiny_images_dir):
     return [Sample(sample_id=str(number), item=path, label=0) for number, path in enumerate(paths)]
 
 
-def open_store(folder):
+def open_cache(folder):
     lower = Counter()
-    return ActivationStore(folder / "v1", lower, ImageLoader(to_tensor, batch_size=5, max_unreadable=0.5)), lower
+    return FeatureCache(folder / "v1", lower, ImageLoader(to_tensor, batch_size=5, max_unreadable=0.5)), lower
 
 
-def whole(store, samples):
-    return torch.cat([rows for _, rows in store.batches(samples)])
+def whole(cache, samples):
+    return torch.cat([rows for _, rows in cache.batches(samples)])
 
 
 def direct(samples):
@@ -84,24 +84,24 @@ def test_a_run_with_stored_activations_equals_the_run_without(make_config, edits
 
 
 def test_every_image_is_computed_once(samples, tmp_path):
-    store, lower = open_store(tmp_path)
-    assert torch.equal(whole(store, samples), direct(samples))
+    cache, lower = open_cache(tmp_path)
+    assert torch.equal(whole(cache, samples), direct(samples))
     assert lower.rows == len(samples)
-    again, other = open_store(tmp_path)
+    again, other = open_cache(tmp_path)
     assert torch.equal(whole(again, samples[::-1]), direct(samples[::-1]))
-    assert torch.equal(again.read(samples[3].path), direct(samples)[3])
+    assert torch.equal(again.read(samples[3]), direct(samples)[3])
     assert other.rows == 0
 
 
 def test_a_changed_image_gets_a_new_row(samples, tmp_path):
-    store, _ = open_store(tmp_path)
-    store.ensure(samples)
+    cache, _ = open_cache(tmp_path)
+    cache.ensure(samples)
     samples[2].path.write_bytes(samples[9].path.read_bytes())
     samples[4].path.unlink()
     from PIL import Image
 
     Image.new("RGB", (48, 40), (1, 2, 3)).save(samples[5].path)
-    again, lower = open_store(tmp_path)
+    again, lower = open_cache(tmp_path)
     left = [sample for sample in samples if sample.path.exists()]
     assert torch.equal(whole(again, samples), direct(left))
     assert lower.rows == 1, "the copy of a known image has its content, and its row"
@@ -110,24 +110,24 @@ def test_a_changed_image_gets_a_new_row(samples, tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 40])
 def test_what_a_killed_writer_left_is_ignored_and_overwritten(samples, tmp_path, cut):
-    store, _ = open_store(tmp_path)
-    store.ensure(samples[:10])
-    index, rows = store.folder / "index.jsonl", store.folder / "rows.bin"
+    cache, _ = open_cache(tmp_path)
+    cache.ensure(samples[:10])
+    index, rows = cache.folder / "index.jsonl", cache.folder / "rows.bin"
     index.write_bytes(index.read_bytes()[:-cut])  # a line cut off
     rows.write_bytes(rows.read_bytes() + b"\1" * 13)  # and half a row that no line names
-    again, lower = open_store(tmp_path)
+    again, lower = open_cache(tmp_path)
     assert torch.equal(whole(again, samples), direct(samples))
     assert lower.rows == len(samples) - 9
-    last, lower = open_store(tmp_path)  # what was written after the cut is whole
+    last, lower = open_cache(tmp_path)  # what was written after the cut is whole
     assert torch.equal(whole(last, samples), direct(samples))
     assert lower.rows == 0
 
 
 def _write(folder, samples):
     torch.set_num_threads(1)
-    store, _ = open_store(folder)
+    cache, _ = open_cache(folder)
     for sample in samples:  # one at a time: as many turns as there can be
-        store.ensure([sample])
+        cache.ensure([sample])
 
 
 def test_two_writers_at_once_do_not_corrupt_it(samples, tmp_path):
@@ -139,19 +139,19 @@ def test_two_writers_at_once_do_not_corrupt_it(samples, tmp_path):
     for writer in writers:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
-    store, lower = open_store(tmp_path)
-    assert torch.equal(whole(store, samples), direct(samples))
+    cache, lower = open_cache(tmp_path)
+    assert torch.equal(whole(cache, samples), direct(samples))
     assert lower.rows == 0
-    assert len((store.folder / "index.jsonl").read_text().splitlines()) == len({s.path.read_bytes() for s in samples})
+    assert len((cache.folder / "index.jsonl").read_text().splitlines()) == len({s.path.read_bytes() for s in samples})
 
 
 def test_fingerprint_follows_frozen_weights_only(make_config):
     def name(change=None, blocks=1, crop=False, scaled=False):
-        job = prepare(make_config(f"train.freeze_image_blocks={blocks}"))
+        task = prepare(make_config(f"train.freeze_image_blocks={blocks}")).task
         if change:
             with torch.no_grad():
-                job.clip.model.get_parameter(change).add_(1)
-        return fingerprint(job.clip, job.learner.tower, box_crop=crop, scaled=scaled)
+                task.clip.model.get_parameter(change).add_(1)
+        return fingerprint(task.clip, task.network.tower, box_crop=crop, scaled=scaled)
 
     same = name()
     assert same == name() == name("visual.transformer.resblocks.1.mlp.c_fc.weight") == name("text_projection")
@@ -173,4 +173,4 @@ def test_random_operations_are_refused(make_config):
 def test_a_folder_that_cannot_be_written_is_named(samples, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"train\.frozen_cache: cannot write .*choose another folder"):
-        ActivationStore(tmp_path / "file" / "v1", Counter(), ImageLoader(to_tensor, batch_size=5))
+        FeatureCache(tmp_path / "file" / "v1", Counter(), ImageLoader(to_tensor, batch_size=5))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from flyp_saflex.clip.model import Clip, ImageTower, load_clip, save_clip
+from flyp_saflex.clip.image_tower import ImageTower
+from flyp_saflex.clip.model import Clip, load_clip, save_clip
 from flyp_saflex.clip.text_tower import encode_text
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.storage.run_folder import RunDir
