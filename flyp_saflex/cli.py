@@ -82,6 +82,15 @@ def report(arguments: argparse.Namespace) -> None:
     run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline)
 
 
+def compare(arguments: argparse.Namespace, config: Config) -> None:
+    """Say whether edits are worth having: run the conditions of [compare] with every seed, and report."""
+    shard = parse_shard(arguments.shard)
+    from flyp_saflex.comparison.compare import compare as run
+
+    path = arguments.run_dir or Path("runs") / f"{config.recipe}-compare"
+    run(config, path, shard=shard, limit=arguments.limit, dry_run=arguments.dry_run)
+
+
 def demo(arguments: argparse.Namespace) -> None:
     """Run the whole method in minutes on synthetic images, without download or GPU."""
     from flyp_saflex.demo.demo import demo as run
@@ -160,6 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, metavar="RUN", help="run folder written by train")
     command.add_argument("--split", action="append", default=[], metavar="S", help="evaluate this split only; repeatable")
     command.add_argument("--wise-alphas", metavar="A,B,...", help="alphas of a WiSE-FT sweep, for example 0,0.25,0.5,0.75,1")
+    command = add(compare, [with_recipe])
+    command.add_argument("--shard", default="0/1", metavar="I/N", help="run the I-th of N parts (job arrays), I from 0")
     command = add(report, [])
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that have been evaluated")
     command.add_argument("--out", type=Path, metavar="FILE", help="output file; FILE.html is a self-contained page")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
+from flyp_saflex.comparing import CompareConfig
 from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings
 from flyp_saflex.ranges import Count, Fraction, Natural, NonNegative, Positive
 
@@ -346,3 +347,4 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     saflex: SaflexConfig = field(default_factory=lambda: SaflexConfig(**asdict(PRESETS[DEFAULT])))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)

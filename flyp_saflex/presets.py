@@ -65,6 +65,8 @@ class SaflexSettings:
     """Posterior below which a label does not count; 0.2: to drop a good edit costs four times as much as to keep a bad one."""
     gains_of: Literal["log", "prob"] = "log"
     """Reading of f in Eq. (9)-(11): log-probabilities, or probabilities (then the gains of a row sum to zero)."""
+    permute_gains: bool = False
+    """A control experiment of the trainer: decide about every augmented row with the gains of another row of the step."""
     class_balance: Fraction = 1.0
     """Strength of the correction of class frequencies, which dropping rows shifts; 0: none, 1: full."""
 

@@ -24,7 +24,7 @@ import tomli_w
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, nearest
 from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings, with_preset
-from flyp_saflex.tables import CHOICES
+from flyp_saflex.tables import CHOICES, METRICS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,22 +104,44 @@ def build(values: Mapping[str, Any], source: str) -> Config:
     return config
 
 
+def override(config: Config, overrides: Iterable[str], source: str) -> Config:
+    """Return the recipe with some `section.field=value` applied, checked; `source` names their origin in errors.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    values = _stated(config)
+    for text in overrides:
+        try:
+            _apply(values, text)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {str(error).removeprefix('--set ')}") from None
+    return build(values, source)
+
+
 def dumps(config: Config, *, comments: bool = False) -> str:
     """Return the recipe as TOML; unset options and the preset's own are left out, `comments` adds each field's documentation."""
-    values = _without_none(dataclasses.asdict(config))
-    usual = dataclasses.asdict(PRESETS[config.saflex.preset])
-    values["saflex"] = {key: value for key, value in values["saflex"].items() if key not in usual or value != usual[key]}
-    text = tomli_w.dumps(values)
+    text = tomli_w.dumps(_stated(config))
     if not comments:
         return text
     docs, section, lines = _field_docs(), "Config", []
     for line in text.splitlines():
-        if header := re.match(r"\[(\w+)\]", line):
-            section = type(getattr(config, header[1])).__name__
+        if header := re.match(r"\[(\w+)(?:\.(\w+))?\]", line):
+            section = "" if header[2] else type(getattr(config, header[1])).__name__  # the keys of a table are the user's names
+            if header[2]:
+                lines.append(f"# {docs[type(getattr(config, header[1])).__name__, header[2]]}")
         elif (key := re.match(r"(\w+) =", line)) and (doc := docs.get((section, key[1]))):
             lines.append(f"# {doc}")
         lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def _stated(config: Config) -> dict[str, Any]:
+    """Return the options by section; unset ones and the preset's own are left out, so another preset brings its values."""
+    values = _without_none(dataclasses.asdict(config))
+    usual = dataclasses.asdict(PRESETS[config.saflex.preset])
+    values["saflex"] = {key: value for key, value in values["saflex"].items() if key not in usual or value != usual[key]}
+    return values
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -211,12 +233,12 @@ def _check_keys(values: Mapping[str, Any], source: str) -> None:
 
 def _check_names(config: Config, source: str) -> None:
     """Check the options whose values are names of a table."""
-    for table in CHOICES:
-        section, _, name = table.option.partition(".")
+    for option, table in (*((table.option, table) for table in CHOICES), ("compare.metric", METRICS)):
+        section, _, name = option.partition(".")
         value = getattr(getattr(config, section), name)
         for one in value if isinstance(value, tuple) else (value,):
             try:
-                table.check(one)
+                table.check(one, option)
             except ConfigError as error:
                 raise ConfigError(f"{source}: {error}") from None
 
@@ -263,10 +285,14 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     for section, options in values.items():
         if isinstance(options, Mapping):
             default = getattr(Config(), section)
-            result[section] = {
-                name: _listed(item) if isinstance(getattr(default, name), tuple) else item for name, item in options.items()
-            }
+            result[section] = {name: _as_declared(item, getattr(default, name)) for name, item in options.items()}
     return result
+
+
+def _as_declared(item: Any, default: Any) -> Any:
+    if isinstance(default, dict) and isinstance(item, Mapping):
+        return {name: _listed(value) for name, value in item.items()}
+    return _listed(item) if isinstance(default, tuple) else item
 
 
 def _listed(item: Any) -> Any:

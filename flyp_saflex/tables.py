@@ -61,14 +61,18 @@ class Table(MutableMapping[str, Entry], Generic[Entry]):
         entry = self._entries[name]
         return _imported(entry) if isinstance(entry, str) else entry
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, option: str = "") -> None:
         """Check that a name is in the table; import nothing.
+
+        Args:
+            name: looked up.
+            option: another option with names of this table; empty: its own.
 
         Raises:
             ConfigError: it is not; says the nearest.
         """
         if name not in self._entries:
-            raise ConfigError(f"{self.option} = {name!r}: expected one of {', '.join(self)}{nearest(name, self)}")
+            raise ConfigError(f"{option or self.option} = {name!r}: expected one of {', '.join(self)}{nearest(name, self)}")
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return an entry, or the default where there is no such name."""

@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flyp_saflex"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "ranges", "tables", "presets", "config", "records", "runtime", "recipe",  # the ground: options, names, rows, TOML
+    "errors", "ranges", "tables", "presets", "comparing", "config", "records", "runtime", "recipe",  # the ground
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets
     "tasks", "step", "evaluation", "training",  # a model's step, its scores, the loop
-    "prompting", "editing", "filtering", "reporting", "demo",  # the other commands
+    "prompting", "editing", "filtering", "reporting", "comparison", "demo",  # the other commands
     "cli", "__main__",
 )  # fmt: skip
 """A room imports only from rooms before it. `assets` and `recipes` are data, open to all."""

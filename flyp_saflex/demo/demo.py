@@ -11,9 +11,8 @@ All results are in one folder; a repeated command skips the finished parts:
 
     demo.json       settings of the demo                   demo.log      output of the single steps
     seed0/          one folder per seed:                   report.html   report; table.txt: the table that is printed last
-        world/          a WILDS iWildCam v2.0 folder
-        augment_cache/  edits and filter scores
-        runs/           one run folder per condition
+        world/          a WILDS iWildCam v2.0 folder       verdict.txt   answers of the comparison
+        augment_cache/  edits and filter scores            runs/         one run folder per condition and seed
 """
 
 from __future__ import annotations
@@ -23,38 +22,35 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from flyp_saflex import recipe
 from flyp_saflex.assets import TINY_CLIP, TINY_EDITOR
+from flyp_saflex.comparison.compare import compare
 from flyp_saflex.config import Config
 from flyp_saflex.demo.world import CLASSES, FOLDER, write_world
 from flyp_saflex.editing.generate import generate
 from flyp_saflex.errors import RunError, UserError
-from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.evaluation.statistics import paired_difference, summarise
 from flyp_saflex.filtering.filter import filter_edits
-from flyp_saflex.reporting.report import report
 from flyp_saflex.storage.augment_cache import SCORES, AugmentCache
 from flyp_saflex.storage.files import atomic_write, write_json
 from flyp_saflex.storage.results import align, percent, read_results
 from flyp_saflex.storage.run_folder import RunDir
-from flyp_saflex.training.train import train
 
 SIZE_PX = 64
 KEY = "edits"
-TRUSTED, SAFLEX = "FLYP + edits, all trusted", "FLYP + edits, SAFLEX"
-CONDITIONS: dict[str, tuple[str, ...]] = {
-    "zero-shot": ("train.steps=0", "train.epochs=0"),
-    "FLYP": (),
-    TRUSTED: ("augment.upstream=cache",),
-    "FLYP + edits, filtered": ("augment.upstream=cache", "augment.filter=scores"),
-    SAFLEX: ("augment.upstream=cache", "saflex.enabled=true"),
+CLEAN, TRUSTED, FILTERED, SAFLEX = "no-edits", "trusted", "filter-alia", "saflex"
+LABELS = {
+    "zero-shot": "zero-shot",
+    CLEAN: "FLYP",
+    TRUSTED: "FLYP + edits, all trusted",
+    FILTERED: "FLYP + edits, filtered",
+    SAFLEX: "FLYP + edits, SAFLEX",
 }
-CLEAN = "FLYP"
-"""Condition whose model the confidence filter uses."""
+"""Conditions of the recipe's `[compare]`, by the words of the table."""
 ID, OOD = "id_test", "test"
 
 
@@ -83,12 +79,19 @@ def demo(out: Path, *, seeds: int = 1, num_images: int = 2400, steps: int = 0) -
     changes = [f"train.steps={steps}"] if steps else []
     settings = {"num_images": num_images, "recipe": recipe.dumps(recipe.load("demo", changes))}
     with _folder(out, settings):
-        progress = _Progress(seeds * (len(CONDITIONS) + 3) + 1)
-        runs = [run for seed in range(seeds) for run in _one_seed(out, seed, num_images, changes, progress)]
-        progress.say("report")
-        with _printing_to(out / "demo.log"):
-            report(runs, out=out / "report.html", baseline=TRUSTED)
-        text = summary(runs)
+        progress = _Progress(3 * seeds + 2)
+        for seed in range(seeds):
+            _make_edits(out, seed, num_images, _config(out, seed, changes, seeds), progress)
+        config = _config(out, 0, changes, seeds)
+        progress.say(f"training: {', '.join(label for name, label in LABELS.items() if name not in (FILTERED, SAFLEX))}")
+        first = {name: own for name, own in config.compare.conditions.items() if name not in (FILTERED, SAFLEX)}
+        compare(replace(config, compare=replace(config.compare, conditions=first)), out, conclude=False)
+        for seed in range(seeds):
+            progress.say(f"{progress.told(seed)}filter: find edits without an animal, without a change, or of another class")
+            _filter(out, seed, _config(out, seed, changes, seeds))
+        progress.say(f"training: {LABELS[FILTERED]}, {LABELS[SAFLEX]}")
+        compare(config, out)
+        text = summary([out / "runs" / f"{name}-seed{seed}" for name in LABELS for seed in range(seeds)])
         with atomic_write(out / "table.txt") as file:
             file.write(text)
     text += f"\nDone in {time.monotonic() - started:.0f} s. Report: {out / 'report.html'}"
@@ -107,33 +110,42 @@ class _Progress:
         self.done += 1
         print(f"[{self.done}/{self.total}] {text}", flush=True)
 
+    def told(self, seed: int) -> str:
+        """Return the seed in words where there are several."""
+        return f"seed {seed}, " if self.total > 5 else ""
 
-def _one_seed(out: Path, seed: int, num_images: int, changes: Sequence[str], progress: _Progress) -> list[Path]:
-    """Run all steps of one seed; return its run folders."""
-    home, log = out / f"seed{seed}", out / "demo.log"
-    told = f"seed {seed}, " if progress.total > len(CONDITIONS) + 4 else ""
+
+def _config(out: Path, seed: int, changes: Sequence[str], seeds: int) -> Config:
+    """Return the recipe of one seed, whose `[compare]` is about all of them."""
+    paths = [
+        f"data.root={out}/seed{{seed}}/world/{FOLDER}",
+        f"data.prompts={out}/seed{{seed}}/world/{FOLDER}/prompts",
+        f"cache.root={out}/seed{{seed}}/augment_cache",
+    ]
+    options = [*changes, f"seed={seed}", *(path.replace("{seed}", str(seed)) for path in paths), f"cache.key={KEY}"]
+    options += [f"model.name=local-dir:{TINY_CLIP}", f"editor.model={TINY_EDITOR}"]
+    options += [f"compare.seeds={list(range(seeds))}", f"compare.common={json.dumps(paths)}"]
+    return recipe.load("demo", options)
+
+
+def _make_edits(out: Path, seed: int, num_images: int, config: Config, progress: _Progress) -> None:
+    """Draw the world of a seed and edit its training pictures, as far as it is not done."""
+    home, told = out / f"seed{seed}", progress.told(seed)
     home.mkdir(exist_ok=True)
     progress.say(f"{told}world: {num_images} camera-trap pictures of {len(CLASSES)} classes")
-    root = _world(home / "world", num_images, seed)
-    options = [*changes, f"seed={seed}", f"data.root={root}", f"data.prompts={root / 'prompts'}"]
-    options += [f"model.name=local-dir:{TINY_CLIP}", f"editor.model={TINY_EDITOR}"]
-    options += [f"cache.root={home / 'augment_cache'}", f"cache.key={KEY}"]
-    config = recipe.load("demo", options)
+    _world(home / "world", num_images, seed)
     progress.say(f"{told}edits: a small InstructPix2Pix moves the animals to other places (prompts: {config.editor.prompts})")
-    with _printing_to(log):
+    with _printing_to(out / "demo.log"):
         generate(config)
+
+
+def _filter(out: Path, seed: int, config: Config) -> None:
+    """Score the edits of a seed with the model trained without them, unless it is done."""
     entry = AugmentCache.open(config.cache.root, config.data.name, KEY)
-    runs: dict[str, Path] = {}
-    for name, condition in CONDITIONS.items():
-        if "augment.filter=scores" in condition:
-            progress.say(f"{told}filter: find edits without an animal, without a change, or of another class")
-            if not (entry.folder / SCORES).is_file():
-                with _printing_to(log):
-                    filter_edits(recipe.load("demo", [*options, f"filter.run={runs[CLEAN]}"]))
-        progress.say(f"{told}{name}")
-        runs[name] = home / "runs" / _file_name(name)
-        _run(recipe.load("demo", [*options, *condition, f"recipe={name}"]), runs[name], log)
-    return list(runs.values())
+    if not (entry.folder / SCORES).is_file():
+        with _printing_to(out / "demo.log"):
+            run = out / "runs" / f"{CLEAN}-seed{seed}"
+            filter_edits(replace(config, filter=replace(config.filter, run=str(run))))
 
 
 @contextmanager
@@ -179,23 +191,6 @@ def _world(folder: Path, num_images: int, seed: int) -> Path:
     return write_world(folder, num_images=num_images, seed=seed, size_px=SIZE_PX)
 
 
-def _run(config: Config, run: Path, log: Path) -> None:
-    """Train and evaluate one condition; skip finished parts and resume interrupted ones."""
-    folder = RunDir(run, lock=False)
-    with _printing_to(log):
-        if not folder.done:
-            train(config, run, resume=(run / "config.toml").is_file())
-        if not _evaluated(run):
-            evaluate(run, wise_alphas=(1.0,) if config.recipe == "zero-shot" else None)
-
-
-def _evaluated(run: Path) -> bool:
-    try:
-        return {ID, OOD} <= {row["split"] for row in read_results(run)["results"]}
-    except RunError:
-        return False
-
-
 def summary(runs: Sequence[Path]) -> str:
     """Return the table of the runs as text.
 
@@ -209,7 +204,7 @@ def summary(runs: Sequence[Path]) -> str:
     lines: list[tuple[str, ...]] = [head]
     for name, by_seed in by_name.items():
         columns = [[value for row in by_seed.values() if (value := row[key]) is not None] for key in head[1:]]
-        lines.append((name, *(percent(summarise(column).mean) if column else "-" for column in columns)))
+        lines.append((LABELS[name], *(percent(summarise(column).mean) if column else "-" for column in columns)))
     seeds = sorted(by_name[SAFLEX])
     text = align(lines, left=1) + (
         f"\n\nF1: macro. ID: {ID}, cameras of the training split; OOD: {OOD}, cameras at places that are not in training."
@@ -245,7 +240,3 @@ def _printing_to(log: Path) -> Iterator[None]:
     """Append the printed output of a step to a file; progress bars stay on the terminal."""
     with open(log, "a", encoding="utf-8") as file, redirect_stdout(file):
         yield
-
-
-def _file_name(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

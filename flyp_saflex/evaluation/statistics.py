@@ -88,3 +88,21 @@ def paired_difference(values: Mapping[Key, float], baseline: Mapping[Key, float]
         return Interval(summary.mean, None, None, 1)
     half = float(stdtrit(summary.n - 1, (1 + level) / 2)) * summary.error
     return Interval(summary.mean, summary.mean - half, summary.mean + half, summary.n)
+
+
+def seeds_to_settle(mean: float, deviation: float, *, level: float = 0.95, most: int = 200) -> int | None:
+    """Return the smallest number of pairs whose t-interval around this mean would exclude zero, at this deviation.
+
+    Args:
+        mean: mean of the paired differences.
+        deviation: their sample standard deviation.
+        level: probability covered by the interval.
+        most: largest number that is tried.
+
+    Returns:
+        2 or more; None if `most` pairs are not enough.
+    """
+    for n in range(2, most + 1):
+        if float(stdtrit(n - 1, (1 + level) / 2)) * deviation / math.sqrt(n) < abs(mean):
+            return n
+    return None

@@ -17,7 +17,7 @@ from flyp_saflex.reporting.figures import curves_chapter, scatter_chapter
 from flyp_saflex.reporting.gallery import Gallery, gallery
 from flyp_saflex.reporting.html import Markup, element, join, paragraph, text
 from flyp_saflex.reporting.provenance import provenance_chapter
-from flyp_saflex.reporting.runs import Run, by_recipe, read_runs, unlike_seeds
+from flyp_saflex.reporting.runs import Preface, Run, by_recipe, read_runs, unlike_seeds
 from flyp_saflex.reporting.tables import Cell
 
 MOST_GALLERIES = 3
@@ -33,7 +33,9 @@ CHAPTERS = {
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def page(results: Mapping[Path, dict[str, Any]], found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
+def page(
+    results: Mapping[Path, dict[str, Any]], found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface
+) -> str:
     """Return the page as HTML.
 
     Args:
@@ -41,11 +43,12 @@ def page(results: Mapping[Path, dict[str, Any]], found: Sequence[Cell], remarks:
         found: cells from `tables.cells`.
         remarks: remarks from `tables.notes`.
         baseline: recipe that the other ones are compared with.
+        preface: paragraphs at the top; a leading question is set in bold.
     """
     runs = read_runs(results)
     names = list(by_recipe(runs))
     one_seed = ["One seed per condition: differences of a few points are noise."] if _single(found) else []
-    every = [*one_seed, *remarks, *unlike_seeds(runs), *(remark for run in runs for remark in run.remarks)]
+    every = [*one_seed, *remarks, *unlike_seeds(runs, preface.by_seed), *(remark for run in runs for remark in run.remarks)]
     chapters = [
         results_chapter(found, every, baseline, names),
         scatter_chapter(runs),
@@ -69,8 +72,9 @@ def page(results: Mapping[Path, dict[str, Any]], found: Sequence[Cell], remarks:
 {style}</style>
 </head>
 """
+    top = [*map(_answer, preface.paragraphs), _lead(runs, baseline)]
     body = [
-        element("header", join([element("h1", "flyp-saflex report"), _lead(runs, baseline), element("nav", links)])),
+        element("header", join([element("h1", "flyp-saflex report"), *top, element("nav", links)])),
         element("main", join(chapters)),
         element("footer", paragraph(f"Made by flyp-saflex {__version__}: flyp-saflex report RUN... --out FILE.html")),
     ]
@@ -89,6 +93,11 @@ def _lead(runs: Sequence[Run], baseline: str) -> Markup:
     models = " and ".join(dict.fromkeys(config.model.name.rpartition("/")[2] for config in configs))
     where = f" on {data}, starting from {models}" if configs else ""
     return paragraph(f"{what}{where}. Baseline:", element("b", baseline), class_="lead")
+
+
+def _answer(sentence: str) -> Markup:
+    question, mark, answer = sentence.partition("?")
+    return paragraph(element("b", f"{question}?"), answer.strip()) if mark else paragraph(sentence, class_="note")
 
 
 def _galleries(runs: Sequence[Run]) -> list[Gallery]:

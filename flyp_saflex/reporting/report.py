@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flyp_saflex.errors import RunError, nearest
+from flyp_saflex.reporting.runs import Preface
 from flyp_saflex.reporting.tables import Cell, cells, notes, tables
 from flyp_saflex.storage.files import atomic_write
 from flyp_saflex.storage.results import align, read_results
@@ -23,7 +24,14 @@ Form = Literal["md", "csv", "json", "html"]
 Results = dict[Path, dict[str, Any]]
 
 
-def report(runs: Sequence[Path], *, out: Path | None = None, form: Form = "md", baseline: str | None = None) -> str:
+def report(
+    runs: Sequence[Path],
+    *,
+    out: Path | None = None,
+    form: Form = "md",
+    baseline: str | None = None,
+    preface: Preface | None = None,
+) -> str:
     """Compare runs; write or print the report, and return it.
 
     Args:
@@ -31,6 +39,7 @@ def report(runs: Sequence[Path], *, out: Path | None = None, form: Form = "md", 
         out: file to write; None: print. With `form` = `md` a suffix `.csv`, `.json` or `.html` sets the form.
         form: Markdown, one row per cell (CSV, JSON), or a self-contained page with plots and a gallery (HTML).
         baseline: recipe that the other ones are compared with; None: that of the first run.
+        preface: paragraphs above everything else in Markdown and HTML.
 
     Raises:
         RunError: a run without results.json, two runs with the same recipe and seed, an unknown baseline, or a file that
@@ -45,7 +54,7 @@ def report(runs: Sequence[Path], *, out: Path | None = None, form: Form = "md", 
         )
     suffix = out.suffix.removeprefix(".") if out is not None else ""
     chosen = suffix if form == "md" and suffix in RENDERERS else form
-    text = RENDERERS[chosen](results, cells(list(results.values()), baseline), notes(results), baseline)
+    text = RENDERERS[chosen](results, cells(list(results.values()), baseline), notes(results), baseline, preface or Preface())
     if out is None:
         print(text, end="")
         return text
@@ -79,8 +88,8 @@ def collect(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
     return results
 
 
-def _markdown(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
-    parts = []
+def _markdown(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface) -> str:
+    parts = ["\n\n".join(preface.paragraphs) + "\n"] if preface.paragraphs else []
     for table in tables(found, baseline):
         rule = tuple("---" if c == 0 else "---:" for c in range(len(table.header)))
         lines = [[cell.replace("|", "\\|") for cell in line] for line in (table.header, rule, *table.lines)]
@@ -90,13 +99,13 @@ def _markdown(results: Results, found: Sequence[Cell], remarks: Sequence[str], b
     return "\n".join(parts)
 
 
-def _html(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
+def _html(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface) -> str:
     from flyp_saflex.reporting.page import page  # matplotlib: a second that the other forms need not wait
 
-    return page(results, found, remarks, baseline)
+    return page(results, found, remarks, baseline, preface)
 
 
-def _csv(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
+def _csv(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface) -> str:
     text = io.StringIO()
     columns = ["metric", "shift", "split", "role", "recipe", "kind", "alphas", "mean", "deviation", "n", "seeds"]
     writer = csv.writer(text, lineterminator="\n")
@@ -111,11 +120,11 @@ def _csv(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseli
     return text.getvalue()
 
 
-def _json(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str) -> str:
+def _json(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface) -> str:
     return json.dumps({"baseline": baseline, "cells": [asdict(cell) for cell in found], "notes": list(remarks)}, indent=2) + "\n"
 
 
-RENDERERS: dict[str, Callable[[Results, Sequence[Cell], Sequence[str], str], str]] = {
+RENDERERS: dict[str, Callable[[Results, Sequence[Cell], Sequence[str], str, Preface], str]] = {
     "md": _markdown,
     "csv": _csv,
     "json": _json,

@@ -22,6 +22,19 @@ PATHS = ("data.root", "data.prompts", "data.table", "data.materialised", "cache.
 """Options that are paths: they may differ between seeds of one experiment."""
 
 
+@dataclass(frozen=True)
+class Preface:
+    """Words of a comparison above its report.
+
+    Attributes:
+        paragraphs: the answers; a text may start with a question.
+        by_seed: options that are meant to differ between the seeds of a condition.
+    """
+
+    paragraphs: tuple[str, ...] = ()
+    by_seed: tuple[str, ...] = ()
+
+
 @dataclass
 class Run:
     """One run of the report, with the content of its folder.
@@ -96,18 +109,18 @@ def by_recipe(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def differing(old: Config, new: Config) -> list[str]:
-    """Return the options in which two runs differ, apart from name, seed and paths."""
-    silent = ("recipe:", "seed:", *(f"{name}:" for name in PATHS))
+def differing(old: Config, new: Config, by_seed: Sequence[str] = ()) -> list[str]:
+    """Return the options in which two runs differ, apart from name, seed, paths and `by_seed`."""
+    silent = ("recipe:", "seed:", *(f"{name}:" for name in (*PATHS, *by_seed)))
     return [line for line in recipe_module.differences(old, new) if not line.startswith(silent)]
 
 
-def unlike_seeds(runs: Sequence[Run]) -> list[str]:
+def unlike_seeds(runs: Sequence[Run], by_seed: Sequence[str] = ()) -> list[str]:
     """Return a remark per run that shares the name of an earlier run but differs in options."""
     remarks = []
     for first, *others in by_recipe(runs).values():
         for run in others:
-            if first.config is not None and run.config is not None and (changed := differing(first.config, run.config)):
+            if first.config is not None and run.config is not None and (changed := differing(first.config, run.config, by_seed)):
                 remarks.append(f"{run.path} is not another seed of {first.path}, its options differ: {'; '.join(changed)}")
     return remarks
 

@@ -72,6 +72,27 @@ def keep_at_random(num_rows: int, fraction: float, generator: torch.Generator) -
     return _keep_first(torch.randperm(num_rows, generator=generator, device=generator.device), fraction)
 
 
+def permuted_gains(gains_AK: Tensor, upstream_AK: Tensor, ids_A: Tensor) -> Tensor:
+    """Return gains in which every row has those of another row, its own label's place included: a control.
+
+    The gains of the rows' own labels are the same numbers as before, on other rows; only what they say about a row is gone.
+    The permutation is drawn from the identities, so it does not depend on how rows are shared among processes.
+
+    Args:
+        gains_AK: of every row of the step.
+        upstream_AK: labels that the rows came with, on the simplex.
+        ids_A: identity of every row, whole numbers.
+    """
+    generator = torch.Generator().manual_seed(int(ids_A.sum()))
+    drawn_A = torch.randperm(len(ids_A), generator=generator).to(ids_A.device)
+    order_A = ids_A.argsort(stable=True)
+    source_A = torch.empty_like(order_A).index_copy(0, order_A[drawn_A], order_A[drawn_A.roll(1)])  # a cycle: no row is its own
+    own_A1, theirs_A1 = upstream_AK.argmax(dim=1)[:, None], upstream_AK.argmax(dim=1)[source_A][:, None]
+    moved_AK = gains_AK[source_A]
+    own_gain_A1, their_gain_A1 = moved_AK.gather(1, own_A1), moved_AK.gather(1, theirs_A1)
+    return moved_AK.scatter(1, theirs_A1, own_gain_A1).scatter(1, own_A1, their_gain_A1)
+
+
 def _keep_first(order_A: Tensor, fraction: float) -> Tensor:
     if not 0 <= fraction <= 1:
         raise ConfigError(f"augment.keep_fraction = {fraction}: expected a fraction from 0 to 1")

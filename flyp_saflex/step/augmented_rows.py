@@ -178,6 +178,8 @@ class AugmentedRows:
                 rows_at_once=0 if head else self.rows_at_once,
             )
         upstream_AK = space.upstream_NK[space.augmented_N]
+        if saflex.settings.permute_gains:
+            gains_AK = baselines.permuted_gains(gains_AK, upstream_AK, result.ids_A)
         classes_A = self.processes.gather(rows.labels_N)[space.augmented_N]
         agrees_A = space.inverse_C[logits_AC.argmax(dim=1)] == upstream_AK.argmax(dim=1)
         result.weights_A, labels_AK = saflex.solve(

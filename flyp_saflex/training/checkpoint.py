@@ -22,6 +22,7 @@ from flyp_saflex.storage.files import atomic_write
 from flyp_saflex.storage.run_folder import RunDir
 
 MAY_CHANGE = (
+    "compare.",
     "data.workers",
     "data.max_unreadable",
     "train.checkpoint_every",
@@ -98,7 +99,7 @@ def check_folder(path: Path, config: Config, *, resume: bool, limit: int | None)
     if run.done:
         raise RunError(f"run {path} is finished: evaluate it with flyp-saflex evaluate {path}, or choose another --run-dir")
     changed = [line for line in recipe.differences(run.read_config(), config) if not line.startswith(MAY_CHANGE)]
-    started_with = _limit(path)
+    started_with = limit_of(path)
     if started_with != limit:
         changed.append(f"--limit: {started_with} -> {limit}")
     if changed:
@@ -131,7 +132,8 @@ def open_run(run: RunDir, config: Config, accelerator: Accelerator, *, limit: in
     return state
 
 
-def _limit(path: Path) -> int | None:
+def limit_of(path: Path) -> int | None:
+    """Return the `--limit` that the run in a folder was started with."""
     try:
         limit = json.loads((path / "env.json").read_text(encoding="utf-8")).get("limit")
     except (OSError, ValueError):

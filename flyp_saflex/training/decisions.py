@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,13 @@ class Decisions:
         weights_N: 0..1.
         labels_N2: the two likeliest classes.
         shares_N: share of the first of them, 0.5..1; 1: the label is one-hot.
+        seconds: time that the evidence took when the decisions were made.
     """
 
     weights_N: Tensor
     labels_N2: Tensor
     shares_N: Tensor
+    seconds: float = 0.0
 
     @classmethod
     def of(cls, decision: Decision) -> Decisions:
@@ -59,6 +62,7 @@ def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Dec
     stored = _read(run / FILE, key := _key(setup))
     if stored is None:
         accelerator.print(f"evidence on {len(edits)} edits: {', '.join(kinds)}")
+        started = time.monotonic()
         found = setup.task.edit_evidence(
             kinds,
             edits,
@@ -76,6 +80,7 @@ def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Dec
             "rho": torch.tensor(decision.rho),
             "kept": torch.tensor(decision.kept_fraction),
             "relabelled": torch.tensor(decision.relabelled_fraction),
+            "seconds": torch.tensor(time.monotonic() - started),
         }
         told = {"calibrated": f"rho = {decision.rho:.2f}", "too few": "too few edits to calibrate: all are kept"}
         accelerator.print(
@@ -85,7 +90,7 @@ def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Dec
         if accelerator.is_main_process:
             save_file(stored, run / FILE, metadata={"key": key})
     saflex.evidence_row = {name: float(stored[name]) for name in ("rho", "relabelled") if stored[name].isfinite()}
-    return Decisions(stored["weights"], stored["labels"], stored["shares"])
+    return Decisions(stored["weights"], stored["labels"], stored["shares"], float(stored["seconds"]))
 
 
 def _key(setup: Setup) -> str:

@@ -70,7 +70,8 @@ def train(config: Config, path: Path, *, resume: bool = False, limit: int | None
             state = checkpoint.open_run(run, config, accelerator, limit=limit)
             return _Trainer(setup, run, accelerator, phases, {"limit": limit}).fit(state)
         finally:
-            accelerator.end_training()
+            for tracker in accelerator.trackers:  # not `end_training`, which parts the processes: they may train again
+                tracker.finish()
 
 
 class _Trainer:
@@ -100,6 +101,8 @@ class _Trainer:
         if self.saflex is not None:
             self.saflex.watch.tell = accelerator.print
         self.decisions = decide_about_edits(setup, accelerator, run.path)
+        if self.decisions is not None:
+            self.environment["evidence_seconds"] = self.decisions.seconds
         self.rows = RowBuilder(setup, accelerator.device, self.decisions)
         apart = not obstacle(self.network, freeze_batchnorm=self.options.freeze_batchnorm)
         self.selecting = Selecting(setup.config.saflex.select if apart else "never")

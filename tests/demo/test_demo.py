@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from flyp_saflex import recipe
+from flyp_saflex.comparison import compare as runs
 from flyp_saflex.demo import demo as module
-from flyp_saflex.demo.demo import CONDITIONS, SAFLEX, TRUSTED, demo, summary
+from flyp_saflex.demo.demo import LABELS, SAFLEX, TRUSTED, demo, summary
 from flyp_saflex.demo.world import TEST_PLACES, TRAIN_PLACES, VAL_PLACES
 from flyp_saflex.errors import RunError, UserError
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
@@ -56,8 +57,8 @@ def test_table_has_means_over_seeds_and_the_paired_difference(tmp_path: Path) ->
     runs = [written(tmp_path, TRUSTED, seed, value) for seed, value in enumerate((0.5, 0.6, 0.7))]
     runs += [written(tmp_path, SAFLEX, seed, value) for seed, value in enumerate((0.52, 0.64, 0.76))]
     text = summary(runs)
-    line = next(line for line in text.splitlines() if line.startswith(SAFLEX))
-    assert line.removeprefix(SAFLEX).split() == ["74.0", "32.0", "64.0", "32.0", "64.0", "32.0"]
+    line = next(line for line in text.splitlines() if line.startswith(LABELS[SAFLEX]))
+    assert line.removeprefix(LABELS[SAFLEX]).split() == ["74.0", "32.0", "64.0", "32.0", "64.0", "32.0"]
     # Differences 2, 4, 6: mean 4, deviation 2, t of two degrees of freedom 4.303: 4 +- 4.303 * 2 / sqrt(3).
     assert "OOD acc., SAFLEX against trusting the edits, n = 3 seeds" in text
     assert "+4.0 [-1.0, +9.0]" in text
@@ -113,7 +114,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def results(out: Path) -> dict[str, str]:
-    return {path.parent.name: path.read_text(encoding="utf-8") for path in sorted(out.glob("seed0/runs/*/results.json"))}
+    return {path.parent.name: path.read_text(encoding="utf-8") for path in sorted(out.glob("runs/*/results.json"))}
 
 
 def without_time(text: str) -> list[str]:
@@ -124,11 +125,12 @@ def without_time(text: str) -> list[str]:
 def test_demo_ends_in_the_table_and_the_report(finished: tuple[Path, str]) -> None:
     out, text = finished
     lines = text.splitlines()
-    assert [line.partition("   ")[0].strip() for line in lines[1:6]] == [name[:40] for name in CONDITIONS]
+    assert [line.partition("   ")[0].strip() for line in lines[1:6]] == list(LABELS.values())
     assert "n = 1 (seed 0)" in text
     assert lines[-1].endswith(f"Report: {out / 'report.html'}")
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert all(name in page for name in CONDITIONS)
+    assert all(name in page for name in LABELS)
+    assert page.index("Are edits worth having?") < page.index("<h2")
 
 
 @pytest.mark.slow
@@ -140,8 +142,9 @@ def test_rerun_does_nothing_and_prints_the_table_again(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a finished step was done again")
 
-    for name in ("train", "evaluate", "write_world", "filter_edits"):
-        monkeypatch.setattr(module, name, forbidden)
+    for home, names in ((runs, ("train", "evaluate")), (module, ("write_world", "filter_edits"))):
+        for name in names:
+            monkeypatch.setattr(home, name, forbidden)
     again = demo(out, **TINY)
     assert without_time(again) == without_time(text)
     assert capsys.readouterr().out.endswith(again + "\n")
@@ -151,7 +154,7 @@ def test_rerun_does_nothing_and_prints_the_table_again(
 def test_interrupted_demo_goes_on_and_equals_an_undisturbed_one(
     finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, calls = module.evaluate, []
+    evaluate, calls = runs.evaluate, []
 
     def interrupted(run: Path, **options: object) -> object:
         calls.append(run.name)
@@ -159,10 +162,11 @@ def test_interrupted_demo_goes_on_and_equals_an_undisturbed_one(
             raise KeyboardInterrupt
         return evaluate(run, **options)
 
-    monkeypatch.setattr(module, "evaluate", interrupted)
+    monkeypatch.setattr(runs, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo(tmp_path / "out", **TINY)
     text = demo(tmp_path / "out", **TINY)
-    assert calls == ["zero-shot", "flyp", "flyp", "flyp-edits-all-trusted", "flyp-edits-filtered", "flyp-edits-saflex"]
+    names = ["zero-shot", "no-edits", "no-edits", "trusted", "filter-alia", "saflex"]
+    assert calls == [f"{name}-seed0" for name in names]
     assert without_time(text) == without_time(finished[1])
     assert results(tmp_path / "out") == results(finished[0])

@@ -11,6 +11,7 @@ from flyp_saflex.saflex.baselines import (
     keep_at_random,
     keep_lowest_losses,
     keep_where_argmax_agrees,
+    permuted_gains,
     smooth_by_strength,
     smoothing_curve,
 )
@@ -67,3 +68,23 @@ def test_filters_are_weights_of_the_losses():
     assert 0 < kept.sum() < 6
     found = soft_cross_entropy(logits, F.one_hot(labels, 3), weights)
     torch.testing.assert_close(found, F.cross_entropy(logits[kept], labels[kept]))
+
+
+def test_permuted_gains_move_every_row_and_keep_the_gains_of_own_labels():
+    gains_AK, ids_A = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) * 7
+    labels_A = torch.arange(12) % 4
+    upstream_AK = torch.nn.functional.one_hot(labels_A, 4).float()
+    moved_AK = permuted_gains(gains_AK, upstream_AK, ids_A)
+    own, moved_own = gains_AK[torch.arange(12), labels_A], moved_AK[torch.arange(12), labels_A]
+    assert torch.equal(own.sort().values, moved_own.sort().values)
+    assert not (own == moved_own).any()
+    rows, moved = ({tuple(sorted(row)) for row in gains.tolist()} for gains in (gains_AK, moved_AK))
+    assert rows == moved
+
+
+def test_permuted_gains_do_not_depend_on_how_rows_are_shared_among_processes():
+    generator = torch.Generator().manual_seed(1)
+    gains_AK, ids_A, order = torch.randn(9, 3, generator=generator), torch.arange(9) * 5, torch.randperm(9, generator=generator)
+    upstream_AK = torch.eye(3)[torch.arange(9) % 3]
+    moved_AK = permuted_gains(gains_AK, upstream_AK, ids_A)
+    assert torch.equal(permuted_gains(gains_AK[order], upstream_AK[order], ids_A[order]), moved_AK[order])

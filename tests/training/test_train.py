@@ -102,6 +102,16 @@ def test_saflex_that_keeps_every_row_and_label_equals_trusted_augmentation(make_
     assert "mean_gain" in metrics(tmp_path / "saflex")[0]
 
 
+def test_permuted_gains_are_the_same_gains_on_other_rows(make_config, edits, tmp_path):
+    options = ("augment.upstream=cache", "train.steps=1", *SAFLEX)
+    train(make_config(*options), tmp_path / "saflex")
+    train(make_config(*options, "saflex.permute_gains=true"), tmp_path / "permuted")
+    rows = [RunDir(tmp_path / name, lock=False).read_rows("augmented.jsonl") for name in ("saflex", "permuted")]
+    own, moved = ({row["id"]: row["gain"] for row in found} for found in rows)
+    assert sorted(own.values()) == sorted(moved.values())
+    assert all(own[identity] != moved[identity] for identity in own)
+
+
 def test_saflex_changes_the_run(make_config, edits, tmp_path):
     options = ("augment.upstream=cache", "train.select_split=")
     train(make_config(*options), tmp_path / "trusted")

@@ -1,0 +1,50 @@
+"""A comparison on two processes: every run is shared, one report is written, and it can be dried and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flyp_saflex import recipe
+from flyp_saflex.comparison.compare import compare
+from flyp_saflex.storage.results import read_results
+
+pytestmark = pytest.mark.slow
+
+CONDITIONS = {
+    "no-edits": ["augment.upstream=[]"],
+    "saflex": ["augment.upstream=cache", "saflex.enabled=true"],
+    "filter-random": ["augment.upstream=cache", "augment.filter=random", "augment.keep_fraction={kept}"],
+}
+
+
+def two_processes(out: Path, options: list[str], *further: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flyp_saflex"]
+    command += ["compare", "folder", "--run-dir", str(out), *further]
+    command += [part for option in options for part in ("--set", option)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_share_every_run(tiny_options, edits, tmp_path):
+    options = [*tiny_options, "compare.seeds=[0]", "train.steps=3", "train.eps=1e-3"]
+    options += [f"compare.conditions.{name}={json.dumps(own)}" for name, own in CONDITIONS.items()]
+    dry = two_processes(tmp_path / "two", options, "--dry-run")
+    assert dry.count("3 runs; 3 to do") == 1
+    assert not (tmp_path / "two").exists()
+    printed = two_processes(tmp_path / "two", options)
+    assert printed.count("Are edits worth having?") == 1
+    assert printed.count("run 3 of 3") == 1
+    assert "2 processes" in (tmp_path / "two/logs/saflex-seed0.log").read_text(encoding="utf-8")
+    compare(recipe.load("folder", options), tmp_path / "one")
+    for name in ("no-edits", "saflex", "filter-random"):
+        one, two = (read_results(tmp_path / folder / "runs" / f"{name}-seed0")["results"] for folder in ("one", "two"))
+        assert [row["accuracy"] for row in two] == [row["accuracy"] for row in one]
+    assert "run 1 of" not in two_processes(tmp_path / "two", options)  # nothing is left to do
