@@ -8,9 +8,9 @@ from torch import nn
 
 from flyp_saflex.errors import ConfigError, RunError
 from flyp_saflex.records import Dataset
+from flyp_saflex.tables import METHODS, TASKS, Method
 from flyp_saflex.tasks.label_space import Rows
 from flyp_saflex.tasks.network import Network
-from flyp_saflex.tables import METHODS, TASKS, Method
 from flyp_saflex.tasks.task import Task, autocast
 from flyp_saflex.training.setup import prepare
 
