@@ -262,8 +262,11 @@ def _nearest_key(name: str, fields: list[str], section: str) -> str:
 def _found(values: Mapping[str, Any], where: str) -> str:
     """Return ` = value` of an option, cut where it is long; the empty string where it cannot be told."""
     value: Any = values
-    for key in where.partition("[")[0].split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
+    for key in re.findall(r"[^.\[\]]+", where):
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        else:
+            value = value[int(key)] if isinstance(value, (list, tuple)) and key.isdigit() else None
     text = repr(value)
     return "" if value is None else f" = {text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 3] + '...'}"
 

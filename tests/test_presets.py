@@ -7,9 +7,9 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from flyp_saflex.config import SaflexConfig
+from flyp_saflex.config import Config, SaflexConfig
 from flyp_saflex.errors import ConfigError
-from flyp_saflex.presets import PRESETS, SaflexSettings, preset
+from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings, preset
 from flyp_saflex.saflex.losses import VALIDATION_LOSSES
 from flyp_saflex.tables import WEIGHT_RULES
 
@@ -32,7 +32,8 @@ def test_settings_are_the_recipes_options_by_name_and_default():
     for name in ("enabled", "preset", "validation_split", "select"):
         del recipe[name]
     assert {field.name: field.default for field in dataclasses.fields(SaflexSettings)} == recipe
-    assert SaflexConfig().settings == PRESETS[SaflexConfig().preset]
+    assert Config().saflex.preset == DEFAULT
+    assert Config().saflex.settings == PRESETS[DEFAULT]
 
 
 def test_every_validation_loss_and_weight_rule_can_be_asked_for():

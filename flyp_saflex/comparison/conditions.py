@@ -54,7 +54,7 @@ class Condition:
 
     @property
     def needs_kept(self) -> bool:
-        """Whether it is trained at the kept share of SAFLEX."""
+        """True if it is trained at the kept share of SAFLEX."""
         return any(KEPT in text for text in self.overrides)
 
     @property

@@ -58,7 +58,10 @@ class PlannedRun:
 
 
 def plan(config: Config, conditions: Sequence[Condition], out: Path) -> list[list[PlannedRun]]:
-    """Return units of runs, seed by seed: a SAFLEX run with those that need its kept share, every other run alone."""
+    """Return units of runs, seed by seed.
+
+    A SAFLEX run and those that need its kept share are one unit; every other run is a unit of its own.
+    """
     units = []
     for seed in dict.fromkeys(config.compare.seeds):
         by_name: dict[str, list[PlannedRun]] = {}
@@ -192,7 +195,10 @@ def outcome(condition: Condition, runs: Sequence[PlannedRun], options: CompareCo
 
 
 def step_seconds(run: Path) -> float | None:
-    """Return the mean seconds of a step after the first logged one, which pays for what is done once; None without steps."""
+    """Return the mean seconds of a step; None without steps.
+
+    The first logged step is left out: it pays for what is done once.
+    """
     logged = [(row["step"], row["seconds"]) for row in RunDir(run, lock=False).read_rows() if row.get("seconds") is not None]
     if not logged:
         return None

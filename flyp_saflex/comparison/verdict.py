@@ -171,7 +171,7 @@ def cost(outcomes: Sequence[Outcome]) -> str:
 
 
 def remarks(outcomes: Sequence[Outcome], edits: str) -> list[str]:
-    """Return how SAFLEX stands to the controls: gains of other rows, the truth, the pretrained model; and what one seed means."""
+    """Return remarks on SAFLEX and its controls: gains of other rows, truth, pretrained model, a single seed."""
     ours, lines = _first(outcomes, "saflex"), []
     title = f"[{edits}] " if edits else ""
     words = {"permuted": "the control with the gains of other rows", "oracle": "the oracle", "zero-shot": "the pretrained model"}

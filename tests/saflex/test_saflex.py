@@ -80,6 +80,7 @@ def test_rules_on_a_hand_made_example():
         "label": [1, 1, 1, 1, 1],  # the learned label is the best one
         "soft": [3 * 3 / 6, 0, 0, 2 * 3 / 6, 1 * 3 / 6],  # own gain where positive, three rows kept
         "all": [1, 1, 1, 1, 1],
+        "evidence": [1, 1, 1, 1, 1],  # decided before training; gains drop nothing
     }
     assert set(kept) == set(WEIGHT_RULES)
     for rule, expected in kept.items():

@@ -8,9 +8,11 @@ from torch import nn
 
 from flyp_saflex.errors import ConfigError, RunError
 from flyp_saflex.records import Dataset
+from flyp_saflex.tables import METHODS, TASKS, Method
 from flyp_saflex.tasks.label_space import Rows
 from flyp_saflex.tasks.network import Network
 from flyp_saflex.tasks.task import Task, autocast
+from flyp_saflex.training.setup import prepare
 
 
 def make_task(width=4, classes=3):
@@ -24,6 +26,15 @@ def make_task(width=4, classes=3):
         rows=torch.randn(9, 5).numpy(),
     )
     return Task(Network(nn.Sequential(nn.Linear(5, width), nn.Tanh()), head=nn.Linear(width, classes)), dataset)
+
+
+class PlainTask(Task):
+    """A plain classifier as a recipe builds it."""
+
+    @classmethod
+    def build(cls, inputs):
+        network = Network(nn.Flatten(), head=nn.Linear(5, inputs.dataset.num_classes))
+        return cls(network, inputs.dataset)
 
 
 def rows():
@@ -61,12 +72,14 @@ def test_labels_are_the_datasets_classes():
     assert task.class_of(2, "classes") == 2
 
 
-def test_what_needs_captions_is_refused_in_one_line():
-    task = make_task()
-    with pytest.raises(ConfigError, match="objective over captions, but Task has none"):
-        task.label_space(rows(), "captions", 0, lambda tensor: tensor)
-    with pytest.raises(ConfigError, match=r"Task has no captions: set saflex\.validation_loss to ce or margin"):
-        task.validation_space(torch.tensor([0]))
+def test_a_method_that_needs_captions_is_refused_in_one_line(make_config, monkeypatch):
+    monkeypatch.setitem(TASKS, "plain", PlainTask)
+    monkeypatch.setitem(METHODS, "plain-flyp", Method(task="plain", objective="contrastive"))
+    with pytest.raises(ConfigError, match=r"train\.method = plain-flyp needs captions, but its task 'plain' has none") as error:
+        prepare(make_config("train.method=plain-flyp"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(AssertionError, match="checked"):
+        make_task().label_space(rows(), "captions", 0, lambda tensor: tensor)
 
 
 def test_a_phase_of_the_head_leaves_the_trunk_alone():
