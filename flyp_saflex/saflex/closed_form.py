@@ -163,7 +163,9 @@ def probability_gains(logits_AK: Tensor, gains_AK: Tensor) -> Tensor:
 
     They sum to zero over the labels of a row.
     """
-    return at_least_float32(logits_AK).softmax(dim=1) * gains_AK
+    probs_AK = at_least_float32(logits_AK).softmax(dim=1)
+    centred_AK = gains_AK - (probs_AK * gains_AK).sum(dim=1, keepdim=True)  # zero but for rounding, see `gains`
+    return probs_AK * centred_AK
 
 
 def symmetric_gains(

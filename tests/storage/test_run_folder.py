@@ -1,10 +1,9 @@
-"""The run folder: atomic writes, the lock, metrics that survive a kill."""
+"""The run folder: the lock, metrics that survive a kill."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,48 +12,8 @@ import pytest
 
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
-from flyp_saflex.storage.files import atomic_write, write_json
+from flyp_saflex.storage.files import write_json
 from flyp_saflex.storage.run_folder import RunDir, environment
-
-
-def test_interrupted_write_is_invisible(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    write_json(path, {"a": 1})
-    for error in (KeyboardInterrupt, ZeroDivisionError):
-        with pytest.raises(error), atomic_write(path) as file:
-            file.write("half a li")
-            file.flush()
-            raise error
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    write_json(path, {"a": 1})
-    code = f"""
-import os, pathlib
-from flyp_saflex.storage.files import atomic_write
-with atomic_write(pathlib.Path({str(path)!r})) as file:
-    file.write("half")
-    file.flush()
-    os._exit(9)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 9
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
-
-
-def test_a_full_disk_is_a_run_error_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "results.json"
-    write_json(path, {"a": 1})
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"results\.json: No space left on device; free disk space"):
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path: Path) -> None:
