@@ -8,7 +8,8 @@ shows the same as four short diffs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -240,3 +241,47 @@ def test_an_editor_without_diffusers_edits(additions: None, make_config: Callabl
     with Image.open(edits[0].path) as edit, Image.open(sources[edits[0].source_id]) as source:
         assert np.asarray(edit).std() < 0.8 * np.asarray(source.convert("RGB")).std(), "fog"
     assert json.loads((entry / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0])["kind"] == "fog"
+
+
+CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def contributed() -> Iterator[None]:
+    """The four blocks of CONTRIBUTING, executed; what they add is taken away again."""
+    blocks = re.findall(r"```python\n(.*?)```", CONTRIBUTING, flags=re.DOTALL)
+    assert len(blocks) == 4
+    names = {"__name__": "contributing"}
+    before = {table.option: set(table) for table in (DATASETS, METRICS, WEIGHT_RULES, EDITORS)}
+    for block in blocks:
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    yield
+    for table in (DATASETS, METRICS, WEIGHT_RULES, EDITORS):
+        added = set(table) - before[table.option]
+        assert len(added) == 1, table.option
+        for name in added:
+            del table[name]
+
+
+def test_what_contributing_shows_works(
+    contributed: None, additions: None, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    options = [
+        "data.name=two-clouds",
+        "train.method=mlp",
+        "train.steps=5",
+        "train.batch_size=10",
+        "train.select_metric=balanced_accuracy",
+    ]
+    options += [
+        "augment.on_train=[]",
+        "augment.upstream=jitter",
+        "saflex.enabled=true",
+        "saflex.weight_rule=best",
+        "evaluate.bootstrap=0",
+    ]
+    train(recipe.load("folder", options), tmp_path / "run")
+    assert all(0 <= row["balanced_accuracy"] <= 1 for row in evaluate(tmp_path / "run")["results"])
+    (tmp_path / "texts.toml").write_text('dataset = "folder"\n[[edits]]\ndomain = "round"\ninstruction = "turn the {} round"\n')
+    entry = generate(make_config(f"editor.prompts={tmp_path / 'texts.toml'}", "editor.kind=mirror", "cache.key=mirror"))
+    assert len(AugmentCache.open(entry).edits) == 12

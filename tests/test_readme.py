@@ -46,9 +46,22 @@ def test_there_are_commands_to_check():
 def test_files_that_it_names_exist():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     scripts = re.findall(r"\./(scripts/\w+)", README)
-    modules = [f"flyp_saflex/{name}" for name in re.findall(r"`((?:method|stages)/\w+\.py)`", README)]
+    quoted = re.findall(r"`((?:[\w-]+/)+[\w.-]+\.(?:py|md|toml|sh))`", README)
+    modules = [name if (ROOT / name.partition("/")[0]).exists() else f"flyp_saflex/{name}" for name in quoted]
     missing = [name for name in {*links, *scripts, *modules} if "//" not in name and not (ROOT / name).exists()]
     assert not missing
+    assert len(modules) > 15
+
+
+def test_the_tree_is_true():
+    """Every room and every module of the ground is in it, and nothing else."""
+    (tree,) = [text for kind, text in BLOCKS if not kind and text.startswith("flyp_saflex/")]
+    package = tree.partition("\nprompts/")[0]
+    named = set(re.findall(r"(\w+)/", package.partition("\n")[2])) | set(re.findall(r"(\w+\.py)", package))
+    found = {path.name for path in (ROOT / "flyp_saflex").iterdir() if path.suffix == ".py" and not path.name.startswith("__")}
+    found |= {path.name for path in (ROOT / "flyp_saflex").iterdir() if path.is_dir() and not path.name.startswith("__")}
+    assert named == found
+    assert all((ROOT / name).is_dir() for name in ("prompts", "augment_cache", "scripts", "tests"))
 
 
 def test_every_option_that_it_names_exists():

@@ -113,7 +113,7 @@ def decode_picture(file: BinaryIO, path: Path, *, box: Box | None = None, at_lea
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sizes are checked below; odd metadata is no concern of training
-            image: Image.Image = Image.open(file, formats=_formats())
+            image: Image.Image = Image.open(file, formats=formats())
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(
@@ -139,7 +139,7 @@ def decode_picture(file: BinaryIO, path: Path, *, box: Box | None = None, at_lea
 
 
 @cache
-def _formats() -> tuple[str, ...]:
+def formats() -> tuple[str, ...]:
     """Return the formats that are opened, of those that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

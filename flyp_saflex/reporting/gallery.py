@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from flyp_saflex.config import DataConfig
 from flyp_saflex.errors import UserError
+from flyp_saflex.images.decode import formats
 from flyp_saflex.records import Edit, Sample
 from flyp_saflex.reporting.runs import Run
 from flyp_saflex.storage.augment_cache import AugmentCache
@@ -129,7 +130,7 @@ def last_decisions(rows: Iterable[Mapping[str, Any]]) -> list[Decision]:
 def thumbnail(path: Path, size_px: int = SIZE_PX) -> str:
     """Return a small WebP of an image as a data URI; the empty string if the image cannot be read."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path, formats=formats()) as image:
             warnings.simplefilter("ignore")  # odd metadata is no reason to have no picture
             image.draft("RGB", (2 * size_px, 2 * size_px))
             small = ImageOps.exif_transpose(image).convert("RGB")

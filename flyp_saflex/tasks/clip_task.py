@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from flyp_saflex.clip.cut_texts import note_on_cut_texts
 from flyp_saflex.clip.image_tower import num_blocks
 from flyp_saflex.clip.model import RANDOM, Clip, load_clip, save_clip
 from flyp_saflex.clip.zero_shot import zero_shot_head
@@ -60,6 +61,8 @@ class ClipTask(Task):
         self.captions = Captions.of(dataset, dataset.train.samples if "train" in dataset.splits else ())
         self.tokens_ML = clip.tokenizer(self.captions.texts)
         self.same_M = first_with_equal_tokens(self.tokens_ML)
+        if cut := note_on_cut_texts(clip.tokenizer, self.captions.texts, self.tokens_ML):
+            self.notes.append(cut)
         self._class_columns: Tensor | None = None
 
     @classmethod

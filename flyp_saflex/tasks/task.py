@@ -75,6 +75,7 @@ class Task:
         dataset: its classes are the labels.
 
     Attributes:
+        notes: what a person should know about the model on this dataset.
         files: files of a finished run that the task is loaded from.
         has_captions: whether objectives over captions (proxy classes) can be used.
         gives_evidence: whether its pretrained weights can judge edits (`edit_evidence`).
@@ -88,6 +89,7 @@ class Task:
 
     def __init__(self, network: Network, dataset: Dataset) -> None:
         self.network, self.dataset = network, dataset
+        self.notes: list[str] = []
 
     # Building, saving, loading
 

@@ -112,7 +112,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
             "an objective over classes (tables.METHODS)"
         )
     source = task.source(config.data, [sample for split in dataset.splits.values() for sample in split.samples])
-    notes += source.notes
+    notes += [*task.notes, *source.notes]
     _check_two_passes(config, task, notes)
     plan = Plan(
         seed=config.seed,
