@@ -18,9 +18,9 @@ from flyp_saflex.saflex.closed_form import probability_gains, renormalise
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.primal_cache import Products
 from flyp_saflex.saflex.saflex import Saflex
-from flyp_saflex.step.evaluation_mode import evaluation_mode
 from flyp_saflex.step.skip_dropped import Selecting
 from flyp_saflex.step.step_gains import own_logits, products_for, step_gains
+from flyp_saflex.tasks.evaluation_mode import evaluation_mode
 from flyp_saflex.tasks.label_space import LabelSpace, Rows
 from flyp_saflex.tasks.network import Network, Outputs
 from flyp_saflex.tasks.task import Processes

@@ -18,7 +18,7 @@ from flyp_saflex.saflex import jvp, losses
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step import gradcache
-from flyp_saflex.step.evaluation_mode import evaluation_mode
+from flyp_saflex.tasks.evaluation_mode import evaluation_mode
 from flyp_saflex.tasks.network import Outputs
 from flyp_saflex.tasks.task import Task
 

@@ -16,6 +16,7 @@ from flyp_saflex.clip.image_tower import ImageTower
 from flyp_saflex.clip.text_tower import encode_text
 from flyp_saflex.saflex.jvp import forward_mode
 from flyp_saflex.saflex.losses import at_least_float32
+from flyp_saflex.tasks.evaluation_mode import evaluation_mode
 from flyp_saflex.tasks.network import Network, Outputs
 
 
@@ -72,7 +73,9 @@ class ClipNetwork(Network):
         keys = [(row.tobytes(), half) for row in tokens_CL.cpu().numpy()]
         for place, key in enumerate(keys):
             if key not in self._frozen_texts:  # alone: what it is among would change its last digits, and a resumed run
-                with forward_mode():  # always the same kernels: the derivative of an image tower may be the first to ask
+                # Always the same kernels, for the derivative of an image tower may be the first to ask; and no dropout, whose one
+                # draw would otherwise stand for the text in the whole run.
+                with forward_mode(), evaluation_mode(self.clip):
                     self._frozen_texts[key] = encode_text(self.clip, tokens_CL[place : place + 1])[0]
         return torch.stack([self._frozen_texts[key] for key in keys])
 

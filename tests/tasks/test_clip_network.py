@@ -155,3 +155,17 @@ def test_frozen_texts_have_the_same_bits_whoever_asks_first(clip):
             found.append(network(images, tokens).columns_CD)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_frozen_texts_are_encoded_without_dropout(clip):
+    """Text towers of Hugging Face have dropout: a cached draw of it would be trained against, and evaluated with."""
+    tokens, images = clip.tokenizer(TEXTS), torch.zeros(1, 3, 32, 32)
+    network = ClipNetwork(clip.model)
+    network.freeze(text=True)
+    expected = network.eval()(images, tokens).columns_CD
+    for block in clip.model.transformer.resblocks:
+        block.ls_1 = torch.nn.Dropout(0.5)
+    network.freeze(text=True)
+    found = network.train()(images, tokens).columns_CD
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert clip.model.transformer.resblocks[0].ls_1.training, "the mode is put back"
