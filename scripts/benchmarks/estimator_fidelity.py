@@ -157,6 +157,7 @@ def _common(batch_size: int, steps: int) -> list[str]:
     return [
         "augment.upstream=randaugment",
         "saflex.enabled=true",
+        "saflex.preset=robust",
         "saflex.validation_renewed=0",
         f"train.steps={steps}",
         f"train.batch_size={batch_size}",

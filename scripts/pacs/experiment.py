@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "beds"))
 from styles import write_style_edits
 
 SAFLEX = ("saflex.enabled=true",)
+ROBUST = (*SAFLEX, "saflex.preset=robust")
 OOD_SELECT = ("data.select_domains=art_painting", "data.test_domains=cartoon")
 
 
@@ -60,15 +61,15 @@ CONDITIONS = {
     "alia-corrupted-only": Condition(("augment.filter=scores", "cache.scores=alia-corrupted.jsonl"), needs="no-edits"),
     # The paper names no estimator; the exact tangent of all parameters costs minutes per run on a CPU, its difference 0.2 %.
     "saflex-paper": Condition((*SAFLEX, "saflex.preset=paper", "saflex.estimator=one-sided")),
-    "saflex-robust": Condition(SAFLEX),
+    "saflex-robust": Condition(ROBUST),
     "validation-added": Condition(("data.add_to_train=id_val", "train.select_split=")),
-    "saflex-robust-ood-select": Condition((*SAFLEX, *OOD_SELECT, "saflex.validation_split=art_painting")),
+    "saflex-robust-ood-select": Condition((*ROBUST, *OOD_SELECT, "saflex.validation_split=art_painting")),
     "ood-select-added": Condition((*OOD_SELECT, "data.add_to_train=art_painting")),
     "all-photos-no-edits": Condition(edits=False, shots=0),
     "all-photos-trusted": Condition(shots=0),
     "all-photos-oracle": Condition(("augment.filter=scores", "cache.scores=oracle.jsonl"), shots=0),
     "all-photos-argmax": Condition(("augment.filter=argmax",), shots=0),
-    "all-photos-saflex-robust": Condition(SAFLEX, shots=0),
+    "all-photos-saflex-robust": Condition(ROBUST, shots=0),
 }
 
 
