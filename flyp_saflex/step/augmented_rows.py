@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flyp_saflex.saflex import baselines
 from flyp_saflex.saflex.closed_form import probability_gains, renormalise
+from flyp_saflex.saflex.modes import evaluation_mode
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.primal_cache import Products
 from flyp_saflex.saflex.saflex import Saflex
-from flyp_saflex.step.evaluation_mode import evaluation_mode
 from flyp_saflex.step.skip_dropped import Selecting
 from flyp_saflex.step.step_gains import own_logits, products_for, step_gains
 from flyp_saflex.tasks.label_space import LabelSpace, Rows
