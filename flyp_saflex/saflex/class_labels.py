@@ -15,7 +15,9 @@ _SIMPLEX = 1e-3
 
 
 def class_logits(logits: Tensor) -> Tensor:
-    """Return logits of K >= 2 classes: the one logit z of a binary classifier becomes (0, z), with the same probabilities.
+    """Return logits of at least two classes.
+
+    The one logit z of a binary classifier becomes (0, z), whose softmax gives the same probabilities.
 
     Args:
         logits: [N, K]; or [N], [N, 1]: the log odds of the second class.

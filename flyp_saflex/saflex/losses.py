@@ -40,7 +40,7 @@ def soft_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_N: Tensor |
 def joint_loss(
     logits_train_TK: Tensor, y_train: Tensor, logits_aug_AK: Tensor, labels_aug_AK: Tensor, weights_aug_A: Tensor
 ) -> Tensor:
-    """Return the cross entropy over train and augmented rows together, in which a kept row counts as much as a train row.
+    """Return the cross entropy over train and augmented rows; a kept row counts as much as a train row.
 
     Their losses are added over both and divided by T + the sum of the weights. (The sum of two separate means would give one
     kept row the weight of all train rows together.) With weights one and hard labels it equals `F.cross_entropy` of the
