@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flyp_saflex.saflex.class_labels import class_labels, class_logits
+
 
 def soft_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_N: Tensor | None = None) -> Tensor:
     """Return the weighted cross entropy with soft labels, Eq. (7), divided by the sum of the weights.
@@ -33,6 +35,40 @@ def soft_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_N: Tensor |
     weights_N = _ones(logits_NK) if weights_N is None else weights_N
     losses_N = _negative_log_likelihood(at_least_float32(logits_NK), labels_NK)
     return _weighted_mean(losses_N, weights_N)
+
+
+def joint_loss(
+    logits_train_TK: Tensor, y_train: Tensor, logits_aug_AK: Tensor, labels_aug_AK: Tensor, weights_aug_A: Tensor
+) -> Tensor:
+    """Return the cross entropy over train and augmented rows; a kept row counts as much as a train row.
+
+    Their losses are added over both and divided by T + the sum of the weights. (The sum of two separate means would give one
+    kept row the weight of all train rows together.) With weights one and hard labels it equals `F.cross_entropy` of the
+    concatenation to the last bit.
+
+    Args:
+        logits_train_TK: logits of the train rows; [T] or [T, 1]: one logit of a binary classifier, for the second class.
+        y_train: labels of the train rows: indices of any integer kind, [T] or [T, 1], or rows on the simplex [T, K].
+        logits_aug_AK: logits of the augmented rows, as those of the train rows.
+        labels_aug_AK: SAFLEX's labels, rows on the simplex.
+        weights_aug_A: SAFLEX's weights, >= 0.
+
+    Returns:
+        A scalar, in float32 or float64; the plain loss of the train rows if every weight is zero.
+
+    Raises:
+        ConfigError: labels that are not those of one class per row, or out of range.
+    """
+    logits_train_TK, logits_aug_AK = class_logits(logits_train_TK), class_logits(logits_aug_AK)
+    num_rows, num_classes = logits_train_TK.shape
+    device = logits_train_TK.device
+    labels_T = class_labels(y_train, num_classes, name="y_train", num_rows=num_rows, device=device, soft=True)
+    labels_TK = F.one_hot(labels_T, num_classes) if labels_T.ndim == 1 else labels_T
+    return soft_cross_entropy(
+        torch.cat([logits_train_TK, logits_aug_AK]),
+        torch.cat([labels_TK.to(labels_aug_AK.dtype), labels_aug_AK]),
+        torch.cat([weights_aug_A.new_ones(num_rows), weights_aug_A]),
+    )
 
 
 def clip_loss(logits_NC: Tensor, assignment_NC: Tensor, weights_N: Tensor | None = None) -> Tensor:

@@ -4,15 +4,15 @@ Weights and labels are chosen so that the next step lowers the validation loss m
 program that separates over rows (Theorem 1): `jvp.py` computes its coefficients, `closed_form.py` solves it, `presets.py` has
 the options, and this module the object for a training loop.
 
-Use in a training loop; the model is any function of named parameters:
+Use in a training loop; the model is any `nn.Module` classifier (`for_module.py`):
 
-    saflex = Saflex(preset="robust")
+    saflex = Saflex.for_module(model, preset="robust")
     for step, (x, y, x_aug, y_aug) in enumerate(batches):
-        parameters = dict(model.named_parameters())
-        if saflex.due(step):
-            saflex.refresh(parameters, lambda p: F.cross_entropy(functional_call(model, p, (x_val,)), y_val))
-        weights, labels = saflex(lambda p: functional_call(model, p, (x_aug,)), parameters, y_aug)
-        loss = F.cross_entropy(model(x), y) + soft_cross_entropy(model(x_aug), labels, weights)
+        weights, labels = saflex(step, x_aug, y_aug, x_val, y_val, x_train=x)
+        logits = model(torch.cat([x, x_aug]))
+        loss = joint_loss(logits[: len(x)], y, logits[len(x) :], labels, weights)
+
+A model that is another function of its parameters calls `refresh` and the object itself.
 
 Shapes: A augmented rows, K labels (classes, or the distinct captions of the batch).
 """
@@ -21,20 +21,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flyp_saflex.errors import ConfigError
 from flyp_saflex.presets import SaflexSettings, preset
-from flyp_saflex.saflex.closed_form import KeptRates, gains, renormalise, soft_labels, spread
+from flyp_saflex.saflex.closed_form import KeptRates, gains, probability_gains, renormalise, soft_labels, spread
 from flyp_saflex.saflex.direction import ValidationDirection
 from flyp_saflex.saflex.jvp import Parameters
 from flyp_saflex.saflex.losses import at_least_float32
 from flyp_saflex.saflex.validation_bank import ValidationBank
 from flyp_saflex.tables import WEIGHT_RULES
+
+if TYPE_CHECKING:
+    from flyp_saflex.saflex.for_module import Dropout, ModuleSaflex, RowMode
 
 _preset = preset  # `Saflex.__init__` has an argument of that name
 
@@ -83,6 +86,36 @@ class Saflex(ValidationDirection):
         self._rates = KeptRates()
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
+    @classmethod
+    def for_module(
+        cls,
+        model: nn.Module,
+        settings: SaflexSettings | None = None,
+        *,
+        preset: str = "robust",
+        head: str | None = None,
+        rows: RowMode = "auto",
+        dropout: Dropout = "refuse",
+        **overrides: Any,
+    ) -> ModuleSaflex:
+        """Return SAFLEX of a classifier for a training loop: `weights, labels = it(step, x_aug, y_aug, x_val, y_val, x_train)`.
+
+        Args:
+            model: takes a tensor of rows, returns logits [N, K].
+            settings: as for `Saflex`.
+            preset: as for `Saflex`.
+            head: see `ModuleSaflex`, and so are `rows` and `dropout`.
+            rows: see there.
+            dropout: see there.
+            overrides: as for `Saflex`.
+
+        Raises:
+            ConfigError: a model or options that `ModuleSaflex` refuses.
+        """
+        from flyp_saflex.saflex.for_module import ModuleSaflex  # it imports this module
+
+        return ModuleSaflex(model, cls(settings, preset=preset, **overrides), head=head, rows=rows, dropout=dropout)
+
     def __call__(
         self,
         logits_fn: Callable[[dict[str, Tensor]], Tensor],
@@ -111,6 +144,8 @@ class Saflex(ValidationDirection):
             exact_AK = gains_fn(values, tangent)
             self.watch.compare(gains_AK, exact_AK, upstream)
             gains_AK = exact_AK
+        if self.settings.gains_of == "prob":
+            gains_AK = probability_gains(values, gains_AK)
         labels_A = upstream if upstream.ndim == 1 else upstream.argmax(dim=1)
         return self.solve(gains_AK, upstream, agrees_A=values.argmax(dim=1) == labels_A)
 

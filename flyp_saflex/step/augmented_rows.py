@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flyp_saflex.saflex import baselines
 from flyp_saflex.saflex.closed_form import probability_gains, renormalise
+from flyp_saflex.saflex.modes import evaluation_mode
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.primal_cache import Products
 from flyp_saflex.saflex.saflex import Saflex

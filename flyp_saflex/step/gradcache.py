@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from flyp_saflex.saflex.modes import drops_at_random
 from flyp_saflex.tasks.label_space import LabelSpace, Rows
-from flyp_saflex.tasks.network import Network, Outputs, drops_at_random
+from flyp_saflex.tasks.network import Network, Outputs
 
 if TYPE_CHECKING:
     from flyp_saflex.step.augmented_rows import StepResult

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flyp_saflex.saflex.losses import at_least_float32
+from flyp_saflex.saflex.modes import drops_at_random
 
 Scope = Literal["all", "head"]
 
@@ -138,16 +139,6 @@ class Network(nn.Module):
     def trunk_parameters(self) -> set[int]:
         """Return the identities of the parameters before the pooled features."""
         return set() if self.trunk is None else {id(parameter) for parameter in self.trunk.parameters()}
-
-
-def drops_at_random(module: nn.Module) -> bool:
-    """Return whether a module is a dropout of any kind (of values, patches, paths, attention) with a rate above zero."""
-    if isinstance(module, nn.MultiheadAttention):
-        return module.dropout > 0
-    if "drop" not in type(module).__name__.lower():
-        return False
-    rates = (getattr(module, name, None) for name in ("p", "prob", "drop_prob", "drop_rate"))
-    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def parameter_groups(network: Network, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
