@@ -21,7 +21,6 @@ from flyp_saflex.saflex.primal_cache import Products
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step.skip_dropped import Selecting
 from flyp_saflex.step.step_gains import own_logits, products_for, step_gains
-from flyp_saflex.tasks.evaluation_mode import evaluation_mode
 from flyp_saflex.tasks.label_space import LabelSpace, Rows
 from flyp_saflex.tasks.network import Network, Outputs
 from flyp_saflex.tasks.task import Processes

@@ -19,10 +19,6 @@ from flyp_saflex.saflex.modes import evaluation_mode
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step import gradcache
-<<<<<<< HEAD
-from flyp_saflex.tasks.evaluation_mode import evaluation_mode
-=======
->>>>>>> formodule
 from flyp_saflex.tasks.network import Outputs
 from flyp_saflex.tasks.task import Task
 

@@ -16,7 +16,7 @@ from flyp_saflex.clip.image_tower import ImageTower
 from flyp_saflex.clip.text_tower import encode_text
 from flyp_saflex.saflex.jvp import forward_mode
 from flyp_saflex.saflex.losses import at_least_float32
-from flyp_saflex.tasks.evaluation_mode import evaluation_mode
+from flyp_saflex.saflex.modes import evaluation_mode
 from flyp_saflex.tasks.network import Network, Outputs
 
 
