@@ -21,7 +21,7 @@ from flyp_saflex.training.rows import soft_label
 from flyp_saflex.training.setup import prepare
 from flyp_saflex.training.train import train
 
-SAFLEX = ("saflex.enabled=true", "saflex.refresh_every=2", "train.log_augmented=true")
+SAFLEX = ("saflex.enabled=true", "saflex.preset=robust", "saflex.refresh_every=2", "train.log_augmented=true")
 
 
 def weights(run):

@@ -14,11 +14,13 @@ from flyp_saflex.training.train import train
 pytestmark = pytest.mark.slow
 
 CASES = {
+    "evidence decides, each process looks at half of the edits": ["augment.upstream=cache", "saflex.enabled=true"],
     "head scope": ["augment.upstream=randaugment", "saflex.enabled=true", "saflex.scope=head"],
     "all parameters, one column per row, half the edits": [
         "augment.upstream=cache",
         "augment.per_train=0.5",
         "saflex.enabled=true",
+        "saflex.preset=robust",
         "saflex.scope=all",
         "train.proxies=batch",
         "train.freeze_image_blocks=1",

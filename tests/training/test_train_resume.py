@@ -16,7 +16,7 @@ from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.training import train as train_module
 from flyp_saflex.training.train import train
 
-SAFLEX = ("augment.upstream=randaugment", "saflex.enabled=true", "saflex.refresh_every=3", "saflex.average=0.5")
+SAFLEX = ("augment.upstream=randaugment", "saflex.enabled=true", "saflex.preset=robust", "saflex.refresh_every=3", "saflex.average=0.5")
 
 
 def read(run):
