@@ -29,7 +29,7 @@ HEAVY |= {"wilds", "matplotlib"}
 HOMES = {
     "open_clip": {"clip.model"},
     "diffusers": {"editing.diffusers_editor"},
-    "transformers": {"editing.diffusers_editor", "prompting.language_models"},
+    "transformers": {"clip.foreign_code", "editing.diffusers_editor", "prompting.language_models"},
     "matplotlib": {"reporting.plots"},
     "wilds": {"data.wilds", "evaluation.metrics"},
     "pandas": {"data.wilds", "data.cub", "data.table"},
