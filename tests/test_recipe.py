@@ -78,7 +78,7 @@ def test_last_override_wins() -> None:
         ({"train": 4}, "'train' is a section, found the value 4"),
         ({"seed": "one"}, "seed = 'one': Expected `int`, got `str`"),
         ({"train": {"batch_size": 0}}, "train.batch_size = 0: Expected `int` >= 1"),
-        ({"train": {"betas": [0.9, 1.5]}}, "train.betas[1] = 1.5: Expected `float` <= 1.0"),
+        ({"train": {"betas": [0.9, 1.5]}}, "train.betas[1] = 1.5: Expected `float` < 1.0"),
         ({"train": {"betas": [0.9]}}, "train.betas = [0.9]: Expected `array` of length 2"),
         ({"data": {"max_unreadable": 2}}, "data.max_unreadable = 2: Expected `float` <= 1.0"),
         ({"saflex": {"weight_rule": "zum"}}, "'sum'"),
