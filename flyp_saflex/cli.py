@@ -23,8 +23,14 @@ EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex train RECIPE -
 def data(arguments: argparse.Namespace, config: Config) -> None:
     """Check a dataset: counts per split, class and domain, image sizes, unreadable files, duplicates across splits.
 
-    With --materialise, write resized copies of its images once; training and evaluation then read the copies.
+    With --materialise, write resized copies of its images once; training and evaluation then read the copies. With
+    --verify-cache, compare the edits of the cache with the sha256 values of their manifest instead.
     """
+    if arguments.verify_cache:
+        from flyp_saflex.storage.verify_cache import verify_cache
+
+        verify_cache(config)
+        return
     from flyp_saflex.data.describe import describe
 
     describe(config, limit=arguments.limit, dry_run=arguments.dry_run, materialise=arguments.materialise)
@@ -159,6 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--materialise", action="store_true", help="write resized copies into data.materialised; run again to resume"
     )
+    command.add_argument("--verify-cache", action="store_true", help="compare the cache's images with the sha256 of their rows")
     command = add(prompts, [with_recipe])
     command.add_argument("--force", action="store_true", help="overwrite an existing file")
     command = add(generate, [with_recipe])

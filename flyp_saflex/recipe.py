@@ -183,10 +183,12 @@ def check(config: Config) -> list[str]:
         problems.append("train.frozen_cache needs train.freeze_batchnorm=true: with batch statistics nothing is fixed")
     if train.frozen_cache and not (train.freeze_image_blocks or train.freeze_image or train.method == "linear-probe"):
         problems.append("train.frozen_cache needs frozen image blocks: set train.freeze_image_blocks or train.freeze_image")
-    for option, value in (("cache.key", config.cache.key), ("cache.scores", config.cache.scores)):
+    for name, example in (("key", "winter"), ("scores", "scores.jsonl")):
+        value = getattr(config.cache, name)
         if value and not is_file_name(value):
             problems.append(
-                f"{option} = '{quoted(value)}': expected a plain name, without / and the like: it stays in cache.root"
+                f"cache.{name} = {quoted(value)}: expected a plain name that stays in cache.root, without / and the like, "
+                f"for example {example}"
             )
     splits = set(config.data.add_to_train)
     for option, value in (("train.select_split", train.select_split), ("saflex.validation_split", saflex.validation_split)):
