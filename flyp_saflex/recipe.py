@@ -190,6 +190,11 @@ def check(config: Config) -> list[str]:
                 f"cache.{name} = {quoted(value)}: expected a plain name that stays in cache.root, without / and the like, "
                 f"for example {example}"
             )
+    if augment.upstream and not round(augment.per_train * train.batch_size):
+        problems.append(
+            f"augment.per_train = {augment.per_train} of train.batch_size = {train.batch_size} rounds to no augmented row: raise "
+            "one of them, or set augment.upstream=[] and saflex.enabled=false"
+        )
     splits = set(config.data.add_to_train)
     for option, value in (("train.select_split", train.select_split), ("saflex.validation_split", saflex.validation_split)):
         used = value and (option.startswith("train") or saflex.enabled)

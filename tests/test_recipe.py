@@ -110,6 +110,7 @@ def test_error_names_the_key_and_the_fix(values: dict[str, object], words: str) 
         ),
         (["train.frozen_cache=/acts", "augment.on_train=[]"], ("train.frozen_cache", "train.freeze_image_blocks")),
         (["train.select_split=id_val", "data.add_to_train=id_val"], ("train.select_split", "data.add_to_train")),
+        (["augment.upstream=flip", "augment.per_train=0.05", "train.batch_size=8"], ("augment.per_train", "train.batch_size")),
         (["saflex.select=always"], ("saflex.select", "saflex.enabled")),
         (["saflex.select=always", "augment.filter=scores", "augment.upstream=cache"], ("saflex.select", "augment.filter")),
         (
