@@ -16,6 +16,7 @@ from pathlib import Path
 from flyp_saflex import __version__, recipe, runtime
 from flyp_saflex.config import Config
 from flyp_saflex.errors import UserError
+from flyp_saflex.user_text import quoted
 
 EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex train RECIPE --print-config"
 
@@ -23,8 +24,14 @@ EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex train RECIPE -
 def data(arguments: argparse.Namespace, config: Config) -> None:
     """Check a dataset: counts per split, class and domain, image sizes, unreadable files, duplicates across splits.
 
-    With --materialise, write resized copies of its images once; training and evaluation then read the copies.
+    With --materialise, write resized copies of its images once; training and evaluation then read the copies. With
+    --verify-cache, compare the edits of the cache with the sha256 values of their manifest instead.
     """
+    if arguments.verify_cache:
+        from flyp_saflex.storage.verify_cache import verify_cache
+
+        verify_cache(config)
+        return
     from flyp_saflex.data.describe import describe
 
     describe(config, limit=arguments.limit, dry_run=arguments.dry_run, materialise=arguments.materialise)
@@ -125,6 +132,23 @@ def parse_shard(text: str) -> tuple[int, int]:
     raise UserError(f"--shard {text}: expected i/n with i from 0 to n - 1, for example 0/4, 1/4, 2/4 and 3/4 for four jobs")
 
 
+class Folder:
+    """Type of arguments that name a folder: an empty text, as an unset variable of a shell gives, is no folder."""
+
+    def __init__(self, argument: str) -> None:
+        self.argument = argument
+
+    def __call__(self, text: str) -> Path:
+        """Return the folder.
+
+        Raises:
+            UserError: the text is empty.
+        """
+        if not text.strip():
+            raise UserError(f"{self.argument} '{text}': found an empty name, expected a folder: name one, for example runs/first")
+        return Path(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the argument parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -142,7 +166,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     with_recipe = argparse.ArgumentParser(add_help=False, parents=[shared])
     with_recipe.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or the path of a .toml file")
-    with_recipe.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE-seedN)")
+    with_recipe.add_argument(
+        "--run-dir", type=Folder("--run-dir"), metavar="DIR", help="folder of the run (default: runs/RECIPE-seedN)"
+    )
     with_recipe.add_argument("--resume", action="store_true", help="resume the interrupted run in the folder")
     with_recipe.add_argument("--print-config", action="store_true", help="print every option with its meaning, then stop")
 
@@ -153,12 +179,13 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     command = add(demo, [])
-    command.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="output folder (default: demo)")
+    command.add_argument("--out", type=Folder("--out"), default=Path("demo"), metavar="DIR", help="output folder (default: demo)")
     command.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat everything with N seeds (default: 1)")
     command = add(data, [with_recipe])
     command.add_argument(
         "--materialise", action="store_true", help="write resized copies into data.materialised; run again to resume"
     )
+    command.add_argument("--verify-cache", action="store_true", help="compare the cache's images with the sha256 of their rows")
     command = add(prompts, [with_recipe])
     command.add_argument("--force", action="store_true", help="overwrite an existing file")
     command = add(generate, [with_recipe])
@@ -166,14 +193,14 @@ def build_parser() -> argparse.ArgumentParser:
     add(filter, [with_recipe])
     add(train, [with_recipe])
     command = add(evaluate, [shared])
-    command.add_argument("run", type=Path, metavar="RUN", help="run folder written by train")
+    command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
     command.add_argument("--split", action="append", default=[], metavar="S", help="evaluate this split only; repeatable")
     command.add_argument("--wise-alphas", metavar="A,B,...", help="alphas of a WiSE-FT sweep, for example 0,0.25,0.5,0.75,1")
     command = add(compare, [with_recipe])
     command.add_argument("--shard", default="0/1", metavar="I/N", help="run the I-th of N parts (job arrays), I from 0")
     command = add(report, [])
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that have been evaluated")
-    command.add_argument("--out", type=Path, metavar="FILE", help="output file; FILE.html is a self-contained page")
+    command.add_argument("runs", type=Folder("RUN"), nargs="+", metavar="RUN", help="run folders that have been evaluated")
+    command.add_argument("--out", type=Folder("--out"), metavar="FILE", help="output file; FILE.html is a self-contained page")
     command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, or md")
     command.add_argument("--baseline", metavar="NAME", help="recipe to compare the others with, paired by seed")
     return parser
@@ -181,9 +208,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = build_parser().parse_args(argv)
-    runtime.keep_freed_memory()
     try:
+        arguments = build_parser().parse_args(argv)
+        runtime.keep_freed_memory()
         if hasattr(arguments, "recipe"):
             config = recipe.load(arguments.recipe, arguments.set)
             if arguments.print_config:
@@ -193,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             arguments.handler(arguments)
     except UserError as error:
-        print(f"flyp-saflex: {error}", file=sys.stderr)
+        print(f"flyp-saflex: {quoted(str(error), sys.maxsize)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flyp-saflex: interrupted", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from flyp_saflex.comparing import CompareConfig
 from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings
-from flyp_saflex.ranges import Count, Fraction, Natural, NonNegative, Positive
+from flyp_saflex.ranges import BelowOne, Count, Fraction, Natural, NonNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ class TrainConfig:
     """Steps of linear warm-up, at most a tenth of the run."""
     weight_decay: NonNegative = 0.1
     """AdamW's weight decay; not applied to biases, norms and `logit_scale`."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.98)
     """AdamW's moment decays (open_clip's for ViT)."""
     eps: Positive = 1e-6
     """AdamW's epsilon."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST_NAME = 200
+"""Characters of a name that is compared with known names."""
+
 
 class UserError(Exception):
     """Mistake in the user's input: printed as one line, exit code 2."""
@@ -32,5 +35,7 @@ class RunError(UserError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest known name; the empty string if none is close."""
+    if len(name) > LONGEST_NAME:  # the comparison takes time that grows with the square
+        return ""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""

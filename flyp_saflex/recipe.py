@@ -10,7 +10,6 @@ import ast
 import dataclasses
 import inspect
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
@@ -25,14 +24,8 @@ from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, nearest
 from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings, with_preset
 from flyp_saflex.tables import CHOICES, METRICS
+from flyp_saflex.user_text import check_values, is_file_name, parse_toml, quoted, read_toml, tomllib
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-LONGEST_QUOTE = 200
-"""Characters of a value that an error quotes."""
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if f.name not in ("recipe", "seed")}
 
 
@@ -56,26 +49,24 @@ def load(recipe: str, overrides: Iterable[str] = ()) -> Config:
         ConfigError: unknown recipe, section or key (with the nearest name), wrong type or range, or options that exclude each
             other.
     """
-    path = Path(recipe)
-    if recipe.endswith(".toml") or path.is_file():
-        if not path.is_file():
-            raise ConfigError(f"recipe {recipe}: there is no such file; shipped recipes: {', '.join(shipped())}")
-        text, name = path.read_text(encoding="utf-8"), path.stem
+    path, shown = Path(recipe), quoted(recipe)
+    is_file = _is_file(path)
+    if recipe.endswith(".toml") or is_file:
+        if not is_file:
+            raise ConfigError(f"recipe {shown}: there is no such file; shipped recipes: {', '.join(shipped())}")
+        values, name = read_toml(path, ConfigError), path.stem
     elif recipe in shipped():
-        text, name = (resources.files("flyp_saflex.recipes") / f"{recipe}.toml").read_text(encoding="utf-8"), recipe
+        text = (resources.files("flyp_saflex.recipes") / f"{recipe}.toml").read_text(encoding="utf-8")
+        values, name = parse_toml(text, f"recipe {recipe}", ConfigError), recipe
     else:
         raise ConfigError(
-            f"unknown recipe '{recipe}'{nearest(recipe, shipped())} "
+            f"unknown recipe '{shown}'{nearest(recipe, shipped())} "
             f"(shipped: {', '.join(shipped())}; or give the path of a .toml file)"
         )
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"recipe {recipe} is not valid TOML: {error}") from None
     values.setdefault("recipe", name)
     for override in overrides:
         _apply(values, override)
-    return build(values, source=f"recipe {recipe}")
+    return build(values, source=f"recipe {shown}")
 
 
 def build(values: Mapping[str, Any], source: str) -> Config:
@@ -192,6 +183,18 @@ def check(config: Config) -> list[str]:
         problems.append("train.frozen_cache needs train.freeze_batchnorm=true: with batch statistics nothing is fixed")
     if train.frozen_cache and not (train.freeze_image_blocks or train.freeze_image or train.method == "linear-probe"):
         problems.append("train.frozen_cache needs frozen image blocks: set train.freeze_image_blocks or train.freeze_image")
+    for name, example in (("key", "winter"), ("scores", "scores.jsonl")):
+        value = getattr(config.cache, name)
+        if value and not is_file_name(value):
+            problems.append(
+                f"cache.{name} = {quoted(value)}: expected a plain name that stays in cache.root, without / and the like, "
+                f"for example {example}"
+            )
+    if augment.upstream and not round(augment.per_train * train.batch_size):
+        problems.append(
+            f"augment.per_train = {augment.per_train} of train.batch_size = {train.batch_size} rounds to no augmented row: raise "
+            "one of them, or set augment.upstream=[] and saflex.enabled=false"
+        )
     splits = set(config.data.add_to_train)
     for option, value in (("train.select_split", train.select_split), ("saflex.validation_split", saflex.validation_split)):
         used = value and (option.startswith("train") or saflex.enabled)
@@ -202,33 +205,48 @@ def check(config: Config) -> list[str]:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    shown = f"--set {quoted(override)}"
     if not separator:
-        raise ConfigError(f"--set {override}: expected section.field=value, for example --set train.lr=1e-5")
+        raise ConfigError(f"{shown}: expected section.field=value, for example --set train.lr=1e-5")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: --set data.root=/images
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{shown}: the value cannot be read ({quoted(str(error))}); write a shorter one") from None
     *sections, field = key.split(".")
+    if len(sections) > 2:
+        raise ConfigError(f"{shown}: expected section.field=value, found {len(sections)} sections")
+    check_values({key: value}, shown, ConfigError)
     target = values
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: '{section}' is an option, not a section")
+            raise ConfigError(f"{shown}: '{quoted(section)}' is an option, not a section")
     target[field] = value
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL
+        return False
 
 
 def _check_keys(values: Mapping[str, Any], source: str) -> None:
     for key, value in values.items():
         if key in SECTIONS:
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{source}: '{key}' is a section, found the value {value!r}: write {key}.field = ...")
+                raise ConfigError(
+                    f"{source}: '{key}' is a section, found the value {quoted(repr(value))}: write {key}.field = ..."
+                )
             section = type(getattr(Config(), key))
             fields = [f.name for f in dataclasses.fields(section)]
             for name in value:
                 if name not in fields:
-                    raise ConfigError(f"{source}: unknown key '{key}.{name}'{_nearest_key(name, fields, key)}")
+                    raise ConfigError(f"{source}: unknown key '{quoted(f'{key}.{name}')}'{_nearest_key(name, fields, key)}")
         elif key not in ("recipe", "seed"):
-            raise ConfigError(f"{source}: unknown key '{key}'{nearest(key, ['seed', *SECTIONS])}")
+            raise ConfigError(f"{source}: unknown key '{quoted(key)}'{nearest(key, ['seed', *SECTIONS])}")
 
 
 def _check_names(config: Config, source: str) -> None:
@@ -267,8 +285,7 @@ def _found(values: Mapping[str, Any], where: str) -> str:
             value = value.get(key)
         else:
             value = value[int(key)] if isinstance(value, (list, tuple)) and key.isdigit() else None
-    text = repr(value)
-    return "" if value is None else f" = {text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 3] + '...'}"
+    return "" if value is None else f" = {quoted(repr(value))}"
 
 
 def _choices(where: str) -> str:

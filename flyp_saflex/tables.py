@@ -23,6 +23,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from flyp_saflex.errors import ConfigError, nearest
+from flyp_saflex.user_text import quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +73,9 @@ class Table(MutableMapping[str, Entry], Generic[Entry]):
             ConfigError: it is not; says the nearest.
         """
         if name not in self._entries:
-            raise ConfigError(f"{option or self.option} = {name!r}: expected one of {', '.join(self)}{nearest(name, self)}")
+            raise ConfigError(
+                f"{option or self.option} = {quoted(repr(name))}: expected one of {', '.join(self)}{nearest(name, self)}"
+            )
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return an entry, or the default where there is no such name."""

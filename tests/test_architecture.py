@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flyp_saflex"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "ranges", "tables", "presets", "comparing", "config", "records", "runtime", "recipe",  # the ground
+    "errors", "user_text", "ranges", "tables", "presets", "comparing", "config", "records", "runtime", "recipe",  # the ground
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets
     "tasks", "step", "evaluation", "training",  # a model's step, its scores, the loop
@@ -29,7 +29,7 @@ HEAVY |= {"wilds", "matplotlib"}
 HOMES = {
     "open_clip": {"clip.model"},
     "diffusers": {"editing.diffusers_editor"},
-    "transformers": {"editing.diffusers_editor", "prompting.language_models"},
+    "transformers": {"clip.foreign_code", "editing.diffusers_editor", "prompting.language_models"},
     "matplotlib": {"reporting.plots"},
     "wilds": {"data.wilds", "evaluation.metrics"},
     "pandas": {"data.wilds", "data.cub", "data.table"},

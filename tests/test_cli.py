@@ -76,6 +76,9 @@ def test_print_config_prints_toml_that_loads_again(capsys: pytest.CaptureFixture
         (["train", "folder", "--set", "train.lr=-1"], ["train.lr", "> 0"]),
         (["train", "folder", "--set", "train.method=clip"], ["train.method", "'clip'", "flyp"]),
         (["train", "folder", "--set", "train.lr"], ["--set train.lr", "section.field=value"]),
+        (["train", "folder", "--run-dir", ""], ["--run-dir ''", "expected a folder"]),
+        (["evaluate", ""], ["RUN ''", "expected a folder"]),
+        (["demo", "--out", " "], ["--out ' '", "expected a folder"]),
         (["evaluate", "somewhere", "--wise-alphas", "0,2"], ["--wise-alphas 0,2", "from 0 to 1"]),
     ],
 )

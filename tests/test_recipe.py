@@ -78,7 +78,7 @@ def test_last_override_wins() -> None:
         ({"train": 4}, "'train' is a section, found the value 4"),
         ({"seed": "one"}, "seed = 'one': Expected `int`, got `str`"),
         ({"train": {"batch_size": 0}}, "train.batch_size = 0: Expected `int` >= 1"),
-        ({"train": {"betas": [0.9, 1.5]}}, "train.betas[1] = 1.5: Expected `float` <= 1.0"),
+        ({"train": {"betas": [0.9, 1.5]}}, "train.betas[1] = 1.5: Expected `float` < 1.0"),
         ({"train": {"betas": [0.9]}}, "train.betas = [0.9]: Expected `array` of length 2"),
         ({"data": {"max_unreadable": 2}}, "data.max_unreadable = 2: Expected `float` <= 1.0"),
         ({"saflex": {"weight_rule": "zum"}}, "'sum'"),
@@ -110,6 +110,7 @@ def test_error_names_the_key_and_the_fix(values: dict[str, object], words: str) 
         ),
         (["train.frozen_cache=/acts", "augment.on_train=[]"], ("train.frozen_cache", "train.freeze_image_blocks")),
         (["train.select_split=id_val", "data.add_to_train=id_val"], ("train.select_split", "data.add_to_train")),
+        (["augment.upstream=flip", "augment.per_train=0.05", "train.batch_size=8"], ("augment.per_train", "train.batch_size")),
         (["saflex.select=always"], ("saflex.select", "saflex.enabled")),
         (["saflex.select=always", "augment.filter=scores", "augment.upstream=cache"], ("saflex.select", "augment.filter")),
         (

@@ -20,6 +20,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
+from flyp_saflex.clip.foreign_code import check_config, no_remote_code
 from flyp_saflex.errors import ModelError, nearest
 
 RANDOM = "random"
@@ -62,7 +63,8 @@ def load_clip(name: str, pretrained: str = "", *, device: str | torch.device = "
         The model, float32, in evaluation mode.
 
     Raises:
-        ModelError: unknown name or tag (with the nearest known one), or weights that cannot be loaded.
+        ModelError: unknown name or tag (with the nearest known one), weights that cannot be loaded, or a configuration that
+            could run code (see `foreign_code.check_config`).
     """
     known = open_clip.list_models()
     local = name.startswith(("hf-hub:", "local-dir:"))
@@ -85,10 +87,15 @@ def load_clip(name: str, pretrained: str = "", *, device: str | torch.device = "
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # open_clip and the hub log every attempt; the error below states the reason
     try:
-        with warnings.catch_warnings():
+        model_cfg = _model_config(name)
+        # A tokeniser of transformers takes the argument; open_clip's own tokeniser runs no code and knows no such argument.
+        trust = {"trust_remote_code": False} if model_cfg["text_cfg"].get("hf_tokenizer_name") else {}
+        with warnings.catch_warnings(), no_remote_code():
             warnings.simplefilter("ignore", UserWarning)
             model = open_clip.create_model(name, require_pretrained=pretrained != RANDOM, **options)
-        tokenizer = open_clip.get_tokenizer(name)
+            tokenizer = open_clip.get_tokenizer(name, **trust)
+    except ModelError:
+        raise
     except Exception as error:  # open_clip raises a dozen types here, hub clients a dozen more
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise ModelError(
@@ -98,7 +105,6 @@ def load_clip(name: str, pretrained: str = "", *, device: str | torch.device = "
     finally:
         logging.disable(disabled)
     preprocess_cfg = dict(model.visual.preprocess_cfg)
-    model_cfg = _model_config(name)
     if options.get("force_quick_gelu"):
         model_cfg["quick_gelu"] = True
     transform = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
@@ -131,11 +137,12 @@ def _check_tag(name: str, pretrained: str) -> None:
 
 
 def _model_config(name: str) -> dict[str, Any]:
+    """Return a model's configuration, checked before open_clip reads it."""
     if name.startswith("local-dir:"):
-        text = (Path(name.removeprefix("local-dir:")) / "open_clip_config.json").read_text(encoding="utf-8")
-        return dict(json.loads(text)["model_cfg"])
+        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+        return check_config(json.loads(path.read_text(encoding="utf-8")), str(path))
     if name.startswith("hf-hub:"):
         from open_clip.factory import _get_hf_config  # not exported, but the only access to the config on the hub
 
-        return dict(_get_hf_config(name.removeprefix("hf-hub:"))["model_cfg"])
+        return check_config(_get_hf_config(name.removeprefix("hf-hub:")), f"{name}/open_clip_config.json")
     return deepcopy(open_clip.get_model_config(name))

@@ -5,7 +5,6 @@ A run is an ordinary run folder, OUT/runs/<condition>-seed<N>.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from flyp_saflex.comparison.conditions import Condition, saflex_for, splits_of
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, RunError, nearest
 from flyp_saflex.records import Dataset
+from flyp_saflex.storage.files import read_mapping
 from flyp_saflex.storage.results import read_results
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.training.checkpoint import MAY_CHANGE, limit_of
@@ -214,10 +214,7 @@ def evaluation_seconds(runs: Sequence[Path]) -> float | None:
 
 def environment_of(run: Path) -> dict[str, Any]:
     """Return a run's env.json, or nothing where it cannot be read."""
-    try:
-        return dict(json.loads((run / "env.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return read_mapping(run / "env.json")
 
 
 def _judged(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:

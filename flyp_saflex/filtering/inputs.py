@@ -16,6 +16,7 @@ from flyp_saflex.evaluation.load_run import check_model
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset, Edit, Split
 from flyp_saflex.storage.augment_cache import AugmentCache
+from flyp_saflex.storage.augment_cache_files import refuse_links
 from flyp_saflex.storage.run_folder import RunDir
 
 
@@ -145,10 +146,9 @@ def _check_run(config: Config, dataset: Dataset, split: Split, notes: list[str])
 def _check_writable(cache: AugmentCache, file: str) -> None:
     """Refuse a folder that cannot be written, and a file that holds no scores."""
     path = cache.folder / file
+    refuse_links(cache.folder)
     if not os.access(cache.folder, os.W_OK):
         raise DataError(f"augment cache {cache.folder} cannot be written: check its permissions, or copy it and set cache.root")
-    if Path(file).name != file:
-        raise ConfigError(f"cache.scores = {file}: expected the name of a file beside the manifest, for example scores.jsonl")
     if path.exists() and not _is_scores(path):
         raise ConfigError(f"cache.scores = {file}: {path} exists and holds no scores; choose another name")
 

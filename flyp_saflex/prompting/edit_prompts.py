@@ -16,7 +16,6 @@ A `{}` stands for the class name. An instruction may do without one (`make it ni
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,7 @@ import tomli_w
 from flyp_saflex.data.class_prompts import shipped_folder
 from flyp_saflex.errors import DataError, RunError, nearest
 from flyp_saflex.storage.files import atomic_write
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from flyp_saflex.user_text import quoted, read_toml
 
 TOP = ("dataset", "edits", "semantic", "made")
 EDIT = ("domain", "instruction", "prompt")
@@ -112,14 +107,7 @@ def load_edit_prompts(source: str, dataset: str) -> EditPrompts:
 
 def parse_edit_prompts(path: Path) -> EditPrompts:
     """Read and check one file; see `load_edit_prompts`."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise DataError(f"{path} is not valid TOML: {error}; mend the line") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from None
+    values = read_toml(path, DataError, any_character=True)
     _known_keys(path, "", values, TOP)
     dataset, edits, semantic = values.get("dataset", ""), values.get("edits", []), values.get("semantic", {})
     if not isinstance(dataset, str) or not isinstance(edits, list) or not isinstance(semantic, dict):
@@ -137,7 +125,7 @@ def parse_edit_prompts(path: Path) -> EditPrompts:
         used = [getattr(edit, name) for edit in found if getattr(edit, name)]
         for text in used:
             if used.count(text) > 1:
-                raise DataError(f"{path}: the {name} '{text}' is there {used.count(text)} times; remove all but one")
+                raise DataError(f"{path}: the {name} '{quoted(text)}' is there {used.count(text)} times; remove all but one")
     made = values.get("made", {})
     return EditPrompts(dataset=dataset, edits=found, made=made if isinstance(made, dict) else {}, path=path, **texts)
 
@@ -192,7 +180,7 @@ def _edit(path: Path, number: int, row: Any) -> EditText:
     values = {name: row.get(name, "") for name in EDIT}
     for name, value in values.items():
         if not isinstance(value, str) or value != value.strip() or "\n" in value:
-            raise DataError(f"{where}: {name} = {value!r}, expected one line of text without spaces around it")
+            raise DataError(f"{where}: {name} = {quoted(repr(value))}, expected one line of text without spaces around it")
         braces = value.count("{}")
         needed = name == "prompt" and value
         if (
@@ -207,7 +195,9 @@ def _edit(path: Path, number: int, row: Any) -> EditText:
                 "instruction": "at most one {} for the class",
                 "prompt": "exactly one {} for the class",
             }
-            raise DataError(f"{where}: {name} = '{value}' has {braces} times {{}}, expected {expected[name]}; mend the text")
+            raise DataError(
+                f"{where}: {name} = '{quoted(value)}' has {braces} times {{}}, expected {expected[name]}; mend the text"
+            )
     if not values["instruction"] and not values["prompt"]:
         raise DataError(
             f"{where} has neither an instruction nor a prompt; add for example instruction = 'put the {{}} in the snow'"
@@ -217,14 +207,14 @@ def _edit(path: Path, number: int, row: Any) -> EditText:
 
 def _texts(path: Path, where: str, values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or any(not isinstance(value, str) or not value.strip() for value in values):
-        raise DataError(f"{path}: {where} = {values!r}, expected a list of texts")
+        raise DataError(f"{path}: {where} = {quoted(repr(values))}, expected a list of texts")
     for value in values:
         if value.count("{}") > 1 or value.count("{") != value.count("{}") or value.count("}") != value.count("{}"):
-            raise DataError(f"{path}: {where} has '{value}', expected at most one {{}} for the class and no other brace")
+            raise DataError(f"{path}: {where} has '{quoted(value)}', expected at most one {{}} for the class and no other brace")
     return tuple(values)
 
 
 def _known_keys(path: Path, where: str, values: dict[str, Any], known: tuple[str, ...]) -> None:
     for key in values:
         if key not in known:
-            raise DataError(f"{path}: {where}unknown key '{key}'{nearest(key, known)} (known: {', '.join(known)})")
+            raise DataError(f"{path}: {where}unknown key '{quoted(key)}'{nearest(key, known)} (known: {', '.join(known)})")

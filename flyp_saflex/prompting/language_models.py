@@ -45,7 +45,7 @@ class Captioner:
         self._where = f"prompts.captioner = '{name}'"
         fix = "; or give your own captions with prompts.captions"
         with _one_line(self._where, name, fix):
-            self._processor = AutoProcessor.from_pretrained(name, revision=revision or "main")
+            self._processor = AutoProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
             if getattr(self._processor, "chat_template", None):
                 raise ModelError(
                     f"{self._where} is a chat model, expected one that captions an image without being asked (BLIP, BLIP-2, GIT)"
@@ -83,13 +83,13 @@ class ChatModel:
         self.name, self.device = name, _device()
         self._where = f"prompts.llm = '{name}'"
         with _one_line(self._where, name, f"; or {BY_HAND}"):
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
             if not getattr(self._tokenizer, "chat_template", None):
                 raise ModelError(
                     f"{self._where} has no chat template, expected an instruction-tuned chat model: take its instruct version, "
                     f"or {BY_HAND}"
                 )
-            self._config = AutoConfig.from_pretrained(name, revision=revision or "main")
+            self._config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         self._asked, self._dtype = revision, DTYPES[precision]
         self._model: Any = None
         self.revision: str = getattr(self._config, "_commit_hash", None) or revision
@@ -145,7 +145,12 @@ def _load(kind: Any, where: str, name: str, revision: str, dtype: torch.dtype) -
     logging.set_verbosity_error()  # what is missing is told below, in one line instead of a coloured table
     try:
         model, info = kind.from_pretrained(
-            name, revision=revision or "main", dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            name,
+            revision=revision or "main",
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,  # without it transformers asks on the terminal whether to run the model's code
         )
     finally:
         logging.set_verbosity(verbosity)

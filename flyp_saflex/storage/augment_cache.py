@@ -26,6 +26,7 @@ import msgspec
 
 from flyp_saflex.errors import DataError, RunError, nearest
 from flyp_saflex.records import Dataset, Edit
+from flyp_saflex.storage.augment_cache_files import refuse_links
 from flyp_saflex.storage.files import atomic_write, mend_tail
 from flyp_saflex.storage.manifest import MANIFEST, ManifestReader
 
@@ -114,6 +115,7 @@ class AugmentCache:
             DataError: the folder cannot be written, or is an entry of another dataset.
         """
         cache = cls(Path(folder).expanduser(), dataset)
+        refuse_links(cache.folder)
         try:
             (cache.folder / "images").mkdir(parents=True, exist_ok=True)
             mend_tail(cache._manifest)
@@ -260,6 +262,7 @@ class AugmentCache:
             raise DataError(
                 f"augment cache {self.folder} already holds '{edit.aug_id}'; every edit needs its own file_name and aug_id"
             )
+        refuse_links(self.folder, edit.path)
         try:
             edit.path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(edit.path, "wb") as file:

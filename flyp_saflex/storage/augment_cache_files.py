@@ -19,6 +19,29 @@ from flyp_saflex.storage.manifest import MANIFEST, WRITERS
 SETTINGS, REJECTED = "settings.json", "rejected.jsonl"
 
 
+def refuse_links(folder: Path, *paths: Path) -> None:
+    """Check that writing an entry changes no file outside of it.
+
+    Args:
+        folder: the entry; it may itself be a link, set by the user.
+        paths: files to be written; without any, what lies in the entry and in the folders of its writers is checked.
+
+    Raises:
+        DataError: one of them, or a folder on the way to it, is a symbolic link.
+    """
+    if not paths:
+        paths = (*folder.glob("*"), *folder.glob(f"{WRITERS}/*"), *folder.glob(f"{WRITERS}/*/*"))
+    for path in paths:
+        for part in (path, *path.parents):
+            if part == folder:
+                break
+            if part.is_symlink():
+                raise DataError(
+                    f"augment cache {folder}: {part.relative_to(folder)} is a symbolic link, so files elsewhere would be "
+                    "changed; expected files and folders: put what it points to in its place, or choose another cache.key"
+                )
+
+
 class _Id(msgspec.Struct):
     """Fields of a row that merging needs."""
 
@@ -38,6 +61,7 @@ def state_settings(folder: Path, settings: Mapping[str, Any], *, write: bool) ->
         DataError: the entry was made with other settings, or the file cannot be read or written.
     """
     path = folder / SETTINGS
+    refuse_links(folder)
     if path.is_file():
         try:
             found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])

@@ -25,7 +25,7 @@ import msgspec
 
 from flyp_saflex.errors import DataError
 from flyp_saflex.storage.augment_cache import DONE, FORMATS, SHEETS, AugmentCache, SavableImage
-from flyp_saflex.storage.augment_cache_files import REJECTED, SETTINGS, read_rejected, rows_by_id, troubles
+from flyp_saflex.storage.augment_cache_files import REJECTED, SETTINGS, read_rejected, refuse_links, rows_by_id, troubles
 from flyp_saflex.storage.files import append_rows, entry_lock, held_by_other, hold, mend_tail, replace_lines, whole_lines
 from flyp_saflex.storage.manifest import MANIFEST, ROWS, WRITERS
 
@@ -59,6 +59,7 @@ class CacheWriter:
 
     def __enter__(self) -> CacheWriter:
         with troubles(self.folder):
+            refuse_links(self.folder)
             self._home.parent.mkdir(parents=True, exist_ok=True)
             with entry_lock(self.folder) as locked:
                 dead = self._dead_writers()
@@ -111,7 +112,9 @@ class CacheWriter:
                 files = list(pool.map(lambda edit: _encoded(*edit), edits))
             rows = []
             for data, (_, row) in zip(files, edits, strict=True):
-                self._write_file(data, self.folder / str(row["file_name"]))
+                path = self.folder / str(row["file_name"])
+                refuse_links(self.folder, path)
+                self._write_file(data, path)
                 rows.append(self._full_row(row) | {"sha256": hashlib.sha256(data).hexdigest()})
             place = self.folder if self._alone else self._home
             append_rows(place / (MANIFEST if self._alone else ROWS), rows)

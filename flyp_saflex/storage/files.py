@@ -46,6 +46,15 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return a JSON file's object that can be done without: empty where it is missing, damaged or something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def mend_tail(path: Path) -> None:
     """Remove the incomplete last line that a killed writer left, so that the next row starts on a new line."""
     if not path.is_file() or not path.stat().st_size:

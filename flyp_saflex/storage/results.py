@@ -9,6 +9,8 @@ Metrics are fractions in 0..1. `chosen_alpha` is null unless several alphas were
 from __future__ import annotations
 
 import json
+import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from flyp_saflex.errors import RunError
 from flyp_saflex.storage.files import atomic_write, write_json
 from flyp_saflex.tables import METRICS, Metric
+from flyp_saflex.user_text import quoted
 
 Row = dict[str, Any]
 
@@ -33,11 +36,12 @@ def read_results(run: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         for row in results["results"]:
-            _ = row["split"], row["role"], row["shift"], float(row["wise_alpha"]), float(row["accuracy"]), float(row["macro_f1"])
-        _ = str(results["recipe"]), int(results["seed"]), results.get("chosen_alpha")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _ = str.strip(row["split"]), str.strip(row["role"]), str.strip(row["shift"]), operator.index(row["n"])
+            _ = [math.floor(row[name]) for name in ("wise_alpha", "accuracy", "macro_f1")]  # refuses infinity and NaN
+        _ = str(results["recipe"]), operator.index(results["seed"]), results.get("chosen_alpha")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise RunError(
-            f"{path} is not what evaluate writes ({type(error).__name__}: {error}): delete it and {command} again"
+            f"{path} is not what evaluate writes ({type(error).__name__}: {quoted(str(error))}): delete it and {command} again"
         ) from None
     return dict(results)
 

@@ -6,7 +6,6 @@ Files are written under a temporary name, flushed to disk and renamed, so that n
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -23,7 +22,8 @@ import msgspec
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
-from flyp_saflex.storage.files import atomic_write, write_json
+from flyp_saflex.storage.files import atomic_write, read_mapping, write_json
+from flyp_saflex.user_text import quoted
 
 if sys.platform != "win32":
     import fcntl
@@ -124,12 +124,12 @@ class RunDir:
     def note_seconds(self, stage: str, part: str, seconds: float) -> None:
         """Record in env.json the seconds that a part of a later command took; a repeated part replaces its time."""
         path = self.path / "env.json"
-        try:
-            values = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            values = {}  # a run copied without its env.json
-        noted = values.get("stage_seconds") or {}
-        values["stage_seconds"] = noted | {stage: (noted.get(stage) or {}) | {part: round(seconds, 3)}}
+        values = read_mapping(path)  # empty in a run that was copied without its env.json
+        noted = values.get("stage_seconds")
+        noted = noted if isinstance(noted, dict) else {}
+        parts = noted.get(stage)
+        parts = parts if isinstance(parts, dict) else {}
+        values["stage_seconds"] = noted | {stage: parts | {part: round(seconds, 3)}}
         write_json(path, values)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
@@ -158,13 +158,22 @@ class RunDir:
             ) from error
 
     def read_rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """Read metrics.jsonl or augmented.jsonl, without a last line truncated by a kill; empty if the file is missing."""
+        """Read metrics.jsonl or augmented.jsonl, without a last line truncated by a kill; empty if the file is missing.
+
+        Raises:
+            RunError: another line is damaged.
+        """
         path, rows = self.path / name, []
-        for line in path.read_bytes().splitlines() if path.is_file() else ():
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
-                rows.append(msgspec.json.decode(line))
-            except msgspec.DecodeError:
-                break
+                rows.append(msgspec.json.decode(line, type=dict[str, Any]))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                if number == len(lines):  # no newline after it: the writer was killed
+                    break
+                raise RunError(f"{path} line {number}: no valid row ({quoted(str(error))}); mend or remove the line") from None
         return rows
 
     def rewind(self, step: int) -> None:

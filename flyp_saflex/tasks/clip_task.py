@@ -31,7 +31,7 @@ from flyp_saflex.tasks.feature_cache import FeatureCache, LoweredImages, open_fe
 from flyp_saflex.tasks.label_space import Gather, LabelSpace, Rows, ValidationSpace, class_space
 from flyp_saflex.tasks.network import Outputs
 from flyp_saflex.tasks.proxy_classes import Proxies, first_with_equal_tokens, proxy_columns, proxy_space
-from flyp_saflex.tasks.task import Loader, Over, Predictor, Task, TaskInputs, autocast
+from flyp_saflex.tasks.task import Loader, Over, Predictor, Task, TaskInputs, autocast, read_tensors
 
 MAX_LOGIT_SCALE = math.log(100)
 """CLIP's bound on log logit_scale."""
@@ -315,9 +315,7 @@ def read_head(path: Path, num_classes: int) -> dict[str, Any]:
     Raises:
         RunError: it has other tensors, or another number of classes than the dataset.
     """
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
+    tensors = read_tensors(path, "copy the run again, or train again")
     missing = {"weight", "bias", "initial_weight", "initial_bias"} - tensors.keys()
     if missing:
         raise RunError(f"{path} has no tensor '{min(missing)}': it was not written by this version of `train`; train again")

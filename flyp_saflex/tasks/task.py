@@ -25,6 +25,7 @@ from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.tasks.feature_cache import FeatureCache, LoweredImages
 from flyp_saflex.tasks.label_space import Gather, LabelSpace, Rows, ValidationSpace, class_space
 from flyp_saflex.tasks.network import Network, parameter_groups
+from flyp_saflex.user_text import quoted
 
 Predictor = Callable[[Tensor], Tensor]
 """A batch of inputs to float32 logits over the dataset's classes."""
@@ -121,10 +122,9 @@ class Task:
         Raises:
             RunError: they are another network's.
         """
-        from safetensors.torch import load_file
-
+        tensors = read_tensors(run / "model" / WEIGHTS, "train again")
         try:
-            self.network.load_state_dict(load_file(run / "model" / WEIGHTS))
+            self.network.load_state_dict(tensors)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise RunError(
@@ -274,3 +274,22 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     if precision == "no" or (precision == "fp16" and device.type == "cpu"):
         return nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def read_tensors(path: Path, fix: str) -> dict[str, Tensor]:
+    """Read a safetensors file of a run.
+
+    Args:
+        path: the file.
+        fix: what the user can do where it cannot be read.
+
+    Raises:
+        RunError: it is missing, damaged or no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({quoted(str(error))}), expected tensors as `train` writes them: {fix}") from None

@@ -6,7 +6,6 @@ without running code from it.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from torch import Tensor
 from flyp_saflex import recipe
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, RunError
-from flyp_saflex.storage.files import atomic_write
+from flyp_saflex.storage.files import atomic_write, read_mapping
 from flyp_saflex.storage.run_folder import RunDir
+from flyp_saflex.user_text import quoted
 
 MAY_CHANGE = (
     "compare.",
@@ -53,12 +53,37 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "wb") as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the file refuses a write
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        reason = _refusal(error) or first_line(error)
         raise RunError(f"cannot write {path}: {reason}; free disk space and go on with --resume") from error
     for old in saved_steps(folder)[:-keep]:
         (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
     return path
+
+
+def tidy(folder: Path) -> None:
+    """Remove the unfinished files that a killed run left; the caller holds the lock of the run."""
+    for pattern in (".step-*.pt.*.tmp", ".best.safetensors.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, cut where it is long; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return quoted(lines[0]) if lines else type(error).__name__
+
+
+def _refusal(error: BaseException | None) -> str:
+    """Return why the file system refused a write; the empty string where it did not.
+
+    torch's writer ends with an error about positions, which came up while the one about the disk was handled.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
@@ -72,10 +97,14 @@ def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
         return None
     path = folder / f"step-{steps[-1]:08d}.pt"
     try:
-        return steps[-1], torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds {type(state).__name__}, expected the parts of a run's state")
+        return steps[-1], state
     except Exception as error:  # torch raises a dozen types for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"checkpoint {path} cannot be read ({reason}): delete it to resume from the one before") from error
+        raise RunError(
+            f"checkpoint {path} cannot be read ({first_line(error)}): delete it to resume from the one before"
+        ) from error
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -115,6 +144,7 @@ def open_run(run: RunDir, config: Config, accelerator: Accelerator, *, limit: in
     state = load_newest(run.checkpoints) if existing else None
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        tidy(run.checkpoints)
         if existing:
             run.rewind(state[0] if state else 0)
         run.write_environment(limit=limit)
@@ -134,8 +164,5 @@ def open_run(run: RunDir, config: Config, accelerator: Accelerator, *, limit: in
 
 def limit_of(path: Path) -> int | None:
     """Return the `--limit` that the run in a folder was started with."""
-    try:
-        limit = json.loads((path / "env.json").read_text(encoding="utf-8")).get("limit")
-    except (OSError, ValueError):
-        return None
-    return int(limit) if limit is not None else None
+    limit = read_mapping(path / "env.json").get("limit")
+    return limit if isinstance(limit, int) else None

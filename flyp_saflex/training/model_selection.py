@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from flyp_saflex.errors import RunError
 from flyp_saflex.evaluation.metrics import metric_row
@@ -16,7 +16,8 @@ from flyp_saflex.evaluation.scoring import scores_of
 from flyp_saflex.records import Split
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.tables import METRICS
-from flyp_saflex.tasks.task import Loader, Task
+from flyp_saflex.tasks.task import Loader, Task, read_tensors
+from flyp_saflex.training.checkpoint import first_line
 
 
 class ModelSelection:
@@ -88,7 +89,11 @@ class ModelSelection:
     def install_best(self) -> None:
         """Put the best weights into the model; the last ones stay if nothing was evaluated."""
         if self.best is not None:
-            self.task.network.load_state_dict(load_file(self._file))
+            tensors = read_tensors(self._file, "it holds the best weights; copy it back, or train again in another --run-dir")
+            try:
+                self.task.network.load_state_dict(tensors)
+            except RuntimeError as error:
+                raise RunError(f"{self._file} holds another network's weights ({first_line(error)}): copy it back") from None
             self.task.weights_changed()
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from flyp_saflex.errors import RunError
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step.skip_dropped import Selecting
 from flyp_saflex.storage.run_folder import RunDir
@@ -70,7 +71,21 @@ class RunState:
             checkpoint.save(self.run.checkpoints, step, state, keep=self.keep)
 
     def restore(self, state: dict[str, Any]) -> float:
-        """Take over a checkpoint; return the seconds of training that it had taken."""
+        """Take over a checkpoint; return the seconds of training that it had taken.
+
+        Raises:
+            RunError: it holds another network's state, or is another version's.
+        """
+        try:
+            return self._take_over(state)
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(
+                f"the newest checkpoint in {self.run.checkpoints} is not what this version and recipe write "
+                f"({type(error).__name__}: {checkpoint.first_line(error)}): delete it to resume from the one before, or choose "
+                "another --run-dir"
+            ) from error
+
+    def _take_over(self, state: dict[str, Any]) -> float:
         self.task.network.load_state_dict(state["learner"])
         self.task.weights_changed()
         self._restore_decided(state)

@@ -170,5 +170,5 @@ def test_a_wrong_file_is_one_line_that_names_it(text: str, message: str, tmp_pat
 def test_bytes_that_are_no_text(tmp_path: Path):
     path = tmp_path / "mine.toml"
     path.write_bytes(b'dataset = "\xff"\n')
-    with pytest.raises(DataError, match=r"mine.toml is not UTF-8 text \(byte 11\)"):
+    with pytest.raises(DataError, match=r"mine.toml is not UTF-8 text \(line 1\)"):
         load_edit_prompts(str(path), "folder")

@@ -176,3 +176,54 @@ def test_bad_rejections_and_settings_are_one_line(entry: Path):
     (entry / "metadata.jsonl").write_text("")
     with CacheWriter(entry, "folder"):
         pass  # the failed start left no lock behind
+
+
+@pytest.mark.parametrize("link", [".writers", ".writers/0-of-2", "images", "images/deep", "sheets", "metadata.jsonl", ".lock"])
+def test_a_link_in_an_entry_changes_no_file_elsewhere(link: str, entry: Path):
+    with CacheWriter(entry, "folder") as writer:
+        writer.write([edit(5)])
+    elsewhere = entry.parents[1] / "elsewhere"
+    name = NAMES[1].split("/")
+    if link == "metadata.jsonl":
+        elsewhere.write_bytes((entry / link).read_bytes())
+        (entry / link).unlink()
+    else:
+        (elsewhere / name[1]).mkdir(parents=True)
+        for kept in (elsewhere / "lock", elsewhere / "rows.jsonl", elsewhere / name[1] / name[2], elsewhere / name[2]):
+            kept.write_text("kept")
+    place = entry / (f"images/{name[1]}" if link == "images/deep" else link)
+    if link == "images":
+        place.rename(entry.parent / "moved")
+    place.unlink(missing_ok=True)
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(elsewhere)
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (elsewhere, *elsewhere.rglob("*")) if path.is_file()}
+
+    before = files()
+    for index, count in ((0, 1), (0, 2), (1, 2)):
+        writer = CacheWriter(entry, "folder", index=index, count=count)
+        with pytest.raises(DataError, match="is a symbolic link, so files elsewhere would be changed") as error, writer:
+            writer.write([edit(1)])
+        assert "\n" not in str(error.value)
+        assert files() == before
+    if link != "images/deep":  # what is written below images/ is known only when it is written
+        with pytest.raises(DataError, match="is a symbolic link"):
+            state_settings(entry, {"seed": 1}, write=True)
+        with pytest.raises(DataError, match="is a symbolic link"):
+            AugmentCache.create(entry, "folder")
+    else:
+        cache = AugmentCache.create(entry, "folder")
+        with pytest.raises(DataError, match="is a symbolic link"):
+            cache.append(*edit(1))
+    assert files() == before
+
+
+def test_an_entry_may_be_a_link_to_another_disk(entry: Path):
+    (entry.parents[1] / "disk").mkdir()
+    entry.parent.mkdir()
+    entry.symlink_to(entry.parents[1] / "disk")
+    with CacheWriter(entry, "folder") as writer:
+        writer.write([edit(1)])
+    assert numbers(entry) == [1]

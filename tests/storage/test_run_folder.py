@@ -12,7 +12,12 @@ import pytest
 
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
+<<<<<<< HEAD
 from flyp_saflex.storage.files import write_json
+=======
+from flyp_saflex.storage.files import atomic_write, write_json
+from flyp_saflex.storage.results import read_results
+>>>>>>> security
 from flyp_saflex.storage.run_folder import RunDir, environment
 
 
@@ -98,3 +103,52 @@ def test_seconds_of_a_stage_are_noted_beside_the_environment(tmp_path):
     values = json.loads((tmp_path / "run" / "env.json").read_text())
     assert values["seconds"] == 5.0
     assert values["stage_seconds"] == {"evaluation": {"test": 2.0, "val": 0.5}}
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "7", "{", '{"stage_seconds": 5}', '{"stage_seconds": {"evaluation": "x"}}', "[" * 50_000]
+)
+def test_a_damaged_environment_costs_only_itself(text: str, tmp_path: Path) -> None:
+    (tmp_path / "env.json").write_text(text)
+    RunDir(tmp_path, lock=False).note_seconds("evaluation", "id_test", 1.5)
+    assert json.loads((tmp_path / "env.json").read_text())["stage_seconds"] == {"evaluation": {"id_test": 1.5}}
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b'{"step": ', b"[1]", b"7", b"[" * 50_000])
+def test_a_damaged_row_is_named_and_no_row_after_it_is_lost(line: bytes, tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    before = log.read_bytes()
+    run = RunDir(tmp_path, lock=False)
+    for read in (run.read_rows, lambda: run.rewind(1)):
+        with pytest.raises(RunError, match=r"metrics.jsonl line 2: no valid row") as error:
+            read()
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 500
+    assert log.read_bytes() == before
+
+
+ROW = {"split": "id_test", "role": "test", "shift": "id", "wise_alpha": 1.0, "n": 4, "accuracy": 0.5, "macro_f1": 0.5}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\xff",
+        "{",
+        "[]",
+        "7",
+        "[" * 50_000,
+        '{"results": [], "recipe": "a", "seed": Infinity}',
+        '{"results": 3, "recipe": "a", "seed": 1}',
+        *(json.dumps({"recipe": "a", "seed": 1, "results": [{k: v for k, v in ROW.items() if k != name}]}) for name in ROW),
+        *(json.dumps({"recipe": "a", "seed": 1, "results": [{**ROW, name: float("nan")}]}) for name in ROW),
+        json.dumps({"recipe": "a", "seed": 1, "results": [{**ROW, "x" * 10_000: 1, "split": None}]}),
+    ],
+)
+def test_results_that_evaluate_did_not_write_are_one_short_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(text, encoding="latin-1")
+    with pytest.raises(RunError, match=r"results.json is not what evaluate writes") as error:
+        read_results(tmp_path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700

@@ -1,5 +1,7 @@
 """Checkpoints are whole or absent, and only the newest are kept."""
 
+import os
+
 import pytest
 import torch
 
@@ -60,3 +62,36 @@ def test_a_checkpoint_runs_no_code_when_it_is_read(tmp_path):
     torch.save({"surprise": print}, tmp_path / "step-00000001.pt")
     with pytest.raises(RunError, match="cannot be read"):
         checkpoint.load_newest(tmp_path)
+
+
+def test_unfinished_files_of_a_killed_run_are_tidied_and_nothing_else(tmp_path):
+    kept = [tmp_path / name for name in ("step-00000002.pt", "best.safetensors", "note.tmp", ".hidden")]
+    left = [tmp_path / name for name in (".step-00000004.pt.4711.tmp", ".step-00000002.pt.1.tmp", ".best.safetensors.tmp")]
+    for path in (*kept, *left):
+        path.write_bytes(b"x")
+    checkpoint.tidy(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    checkpoint.tidy(tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("size", [1, 3_000_000])
+def test_a_full_disk_is_named_and_the_older_checkpoint_stays(size, tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"x": torch.zeros(1)}, keep=1)
+    (tmp_path / f".step-00000002.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"cannot write .*step-00000002.pt: No space left on device; free disk space") as error:
+        checkpoint.save(tmp_path, 2, {"x": torch.zeros(size)}, keep=1)
+    assert "\n" not in str(error.value)
+    assert checkpoint.saved_steps(tmp_path) == [1]
+
+
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path):
+    torch.save([1, 2], tmp_path / "step-00000001.pt")
+    with pytest.raises(RunError, match=r"step-00000001.pt cannot be read \(it holds list"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_an_environment_of_any_content_has_a_limit_or_none(tmp_path):
+    for text, limit in (('{"limit": 3}', 3), ('{"limit": "x"}', None), ("[]", None), ("[" * 50_000, None), ("{", None)):
+        (tmp_path / "env.json").write_text(text)
+        assert checkpoint.limit_of(tmp_path) == limit
