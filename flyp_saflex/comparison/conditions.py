@@ -18,6 +18,7 @@ from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError, nearest
 from flyp_saflex.records import Dataset
 from flyp_saflex.storage.augment_cache import AugmentCache
+from flyp_saflex.storage.data_record import DataRecord, record_of
 
 ROLES = {
     "zero-shot": "the pretrained model",
@@ -276,9 +277,15 @@ def _dataset(data: DataConfig) -> Dataset:
     return load_dataset(data, check_files=False)
 
 
+@cache
+def _record(data: DataConfig) -> DataRecord:
+    return record_of(_dataset(data))
+
+
 def forget_datasets() -> None:
     """Forget datasets read by an earlier comparison in this process: their files may have changed."""
     _dataset.cache_clear()
+    _record.cache_clear()
 
 
 def splits_of(config: Config) -> Dataset:
@@ -288,3 +295,12 @@ def splits_of(config: Config) -> Dataset:
         DataError: it cannot be read.
     """
     return _dataset(config.data)
+
+
+def data_of(config: Config) -> DataRecord:
+    """Return the record of a run's dataset.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return _record(config.data)

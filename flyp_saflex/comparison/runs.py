@@ -14,10 +14,11 @@ from typing import Any
 
 from flyp_saflex import recipe
 from flyp_saflex.comparing import CompareConfig
-from flyp_saflex.comparison.conditions import Condition, saflex_for, splits_of
+from flyp_saflex.comparison.conditions import Condition, data_of, saflex_for, splits_of
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, RunError, nearest
 from flyp_saflex.records import Dataset
+from flyp_saflex.storage.data_record import difference, read_record
 from flyp_saflex.storage.files import read_mapping
 from flyp_saflex.storage.results import read_results
 from flyp_saflex.storage.run_folder import RunDir
@@ -107,6 +108,9 @@ def check_study(run: PlannedRun, base: Config, limit: int | None) -> None:
         changed = [line for line in changed if not line.startswith("augment.keep_fraction")]
     if (before := limit_of(run.path)) != limit:
         changed.append(f"--limit: {before} -> {limit}")
+    own = read_record(run.path)
+    if own is not None and (other := difference(own, data_of(run.config(base)), sizes=False)):
+        changed.append(f"data: {other}")
     if changed:
         listed = "; ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
         raise RunError(

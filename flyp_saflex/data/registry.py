@@ -63,7 +63,7 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
         splits = {name: quick_look(split, limit, config.split_seed) for name, split in splits.items()}
         kept = sum(len(split) for split in splits.values())
         notes.append(f"a quick look: at most {limit} images of each split, {kept} of {whole} in all")
-    return replace(dataset, splits=splits, notes=tuple(notes))
+    return replace(dataset, splits=splits, notes=tuple(notes), whole=dataset.splits)
 
 
 def split_for(dataset: Dataset, name: str, role: Role | None = None) -> Split:

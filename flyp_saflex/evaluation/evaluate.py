@@ -1,7 +1,8 @@
 """Evaluation of a run: every split, every WiSE-FT alpha, each image decoded once.
 
 Reads RUN/config.toml and RUN/model, writes RUN/results.json, RUN/details.json and RUN/predictions/<split>.parquet after
-every split, so that an interrupted evaluation keeps the finished splits. `evaluate_split` is the part without files, also for
+every split, so that an interrupted evaluation keeps the finished splits. Results on other data than the run's own lie beside
+them, under a name. `evaluate_split` is the part without files, also for
 the variants of many runs. Under accelerate every process takes its share of a split.
 
 Shapes: N images, K classes, D embedding.
@@ -27,6 +28,7 @@ from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError, RunError
 from flyp_saflex.evaluation.load_run import check_model, load_run
 from flyp_saflex.evaluation.predict import Variant, predict
+from flyp_saflex.evaluation.run_data import compare_data
 from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split
 from flyp_saflex.evaluation.weight_averaging import WeightAverage
 from flyp_saflex.images.loader import ImageLoader
@@ -56,7 +58,7 @@ def evaluate(
         dry_run: run all checks, load no model, write nothing.
 
     Raises:
-        RunError: no run folder, a run without a model, or logits that are NaN.
+        RunError: no run folder, a run without a model, a linear head for other classes, or logits that are NaN.
         ConfigError: a split to select on that may not select.
         DataError: an unknown split, or too many unreadable images.
     """
@@ -76,6 +78,7 @@ def evaluate(
         dataset = load_dataset(config.data, seed=config.seed, limit=limit)
         select = select_split(config, dataset, choose=len(alphas) > 1)
         todo = splits_to_evaluate(dataset, splits, first=select)
+        data_notes, other = compare_data(run, config, dataset, [split.name for split in todo], overrides)
         results = Results(
             folder.path,
             recipe=config.recipe,
@@ -83,7 +86,10 @@ def evaluate(
             order=list(dataset.splits),
             select_split=select,
             select_metric=config.train.select_metric,
+            other=other,
         )
+        for note in data_notes if state.is_main_process else ():
+            print(f"note: {note}")
         if dry_run:
             if state.is_main_process:
                 print(f"{run}: would evaluate {', '.join(f'{s.name} ({len(s)})' for s in todo)} at alpha {_list(alphas)}")
@@ -120,7 +126,8 @@ def evaluate(
                     results.write_predictions(split.name, prediction_columns(shown, dataset.class_names))
                 results.write_details(split.name, details(shown, dataset.class_names))
                 results.write()
-                folder.note_seconds("evaluation", split.name, time.monotonic() - started)
+                if other is None:
+                    folder.note_seconds("evaluation", split.name, time.monotonic() - started)
         if state.is_main_process:
             print(results.table([split.name for split in todo]))
         return results.as_dict()

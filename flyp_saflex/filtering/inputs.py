@@ -17,6 +17,7 @@ from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset, Edit, Split
 from flyp_saflex.storage.augment_cache import AugmentCache
 from flyp_saflex.storage.augment_cache_files import refuse_links
+from flyp_saflex.storage.data_record import class_difference, read_record
 from flyp_saflex.storage.run_folder import RunDir
 
 
@@ -123,13 +124,13 @@ def _check_run(config: Config, dataset: Dataset, split: Split, notes: list[str])
     own = dataset
     if _which_images(run.data) != _which_images(config.data):
         own = load_dataset(run.data, seed=run.seed, check_files=False)
-    if own.class_names != dataset.class_names:
-        odd = sorted(set(own.class_names) ^ set(dataset.class_names))
-        differ = f"first difference: '{odd[0]}'" if odd else "in another order"
-        raise RunError(
-            f"filter.run = {path} was trained on {own.num_classes} classes of '{own.name}', not on the {dataset.num_classes} "
-            f"of '{dataset.name}' ({differ}): give a run trained on this dataset"
-        )
+    record = read_record(path)
+    for names in (record.class_names if record is not None else own.class_names, own.class_names):
+        if changed := class_difference(names, dataset.class_names):
+            raise RunError(
+                f"filter.run = {path} was trained on {len(names)} classes of '{own.name}', not on the {dataset.num_classes} "
+                f"of '{dataset.name}' (first difference: {changed}): give a run trained on this dataset"
+            )
     if "cache" in run.augment.upstream:
         notes.append(
             f"filter.run = {path} was itself trained on edits (augment.upstream): it may have learned their faults; a run "

@@ -17,7 +17,7 @@ from flyp_saflex.reporting.figures import curves_chapter, scatter_chapter
 from flyp_saflex.reporting.gallery import Gallery, gallery
 from flyp_saflex.reporting.html import Markup, element, join, paragraph, text
 from flyp_saflex.reporting.provenance import provenance_chapter
-from flyp_saflex.reporting.runs import Preface, Run, by_recipe, read_runs, unlike_seeds
+from flyp_saflex.reporting.runs import Preface, Run, by_recipe, read_runs
 from flyp_saflex.reporting.tables import Cell
 
 MOST_GALLERIES = 3
@@ -41,14 +41,14 @@ def page(
     Args:
         results: results.json by run folder.
         found: cells from `tables.cells`.
-        remarks: remarks from `tables.notes`.
+        remarks: remarks from `tables.notes` and `seeds.seed_notes`.
         baseline: recipe that the other ones are compared with.
         preface: paragraphs at the top; a leading question is set in bold.
     """
     runs = read_runs(results)
     names = list(by_recipe(runs))
     one_seed = ["One seed per condition: differences of a few points are noise."] if _single(found) else []
-    every = [*one_seed, *remarks, *unlike_seeds(runs, preface.by_seed), *(remark for run in runs for remark in run.remarks)]
+    every = [*one_seed, *remarks, *(remark for run in runs for remark in run.remarks)]
     chapters = [
         results_chapter(found, every, baseline, names),
         scatter_chapter(runs),

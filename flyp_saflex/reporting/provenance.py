@@ -7,7 +7,8 @@ from typing import Any
 
 from flyp_saflex.reporting.html import NOTHING, Markup, cell, details, element, join, listing, paragraph, section, table
 from flyp_saflex.reporting.plots import glyph
-from flyp_saflex.reporting.runs import Run, by_recipe, differing
+from flyp_saflex.reporting.runs import Run, by_recipe
+from flyp_saflex.reporting.seeds import differing
 
 MACHINE = ("python", "platform", "processor", "cpu_count", "device", "processes")
 

@@ -1,7 +1,7 @@
 """The command `flyp-saflex report`: mean, spread and n over seeds, and paired differences between runs.
 
-Markdown, CSV and JSON are made from results.json alone. The HTML page (`page.py`) also reads the other files of the run
-folders; it names those that are missing instead of failing.
+The numbers are those of results.json. Where data.json and config.toml are there, they say whether runs are seeds of one
+experiment. The HTML page (`page.py`) also reads the other files of the run folders; it names those that are missing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from flyp_saflex.errors import RunError, nearest
 from flyp_saflex.reporting.runs import Preface
+from flyp_saflex.reporting.seeds import seed_notes
 from flyp_saflex.reporting.tables import Cell, cells, notes, tables
 from flyp_saflex.storage.files import atomic_write
 from flyp_saflex.storage.results import align, read_results
@@ -42,8 +43,8 @@ def report(
         preface: paragraphs above everything else in Markdown and HTML.
 
     Raises:
-        RunError: a run without results.json, two runs with the same recipe and seed, an unknown baseline, or a file that
-            cannot be written.
+        RunError: a run without results.json, two runs with the same recipe and seed, seeds of one recipe on different data,
+            an unknown baseline, or a file that cannot be written.
     """
     results = collect([Path(run) for run in runs])
     recipes = list(dict.fromkeys(result["recipe"] for result in results.values()))
@@ -52,9 +53,11 @@ def report(
         raise RunError(
             f"--baseline {baseline}: no run has this recipe{nearest(baseline, recipes)} (recipes: {', '.join(recipes)})"
         )
+    preface = preface or Preface()
+    remarks = [*notes(results), *seed_notes(results, baseline, preface.by_seed)]
     suffix = out.suffix.removeprefix(".") if out is not None else ""
     chosen = suffix if form == "md" and suffix in RENDERERS else form
-    text = RENDERERS[chosen](results, cells(list(results.values()), baseline), notes(results), baseline, preface or Preface())
+    text = RENDERERS[chosen](results, cells(list(results.values()), baseline), remarks, baseline, preface)
     if out is None:
         print(text, end="")
         return text
@@ -109,13 +112,22 @@ def _csv(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseli
     text = io.StringIO()
     columns = ["metric", "shift", "split", "role", "recipe", "kind", "alphas", "mean", "deviation", "n", "seeds"]
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, "baseline", "difference", "difference_low", "difference_high", "pairs"])
+    writer.writerow([*columns, "baseline", "difference", "difference_low", "difference_high", "pairs", "notes"])
     for cell in found:
         fields = [cell.metric, cell.shift, cell.split, cell.role, cell.recipe, cell.kind, " ".join(f"{a:g}" for a in cell.alphas)]
         summary, change = cell.summary, cell.difference
         ends = [change.mean, change.low, change.high, change.n] if change else [None] * 4
         writer.writerow(
-            [*fields, summary.mean, summary.deviation, summary.n, " ".join(map(str, sorted(cell.values))), baseline, *ends]
+            [
+                *fields,
+                summary.mean,
+                summary.deviation,
+                summary.n,
+                " ".join(map(str, sorted(cell.values))),
+                baseline,
+                *ends,
+                "; ".join(remarks),
+            ]
         )
     return text.getvalue()
 

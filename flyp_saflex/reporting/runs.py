@@ -18,9 +18,6 @@ from flyp_saflex.config import Config
 from flyp_saflex.errors import UserError
 from flyp_saflex.storage.run_folder import RunDir
 
-PATHS = ("data.root", "data.prompts", "data.table", "data.materialised", "cache.root", "train.frozen_cache")
-"""Options that are paths: they may differ between seeds of one experiment."""
-
 
 @dataclass(frozen=True)
 class Preface:
@@ -107,22 +104,6 @@ def by_recipe(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for run in runs:
         groups.setdefault(run.recipe, []).append(run)
     return groups
-
-
-def differing(old: Config, new: Config, by_seed: Sequence[str] = ()) -> list[str]:
-    """Return the options in which two runs differ, apart from name, seed, paths and `by_seed`."""
-    silent = ("recipe:", "seed:", *(f"{name}:" for name in (*PATHS, *by_seed)))
-    return [line for line in recipe_module.differences(old, new) if not line.startswith(silent)]
-
-
-def unlike_seeds(runs: Sequence[Run], by_seed: Sequence[str] = ()) -> list[str]:
-    """Return a remark per run that shares the name of an earlier run but differs in options."""
-    remarks = []
-    for first, *others in by_recipe(runs).values():
-        for run in others:
-            if first.config is not None and run.config is not None and (changed := differing(first.config, run.config, by_seed)):
-                remarks.append(f"{run.path} is not another seed of {first.path}, its options differ: {'; '.join(changed)}")
-    return remarks
 
 
 def confusions(run: Run, split: str, alpha: float = 1.0) -> Counter[tuple[str, str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,16 @@ from flyp_saflex.user_text import quoted
 Row = dict[str, Any]
 
 
-def read_results(run: Path) -> dict[str, Any]:
-    """Read results.json of a run.
+def read_results(run: Path, name: str = "results.json") -> dict[str, Any]:
+    """Read results.json of a run, or its results on other data.
 
     Raises:
         RunError: the file is missing or invalid; the message names the command that writes it.
     """
-    path = run / "results.json"
+    path = run / name
     command = f"run `flyp-saflex evaluate {run}`"
     if not path.is_file():
-        raise RunError(f"run {run} has no results.json: {command} first")
+        raise RunError(f"run {run} has no {name}: {command} first")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         for row in results["results"]:
@@ -56,19 +57,37 @@ class Results:
         order: split names in reporting order.
         select_split: split that chooses alpha; empty: none, and an earlier choice remains.
         select_metric: metric that chooses alpha; larger is better.
+        other: other data than the run's own: `on` (name), `fingerprint`, and what else is to be told. Its results, details and
+            predictions lie beside the run's own, under that name.
     """
 
-    def __init__(self, run: Path, *, recipe: str, seed: int, order: Sequence[str], select_split: str, select_metric: str) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        recipe: str,
+        seed: int,
+        order: Sequence[str],
+        select_split: str,
+        select_metric: str,
+        other: Mapping[str, Any] | None = None,
+    ) -> None:
         self.run = run
-        self.values: dict[str, Any] = {"recipe": recipe, "seed": seed}
+        self.suffix = f"-on-{other['on']}" if other else ""
+        self.values: dict[str, Any] = {"recipe": recipe, "seed": seed, **({"data": dict(other)} if other else {})}
         self.order = list(order)
         self.rows: list[Row] = []
         self._select = (select_split, select_metric)
         self._earlier: tuple[str, str] = ("", "")
-        if (run / "results.json").is_file():
-            old = read_results(run)
+        if self.path.is_file():
+            old = read_results(run, self.path.name)
             self.rows = old["results"]
             self._earlier = (old.get("select_split") or "", old.get("select_metric") or select_metric)
+
+    @property
+    def path(self) -> Path:
+        """File of the results."""
+        return self.run / f"results{self.suffix}.json"
 
     def add(self, rows: Iterable[Row]) -> None:
         """Merge rows into the results.
@@ -113,11 +132,11 @@ class Results:
 
     def write(self) -> None:
         """Write results.json atomically."""
-        write_json(self.run / "results.json", self.as_dict())
+        write_json(self.path, self.as_dict())
 
     def write_details(self, split: str, details: Mapping[str, Any]) -> None:
         """Replace the part of one split in details.json: tables per class and per group, by alpha."""
-        path = self.run / "details.json"
+        path = self.run / f"details{self.suffix}.json"
         try:
             everything = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError:
@@ -130,7 +149,7 @@ class Results:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        folder = self.run / "predictions"
+        folder = self.run / f"predictions{self.suffix}"
         folder.mkdir(exist_ok=True)
         with atomic_write(folder / f"{split.replace('/', '%2F')}.parquet", "wb") as file:
             pq.write_table(pa.table(dict(columns)), file)
@@ -158,6 +177,27 @@ class Results:
         if unreadable:
             text += "\nunreadable images left out: " + ", ".join(f"{split} {n}" for split, n in unreadable.items())
         return text
+
+
+def free_name(run: Path, name: str, fingerprint: str) -> str:
+    """Return a name for the results on other data, longer than the given one where further data has that.
+
+    Args:
+        run: run folder.
+        name: of the data, for example its folder.
+        fingerprint: digest of the data.
+    """
+    short = re.sub(r"[^\w.-]+", "_", name)[:60].strip("._") or "other"
+    if (run / f"results-on-{short}.json").is_file():
+        known = read_results(run, f"results-on-{short}.json").get("data")
+        if not isinstance(known, dict) or known.get("fingerprint") != fingerprint:
+            return f"{short}-{fingerprint[:8]}"
+    return short
+
+
+def results_on_other_data(run: Path) -> list[str]:
+    """Return the names of the files with results on other data than the run's own."""
+    return sorted(path.name for path in run.glob("results-on-*.json"))
 
 
 def percent(fraction: float | None) -> str:

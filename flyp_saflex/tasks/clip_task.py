@@ -51,6 +51,7 @@ class ClipTask(Task):
     files: ClassVar[tuple[str, ...]] = ("model/open_clip_config.json", "model/open_clip_model.safetensors")
     has_captions = True
     gives_evidence = True
+    has_fixed_classes = False
     network: ClipNetwork
 
     def __init__(self, clip: Clip, network: ClipNetwork, dataset: Dataset, config: Config) -> None:
@@ -256,6 +257,7 @@ class LinearClipTask(ClipTask):
     """CLIP's image tower with a linear head, which starts as the zero-shot classifier."""
 
     files: ClassVar[tuple[str, ...]] = (*ClipTask.files, HEAD)
+    has_fixed_classes = True
 
     def __init__(self, clip: Clip, network: ClipNetwork, dataset: Dataset, config: Config) -> None:
         super().__init__(clip, network, dataset, config)

@@ -80,12 +80,14 @@ class Task:
         files: files of a finished run that the task is loaded from.
         has_captions: whether objectives over captions (proxy classes) can be used.
         gives_evidence: whether its pretrained weights can judge edits (`edit_evidence`).
+        has_fixed_classes: whether its columns stand for the classes it was trained on, so that no other class can be scored.
         input_size_px: side of the square images that the model takes; 0: it takes no images.
     """
 
     files: ClassVar[tuple[str, ...]] = (f"model/{WEIGHTS}",)
     has_captions: ClassVar[bool] = False
     gives_evidence: ClassVar[bool] = False
+    has_fixed_classes: ClassVar[bool] = True
     input_size_px: int = 0
 
     def __init__(self, network: Network, dataset: Dataset) -> None:

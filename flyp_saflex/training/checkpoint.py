@@ -17,6 +17,8 @@ from torch import Tensor
 from flyp_saflex import recipe
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, RunError
+from flyp_saflex.records import Dataset
+from flyp_saflex.storage.data_record import difference, read_record, record_of
 from flyp_saflex.storage.files import atomic_write, read_mapping
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.user_text import quoted
@@ -138,8 +140,31 @@ def check_folder(path: Path, config: Config, *, resume: bool, limit: int | None)
         )
 
 
-def open_run(run: RunDir, config: Config, accelerator: Accelerator, *, limit: int | None) -> tuple[int, dict[str, Any]] | None:
-    """Write config.toml and env.json, drop logged rows that will come again, return the checkpoint to go on from."""
+def check_data(path: Path, dataset: Dataset) -> list[str]:
+    """Check that the run in a folder, if there is one, was started on this data; return notes.
+
+    Raises:
+        RunError: other classes, images or labels.
+    """
+    if not (path / "config.toml").is_file():
+        return []
+    own, found = read_record(path), record_of(dataset)
+    if own is None:
+        return [f"run folder {path} has no data.json (an older version): its classes and data cannot be compared"]
+    if changed := difference(own, found, sizes=False):
+        raise RunError(
+            f"run folder {path} was started on other data ({changed}): bring the data back, or choose another --run-dir"
+        )
+    notes = [f"{path}: {changed} than when the run was started"] if (changed := difference(own, found)) else []
+    if own.templates != found.templates:
+        notes.append(f"{path}: the caption templates are not those that the run was started with")
+    return notes
+
+
+def open_run(
+    run: RunDir, config: Config, dataset: Dataset, accelerator: Accelerator, *, limit: int | None
+) -> tuple[int, dict[str, Any]] | None:
+    """Write config.toml, env.json and data.json, drop logged rows that will come again, return the checkpoint to go on from."""
     existing = (run.path / "config.toml").is_file()
     state = load_newest(run.checkpoints) if existing else None
     accelerator.wait_for_everyone()
@@ -148,7 +173,9 @@ def open_run(run: RunDir, config: Config, accelerator: Accelerator, *, limit: in
         if existing:
             run.rewind(state[0] if state else 0)
         run.write_environment(limit=limit)
-        run.write_config(config)  # after env.json: a folder with a config.toml has both
+        if not existing or read_record(run.path) is None:
+            record_of(dataset).write(run.path)
+        run.write_config(config)  # the last: a folder with a config.toml has all three
         accelerator.print(f"resuming after step {state[0]}" if state else f"run folder {run.path}")
     if config.train.tracker != "none":
         try:

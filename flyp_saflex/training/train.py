@@ -59,7 +59,7 @@ def train(config: Config, path: Path, *, resume: bool = False, limit: int | None
     accelerator.wait_for_everyone()  # before one of them writes what the others check
     setup = prepare(config, limit=limit)
     phases = phases_of(METHODS[config.train.method].phases, steps=setup.total_steps, probe_steps=config.train.probe_steps)
-    for note in setup.notes:
+    for note in (*setup.notes, *checkpoint.check_data(path, setup.dataset)):
         accelerator.print(f"note: {note}")
     accelerator.print(plan_line(setup, phases, accelerator))
     if dry_run:
@@ -67,7 +67,7 @@ def train(config: Config, path: Path, *, resume: bool = False, limit: int | None
         return {"steps": 0, "seconds": 0.0, "best": None, "unreadable": 0}
     with RunDir(path, lock=accelerator.is_main_process) as run:
         try:
-            state = checkpoint.open_run(run, config, accelerator, limit=limit)
+            state = checkpoint.open_run(run, config, setup.dataset, accelerator, limit=limit)
             return _Trainer(setup, run, accelerator, phases, {"limit": limit}).fit(state)
         finally:
             for tracker in accelerator.trackers:  # not `end_training`, which parts the processes: they may train again

@@ -212,6 +212,14 @@ def test_folder_of_another_study_is_refused_and_left_alone(study, tmp_path, over
     assert results(tmp_path / "out") == before
 
 
+def test_a_study_does_not_go_on_with_other_data(study, tmp_path, tiny_images_dir):
+    conditions = {"trusted": [CACHE]}
+    compare(study(conditions, "compare.seeds=[0]"), tmp_path / "out")
+    (tiny_images_dir / "night" / "square" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"another comparison \(data: split 'night': 24 images became 23\)"):
+        compare(study(conditions, "compare.seeds=[0,1]"), tmp_path / "out")
+
+
 def test_too_small_a_disk_is_one_line_before_anything_is_run(study, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "free_bytes", lambda _: 2**20)
     with pytest.raises(UserError, match=r"the pending runs need about \d+ MB, but 1 MB are free: choose another disk"):

@@ -383,7 +383,7 @@ def test_a_run_of_other_classes_is_refused(
     text = (run / "config.toml").read_text(encoding="utf-8").replace(str(tiny_images_dir), str(other))
     (run / "config.toml").write_text(text, encoding="utf-8")
     assert main(["filter", "folder", *(part for value in options for part in ("--set", value))]) == 2
-    assert "not on the 3 of 'folder' (first difference: 'circle')" in capsys.readouterr().err
+    assert "not on the 3 of 'folder' (first difference: class 0 was 'ring' and is 'circle')" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_and_an_empty_cache(

@@ -12,12 +12,8 @@ import pytest
 
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
-<<<<<<< HEAD
 from flyp_saflex.storage.files import write_json
-=======
-from flyp_saflex.storage.files import atomic_write, write_json
 from flyp_saflex.storage.results import read_results
->>>>>>> security
 from flyp_saflex.storage.run_folder import RunDir, environment
 
 

@@ -15,7 +15,13 @@ from flyp_saflex.training import train as train_module
 from flyp_saflex.training.train import train
 
 # Of six augmented rows one to four are kept, so that there is something to leave out.
-SAFLEX = ("augment.upstream=randaugment", "saflex.enabled=true", "saflex.preset=robust", "saflex.weight_rule=sum", "saflex.refresh_every=3")
+SAFLEX = (
+    "augment.upstream=randaugment",
+    "saflex.enabled=true",
+    "saflex.preset=robust",
+    "saflex.weight_rule=sum",
+    "saflex.refresh_every=3",
+)
 EXACT = ("train.eps=1e-3", "train.select_split=", "train.log_augmented=true")  # eps: AdamW blows up rounding otherwise
 
 

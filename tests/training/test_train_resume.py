@@ -16,7 +16,13 @@ from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.training import train as train_module
 from flyp_saflex.training.train import train
 
-SAFLEX = ("augment.upstream=randaugment", "saflex.enabled=true", "saflex.preset=robust", "saflex.refresh_every=3", "saflex.average=0.5")
+SAFLEX = (
+    "augment.upstream=randaugment",
+    "saflex.enabled=true",
+    "saflex.preset=robust",
+    "saflex.refresh_every=3",
+    "saflex.average=0.5",
+)
 
 
 def read(run):
@@ -268,3 +274,23 @@ def test_a_diverged_run_says_where_and_keeps_the_state_before(make_config, tmp_p
 def test_a_loss_above_the_limit_stops_the_run(make_config, tmp_path):
     with pytest.raises(RunError, match=r"step 1: the loss is \d.* \(train\.max_loss = 0\.01\)"):
         train(make_config("train.max_loss=0.01"), tmp_path / "run")
+
+
+def test_a_run_goes_on_with_its_own_classes_and_images_only(make_config, tiny_images_dir, tmp_path, monkeypatch, capsys):
+    config = make_config("train.steps=3", "train.checkpoint_every=1")
+    train_until(monkeypatch, 2, config, tmp_path / "run")
+    for domain in ("day", "night"):
+        (tiny_images_dir / domain / "circle").rename(tiny_images_dir / domain / "zz_circle")
+    with pytest.raises(RunError, match=r"was started on other data \(class 0 was 'circle' and is 'square'\)"):
+        train(config, tmp_path / "run", resume=True)
+    for domain in ("day", "night"):
+        (tiny_images_dir / domain / "zz_circle").rename(tiny_images_dir / domain / "circle")
+    image = tiny_images_dir / "night" / "square" / "0.png"
+    image.rename(tmp_path / "away.png")
+    with pytest.raises(RunError, match=r"other data \(split 'night': 24 images became 23\)"):
+        train(config, tmp_path / "run", resume=True)
+    (tmp_path / "away.png").rename(image)
+    (tmp_path / "run" / "data.json").unlink()  # a run of an older version goes on, and knows its data from then on
+    assert train(config, tmp_path / "run", resume=True)["steps"] == 3
+    assert "has no data.json" in capsys.readouterr().out
+    assert (tmp_path / "run" / "data.json").is_file()
