@@ -133,7 +133,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 class Folder:
-    """Type of arguments that name a folder: an empty text, as an unset variable of a shell gives, is no folder."""
+    """Folder argument of the command line; an empty text is refused.
+
+    An unset variable of a shell gives an empty text.
+    """
 
     def __init__(self, argument: str) -> None:
         self.argument = argument
