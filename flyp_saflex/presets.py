@@ -45,7 +45,8 @@ class SaflexSettings:
     refresh_every: Count = 4
     """Steps between validation gradients."""
     scope: Literal["all", "head"] = "head"
-    """Parameters of the validation gradient: all trained ones (`all`), or image projection and text tower (`head`)."""
+    """Parameters of the validation gradient: all trained ones (`all`), or image projection and text tower (`head`; of other
+    classifiers: the last Linear layer)."""
     average: BelowOne = 0.5
     """Decay of the running average of the validation gradient over refreshes; 0: no average."""
     estimator: Literal["auto", "exact", "central", "one-sided"] = "auto"

@@ -51,6 +51,7 @@ class ModuleSaflex:
     def __init__(
         self, model: nn.Module, saflex: Saflex, *, head: str | None = None, rows: RowMode = "auto", dropout: Dropout = "refuse"
     ) -> None:
+        model = getattr(model, "_orig_mod", model)  # of torch.compile, which has no forward mode
         _check_choice("rows", rows, get_args(RowMode))
         _check_choice("dropout", dropout, get_args(Dropout))
         _check_settings(saflex)

@@ -205,6 +205,12 @@ def test_the_scope_is_the_presets_and_the_head_is_the_last_linear_layer_or_the_n
     assert set(Saflex.for_module(nn.Linear(5, 3)).parameters) == {"weight", "bias"}
 
 
+def test_a_compiled_model_decides_as_the_model_that_it_wraps():
+    model, y = plain_net(), plain_rows()[1]
+    expected, found = decide(model, y, penalty=0.5), decide(torch.compile(model), y, penalty=0.5)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_without_augmented_rows_or_without_gains_there_is_nothing_to_compute():
     model, (x_val, y_val) = plain_net(), plain_rows(9, seed=1)
     weights, labels = Saflex.for_module(model, agreement="require")(0, x_val[:0], y_val[:0], x_val, y_val)
@@ -372,6 +378,19 @@ def test_dropout_is_left_out_on_request_or_where_its_rate_is_zero_or_it_does_not
     (x_val, y_val) = plain_rows()
     with pytest.raises(ConfigError, match="'1'"):
         saflex(0, x_val, y_val, x_val, y_val)
+
+
+def test_dropout_in_a_forward_that_is_left_out_draws_no_random_number():
+    torch.manual_seed(0)
+    model, (x, y), state = HiddenDropout(5, 3), plain_rows(), torch.get_rng_state()
+    plain = nn.Linear(5, 3)
+    plain.load_state_dict(model.state_dict())
+    torch.set_rng_state(state)
+    weights, labels = Saflex.for_module(model, dropout="off", penalty=0.5)(0, x.float(), y, x.float(), y)
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = Saflex.for_module(plain, penalty=0.5)(0, x.float(), y, x.float(), y)
+    assert torch.equal(weights, expected[0])
+    assert torch.equal(labels, expected[1])
 
 
 # --- the joint loss
