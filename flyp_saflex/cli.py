@@ -133,7 +133,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 class Folder:
-    """Type of arguments that name a folder: an empty text, as an unset variable of a shell gives, is no folder."""
+    """Type of arguments that name a folder: an empty text, as an unset shell variable gives, is refused."""
 
     def __init__(self, argument: str) -> None:
         self.argument = argument
