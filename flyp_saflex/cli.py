@@ -138,6 +138,8 @@ class Folder:
     An unset variable of a shell gives an empty text.
     """
 
+    """Type of arguments that name a folder: an empty text, as an unset shell variable gives, is refused."""
+
     def __init__(self, argument: str) -> None:
         self.argument = argument
 

@@ -85,7 +85,7 @@ def check_values(values: Mapping[str, Any], source: str, error: type[UserError],
     """Check that nested values, as TOML has them, can be told and written.
 
     Raises:
-        UserError: of the given type; nested too deeply, a number beyond 64 bits, a NUL in a text.
+        UserError: of the given type; nested too deeply, a number beyond 64 bits, a NUL or bytes that are not UTF-8 in a text.
     """
     rest: list[tuple[str, int, Any]] = [("", 0, values)]
     while rest:
@@ -96,15 +96,21 @@ def check_values(values: Mapping[str, Any], source: str, error: type[UserError],
             )
         if isinstance(value, Mapping):
             rest += [(f"{where}.{name}" if where else name, level + 1, item) for name, item in value.items()]
-            bad = next((name for name in value if "\0" in name), None)
+            bad = next((name for name in value if not _is_text(name)), None)
         elif isinstance(value, list):
             rest += [(where, level + 1, item) for item in value]
             continue
         else:
-            bad = value if isinstance(value, str) and "\0" in value else None
+            bad = value if isinstance(value, str) and not _is_text(value) else None
         if bad is not None and not any_character:
-            raise error(f"{source}: {quoted(where or bad)} has a NUL character ('{quoted(bad)}'), expected text; remove it")
+            odd = "a NUL character" if "\0" in bad else "bytes that are not UTF-8"
+            raise error(f"{source}: {quoted(where or bad)} has {odd} ('{quoted(bad)}'), expected text; remove or rename it")
         if isinstance(value, int) and value.bit_length() > 63:
             raise error(
                 f"{source}: {quoted(where)} is a number of {value.bit_length()} bits, expected at most 63; write a smaller one"
             )
+
+
+def _is_text(text: str) -> bool:
+    """Return whether a run folder's config.toml can hold the text: no NUL, and no surrogate that stands for another byte."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)

@@ -61,6 +61,8 @@ def test_a_byte_order_mark_is_left_out(tmp_path: Path):
         "x" * 5_000,
         "x" * 5_000 + "=1",
         'data.root="a\\u0000b"',
+        "data.root=caf\udce9",
+        "train.lr=caf\udce9",
         "data.name=" + "x" * 5_000,
         "train.lr=inf",
         "train.lr=nan",

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flyp_saflex.cli import main
 from flyp_saflex.errors import ConfigError, DataError, ModelError, RunError
@@ -141,3 +142,38 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(make_config
     assert not list((small_disk / "run").rglob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     assert train(config, small_disk / "run", resume=True)["steps"] == 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign"])
+def test_damaged_files_of_a_run_are_one_line_for_every_command(make_config, tmp_path, capsys, damage):
+    """best.safetensors and a checkpoint when training goes on, the head and the model when the run is evaluated."""
+    run = tmp_path / "run"
+    config = make_config("train.method=ce-linear", "train.steps=2", "train.checkpoint_every=1", "train.evaluate_every=1")
+    train(config, run)
+
+    def spoil(path):
+        if damage == "foreign":
+            torch.save({"x": 1}, path) if path.suffix == ".pt" else save_file({"x": torch.zeros(1)}, path)
+        else:
+            path.write_bytes({"cut": path.read_bytes()[:200], "empty": b"", "text": b"no tensors at all"}[damage])
+
+    for name in ("head.safetensors", "model/open_clip_model.safetensors"):
+        whole = (run / name).read_bytes()
+        spoil(run / name)
+        capsys.readouterr()
+        assert main(["evaluate", str(run)]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1, told
+        assert name.rpartition("/")[2] in told or "model.name = " in told
+        (run / name).write_bytes(whole)
+    (run / "DONE").unlink()
+    newest = max((run / "checkpoints").glob("step-*.pt"))
+    for path in (run / "checkpoints" / "best.safetensors", newest):
+        whole = path.read_bytes()
+        spoil(path)
+        with pytest.raises(RunError, match=r"best\.safetensors|checkpoint") as error:
+            train(config, run, resume=True)
+        assert "\n" not in str(error.value)
+        path.write_bytes(whole)
+    train(config, run, resume=True)
+    assert (run / "DONE").is_file()
