@@ -3,12 +3,15 @@
 Each function imports the code of its command when it is called, so that `--help` loads no heavy library. Its
 docstring is the help text of the command.
 
-Exit codes: 0 success, 1 internal error (with a traceback), 2 mistake of the user (one line), 130 after Ctrl-C.
+Exit codes: 0 success, 1 internal error (with a traceback), 2 mistake of the user (one line), 130 after Ctrl-C, 141 when the
+reader of the output is gone (`| head`).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +21,8 @@ from flyp_saflex.config import Config
 from flyp_saflex.errors import UserError
 from flyp_saflex.user_text import quoted
 
+CLOSED_PIPE = 141
+"""Exit code of a program whose output nobody reads any more, as a shell tells SIGPIPE."""
 EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex train RECIPE --print-config"
 
 
@@ -133,11 +138,6 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 class Folder:
-    """Folder argument of the command line; an empty text is refused.
-
-    An unset variable of a shell gives an empty text.
-    """
-
     """Type of arguments that name a folder: an empty text, as an unset shell variable gives, is refused."""
 
     def __init__(self, argument: str) -> None:
@@ -213,6 +213,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, not at the interpreter's end, where a closed pipe cannot be caught
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise  # a pipe between processes of ours
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # for what the interpreter flushes at its end
+        os.close(nowhere)
+        return CLOSED_PIPE
+
+
+def _output_is_closed() -> bool:
+    """Return whether the reader of the output is gone."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         runtime.keep_freed_memory()

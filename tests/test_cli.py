@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -111,3 +112,21 @@ def test_interrupt_is_code_130_and_our_bug_keeps_its_traceback(
     monkeypatch.setattr(cli.recipe, "load", lambda *_: fail(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError, match="ours"):  # the interpreter turns it into a traceback and code 1
         run(capsys, "train", "folder")
+
+
+@pytest.mark.parametrize(
+    "command", [["--help"], ["data", "folder", "--print-config"], ["data", "folder", "--set", "data.root={}/day"]]
+)
+def test_a_closed_pipe_ends_a_command_without_a_traceback(tiny_images_dir, command):
+    arguments = [part.format(tiny_images_dir) for part in command]
+    reading, writing = os.pipe()
+    os.close(reading)  # the reader is gone before the first line, as `| head -0`
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "flyp_saflex", *arguments], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writing)
+    assert run.returncode in (0, 141)  # argparse itself says nothing where its help cannot be written
+    assert "Traceback" not in run.stderr
+    assert "BrokenPipe" not in run.stderr

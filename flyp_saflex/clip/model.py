@@ -16,6 +16,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
@@ -114,7 +115,8 @@ def load_clip(name: str, pretrained: str = "", *, device: str | torch.device = "
 def save_clip(clip: Clip, folder: Path) -> None:
     """Save a model in open_clip's `local-dir:` layout: open_clip_config.json and open_clip_model.safetensors.
 
-    `open_clip.create_model("local-dir:FOLDER")` loads it and gives the same logits.
+    `open_clip.create_model("local-dir:FOLDER")` loads it and gives the same logits. A tokenizer with files of its own (Hugging
+    Face's) is saved with it, as `open_clip.get_tokenizer("local-dir:FOLDER")` takes them from there.
     """
     from safetensors.torch import save_file
 
@@ -124,6 +126,8 @@ def save_clip(clip: Clip, folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {key: value.detach().to("cpu").clone().contiguous() for key, value in clip.model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    if isinstance(clip.tokenizer, HFTokenizer):
+        clip.tokenizer.save_pretrained(folder)
     (folder / "open_clip_model.safetensors").chmod(0o644)  # safetensors creates files that only their owner can read
 
 

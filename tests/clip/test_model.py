@@ -74,3 +74,40 @@ def test_quickgelu_of_openai_weights_is_kept_when_saved(tiny_clip_dir, tmp_path)
     with torch.no_grad():
         again = load_clip(f"local-dir:{tmp_path / 'model'}").model.encode_image(images)
         assert torch.equal(again, clip.model.encode_image(images))
+
+
+@pytest.fixture
+def own_tokenizer_dir(tmp_path):
+    """A model with a Hugging Face tokenizer of its own, as SigLIP and multilingual CLIPs have."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "<s>", "</s>", "a", "photo", "of", "cat", "dog", "."]
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    folder = tmp_path / "own_tokenizer"
+    folder.mkdir()
+    text = {"context_length": 12, "vocab_size": len(words), "hf_tokenizer_name": "somebody/siglip", "width": 32, "heads": 2}
+    text |= {"layers": 2, "no_causal_mask": True, "pool_type": "last", "tokenizer_kwargs": {"clean": "canonicalize"}}
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
+    config = {"embed_dim": 32, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
+    preprocess = {"size": 32, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_saved_model_has_its_own_tokenizer_with_it(own_tokenizer_dir, tmp_path):
+    clip = load_clip(f"local-dir:{own_tokenizer_dir}", "random")
+    save_clip(clip, tmp_path / "first")
+    again = load_clip(f"local-dir:{tmp_path / 'first'}")
+    save_clip(again, tmp_path / "second")  # saved models are models to start from
+    texts = ["a photo of a cat.", "a dog", "A CAT, of a photo"]
+    expected = clip.tokenizer(texts)
+    for folder in ("first", "second"):
+        assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path / folder}")(texts), expected)
+    assert torch.equal(again.model.encode_text(expected), clip.model.encode_text(expected))
