@@ -15,6 +15,7 @@ import msgspec
 from flyp_saflex.errors import ConfigError, nearest
 from flyp_saflex.ranges import BelowOne, Count, Fraction, Natural, NonNegative, Positive
 from flyp_saflex.tables import EVIDENCE, WEIGHT_RULES
+from flyp_saflex.user_text import quoted
 
 RETAINED = 1e6
 """Penalty from which on labels are retained exactly."""
@@ -140,7 +141,7 @@ def preset(name: str = "robust", **overrides: Any) -> SaflexSettings:
         field = where.rstrip("`")
         if names := get_args(get_type_hints(SaflexSettings)[field]):
             problem = f"expected one of {', '.join(names)}{nearest(str(values[field]), names)}"
-        raise ConfigError(f"saflex.{field} = {values[field]!r}: {problem}") from None
+        raise ConfigError(f"saflex.{field} = {quoted(repr(values[field]))}: {quoted(problem)}") from None
 
 
 def with_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,10 +150,11 @@ def with_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: unknown preset or option (with the nearest name).
     """
-    if name not in PRESETS:
-        raise ConfigError(f"saflex.preset = {name!r}: expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:  # a recipe may give any value
+        found = f"saflex.preset = {quoted(repr(name))}"
+        raise ConfigError(f"{found}: expected one of {', '.join(PRESETS)}{nearest(str(name), PRESETS)}")
     known = [field.name for field in dataclasses.fields(SaflexSettings)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"saflex has no option {key!r}{nearest(key, known)} (known: {', '.join(known)})")
+            raise ConfigError(f"saflex has no option {quoted(repr(key))}{nearest(key, known)} (known: {', '.join(known)})")
     return dataclasses.asdict(PRESETS[name]) | dict(values)

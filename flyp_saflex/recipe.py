@@ -85,7 +85,9 @@ def build(values: Mapping[str, Any], source: str) -> Config:
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$.")
         where = place.rstrip("`")
-        raise ConfigError(f"{source}: {where or 'top level'}{_found(values, where)}: {problem}{_choices(where)}") from None
+        raise ConfigError(
+            f"{source}: {where or 'top level'}{_found(values, where)}: {quoted(problem)}{_choices(where)}"
+        ) from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     _check_names(config, source)

@@ -70,7 +70,7 @@ def check(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         told = capsys.readouterr().err
         assert code in (0, 2), argv
         assert code == 0 or told.count("\n") == 1, (argv, told)
-        assert len(told) < 3_000, (argv, told)
+        assert len(told) < 1_500, (argv, told)
         assert sorted(path for path in tmp_path.rglob("*") if home not in path.parents) == around, argv
 
     return run

@@ -159,7 +159,7 @@ def _is_scores(path: Path) -> bool:
         with open(path, "rb") as file:
             row = msgspec.json.decode(file.readline() or b'{"keep": null}')
         return isinstance(row, dict) and "keep" in row
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
 
 

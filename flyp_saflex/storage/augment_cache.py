@@ -29,6 +29,7 @@ from flyp_saflex.records import Dataset, Edit
 from flyp_saflex.storage.augment_cache_files import refuse_links
 from flyp_saflex.storage.files import atomic_write, mend_tail
 from flyp_saflex.storage.manifest import MANIFEST, ManifestReader
+from flyp_saflex.user_text import quoted
 
 SCORES = "scores.jsonl"
 SHEETS = "sheets"
@@ -179,9 +180,8 @@ class AugmentCache:
         for number, row in self._reader.rows(path):
             aug_id = row.get("aug_id")
             if not isinstance(aug_id, str) or aug_id not in self._by_id:
-                raise DataError(
-                    f"{path} line {number}: aug_id is {aug_id!r}, not in {MANIFEST}; these scores belong to another cache"
-                )
+                found = f"aug_id is {quoted(repr(aug_id))}, not in {MANIFEST}"
+                raise DataError(f"{path} line {number}: {found}; these scores belong to another cache")
             rows[aug_id] = row
         return rows
 
@@ -196,7 +196,7 @@ class AugmentCache:
         for aug_id, edit in self._by_id.items():
             keep = scores.get(aug_id, {}).get("keep")
             if not isinstance(keep, bool):
-                found = f"'keep' is {keep!r}" if aug_id in scores else "there is no row"
+                found = f"'keep' is {quoted(repr(keep))}" if aug_id in scores else "there is no row"
                 raise DataError(f"{self.folder / file}: {found} for '{aug_id}', expected keep = true or false; score every edit")
             if keep:
                 kept.append(edit)

@@ -65,7 +65,7 @@ def state_settings(folder: Path, settings: Mapping[str, Any], *, write: bool) ->
     if path.is_file():
         try:
             found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
             raise DataError(f"{path} cannot be read ({error}); remove the entry or choose another cache.key") from None
         wanted = msgspec.json.decode(msgspec.json.encode(settings))
         changed = [name for name in wanted if name in found and found[name] != wanted[name]]
@@ -98,7 +98,7 @@ def read_rejected(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, di
             try:
                 row = msgspec.json.decode(line, type=dict[str, Any])
                 source, aug_id = str(row["source_id"]), row["aug_id"]
-            except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
                 raise DataError(f"{path} line {number}: no row with aug_id and source_id ({error}); remove the line") from None
             if aug_id:
                 edits[str(aug_id)] = row
@@ -119,7 +119,7 @@ def rows_by_id(files: Sequence[Path]) -> dict[str, bytes]:
         for number, line in enumerate(whole_lines(path), 1):
             try:
                 aug_id = decoder.decode(line).aug_id
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise DataError(f"{path} line {number}: no valid JSON row ({error}); mend or remove the line") from None
             if aug_id is None:
                 raise DataError(f"{path} line {number}: there is no aug_id; mend or remove the line")

@@ -5,6 +5,7 @@ Rows of writers that are still at work lie in files of their own (`.writers/*/`)
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ import msgspec
 
 from flyp_saflex.errors import DataError, nearest
 from flyp_saflex.records import Edit
+from flyp_saflex.user_text import quoted
 
 MANIFEST, WRITERS, ROWS = "metadata.jsonl", ".writers", "rows.jsonl"
 
@@ -51,13 +53,17 @@ class ManifestReader:
                     if known[0] != path and known[2] == digest:
                         continue  # a row of a writer that has just been merged into the manifest
                     where = "" if known[0] == path else f" of {known[0]}"
-                    raise DataError(f"{path} line {number}: '{edit.aug_id}' is already on line {known[1]}{where}; remove one")
+                    raise DataError(
+                        f"{path} line {number}: '{quoted(edit.aug_id)}' is already on line {known[1]}{where}; remove one"
+                    )
                 seen[edit.aug_id] = (path, number, digest)
                 folder, name = os.path.split(edit.path)
                 if folder not in listings:
                     listings[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
                 if name not in listings[folder]:
-                    raise DataError(f"{path} line {number}: the image {edit.path} is missing; copy it back or remove the line")
+                    raise DataError(
+                        f"{path} line {number}: the image {quoted(str(edit.path))} is missing; copy it back or remove the line"
+                    )
                 yield edit
 
     def edit(self, row: Mapping[str, Any], where: str) -> Edit:
@@ -73,10 +79,12 @@ class ManifestReader:
             value = values.get(name)
             if not isinstance(value, kind) or isinstance(value, bool) or value == "":
                 expected = "a class index" if kind is int else "text"
-                raise DataError(f"{where}: '{name}' is {value!r}, expected {expected}; correct the row")
+                raise DataError(f"{where}: '{name}' is {quoted(repr(value))}, expected {expected}; correct the row")
         relative = PurePosixPath(values["file_name"])
         if relative.is_absolute() or ".." in relative.parts or "\\" in values["file_name"]:
-            raise DataError(f"{where}: file_name '{values['file_name']}' points outside of the cache entry; correct the row")
+            raise DataError(
+                f"{where}: file_name '{quoted(values['file_name'])}' points outside of the cache entry; correct the row"
+            )
         known = ("file_name", "aug_id", "source_id", "label", "instruction")
         return Edit(
             aug_id=values["aug_id"],
@@ -91,7 +99,9 @@ class ManifestReader:
         found = [label for label, known in enumerate(self.class_names) if known.casefold() == name.casefold()]
         if len(found) != 1:
             problem = "stands for several classes" if found else f"is no class{nearest(name, self.class_names)}"
-            raise DataError(f"{where}: label '{name}' {problem} (class names: {len(self.class_names)}); write the class index")
+            raise DataError(
+                f"{where}: label '{quoted(name)}' {problem} (class names: {len(self.class_names)}); write the class index"
+            )
         return found[0]
 
     def rows(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -100,7 +110,7 @@ class ManifestReader:
         A last line that a kill cut off is skipped with a note.
         """
         try:
-            lines = path.read_bytes().split(b"\n")
+            lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
         except FileNotFoundError:  # rows of a writer that were merged in the meantime
             lines = []
         return self._decoded(path, lines)
@@ -111,7 +121,7 @@ class ManifestReader:
                 continue
             try:
                 yield number, msgspec.json.decode(line, type=dict[str, Any])
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 if number == len(lines):  # no newline after it: the writer was killed
                     self.notes.append(f"{path} line {number} was cut off and is left out")
                     return

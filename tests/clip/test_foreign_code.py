@@ -139,3 +139,11 @@ def test_every_command_that_loads_a_model_refuses_it(
         assert main(argv) in ((0, 2) if "--dry-run" in argv and argv[0] == "evaluate" else (2,)), argv
         assert not marker.exists(), argv
         assert len(capsys.readouterr().err.strip().splitlines()) <= 1, argv
+
+
+def test_a_model_of_the_hub_is_checked_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch):
+    config = {"model_cfg": {"vision_cfg": {}, "text_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}}}
+    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: config)
+    monkeypatch.setattr("open_clip.create_model", lambda *_, **__: pytest.fail("open_clip was asked first"))
+    with pytest.raises(ModelError, match=r"hf-hub:some/one/open_clip_config\.json: .*trust_remote_code = True: refused"):
+        load_clip("hf-hub:some/one")

@@ -285,3 +285,24 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
         AugmentCache.create(tmp_path / "file" / "entry", "folder")
+
+
+def test_scores_with_a_byte_order_mark_are_read(entry: Path):
+    rows = "".join(json.dumps({"aug_id": edit.aug_id, "keep": True}) + "\n" for edit in AugmentCache.at(entry).edits)
+    (entry / "scores.jsonl").write_text(rows, encoding="utf-8-sig")
+    assert len(AugmentCache.at(entry).kept()) == len(SOURCES)
+    manifest = entry / "metadata.jsonl"
+    manifest.write_text(manifest.read_text(), encoding="utf-8-sig")
+    assert len(AugmentCache.at(entry).kept()) == len(SOURCES)
+
+
+@pytest.mark.parametrize(
+    "row", [b"\xff\xfe", b"[" * 50_000, b'{"aug_id": ' + b"9" * 9_000 + b"}", b'{"aug_id": "' + b"x" * 9_000 + b'"}']
+)
+@pytest.mark.parametrize("file", ["metadata.jsonl", "scores.jsonl"])
+def test_rows_of_any_content_are_named_in_one_short_line(row: bytes, file: str, entry: Path):
+    (entry / file).write_bytes(row + b"\n")
+    with pytest.raises(DataError, match=f"{file} line 1: ") as error:
+        _ = AugmentCache.at(entry).edits if file == "metadata.jsonl" else AugmentCache.at(entry).kept()
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
