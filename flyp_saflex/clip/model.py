@@ -1,4 +1,4 @@
-"""CLIP models of open_clip: loading, saving, tokeniser. The only module that imports open_clip.
+"""CLIP models of open_clip: loading, saving, tokeniser. With `weights_files.py` the only user of open_clip.
 
 Shapes: S side of the square images in pixels, N texts, L tokens.
 """
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from flyp_saflex.clip.foreign_code import check_config, no_remote_code
+from flyp_saflex.clip.weights_files import foreign_form, notes_on_file, published_preprocessing
 from flyp_saflex.errors import ModelError, nearest
 
 RANDOM = "random"
@@ -37,12 +38,14 @@ class Clip:
         preprocess: evaluation transform, image -> float tensor [3, S, S].
         tokenizer: list of N texts -> long tensor [N, L].
         config: open_clip's `model_cfg` and `preprocess_cfg`, as written to open_clip_config.json.
+        notes: what was taken for weights of a file, which do not say it.
     """
 
     model: Any
     preprocess: Callable[[Image.Image], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     config: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def image_size_px(self) -> int:
@@ -99,17 +102,27 @@ def load_clip(name: str, pretrained: str = "", *, device: str | torch.device = "
         raise
     except Exception as error:  # open_clip raises a dozen types here, hub clients a dozen more
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        if foreign := foreign_form(name, pretrained):
+            raise ModelError(f"model.name = {name}, model.pretrained = {pretrained or '(none)'}: {foreign}") from error
         raise ModelError(
             f"model.name = {name}, model.pretrained = {pretrained or '(none)'}: the weights cannot be loaded ({reason}); "
-            "without a network, give model.name=local-dir:FOLDER or the path of a checkpoint file as model.pretrained"
+            "without a network, give model.name=local-dir:FOLDER or the path of a checkpoint file as model.pretrained (for "
+            "OpenAI's weights with a model.name that ends in -quickgelu)"
         ) from error
     finally:
         logging.disable(disabled)
     preprocess_cfg = dict(model.visual.preprocess_cfg)
     if options.get("force_quick_gelu"):
         model_cfg["quick_gelu"] = True
+    notes: list[str] = []
+    if not local and pretrained != RANDOM and pretrained not in open_clip.list_pretrained_tags_by_model(name):
+        if published := published_preprocessing(name):
+            preprocess_cfg |= published
+        quick_gelu = bool(model_cfg.get("quick_gelu"))
+        notes = notes_on_file(name, pretrained, model, quick_gelu=quick_gelu, preprocess_cfg=preprocess_cfg)
     transform = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
-    return Clip(model.eval(), transform, tokenizer, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    return Clip(model.eval(), transform, tokenizer, config, tuple(notes))
 
 
 def save_clip(clip: Clip, folder: Path) -> None:

@@ -62,6 +62,7 @@ class ClipTask(Task):
         self.captions = Captions.of(dataset, dataset.train.samples if "train" in dataset.splits else ())
         self.tokens_ML = clip.tokenizer(self.captions.texts)
         self.same_M = first_with_equal_tokens(self.tokens_ML)
+        self.notes += clip.notes
         if cut := note_on_cut_texts(clip.tokenizer, self.captions.texts, self.tokens_ML):
             self.notes.append(cut)
         self._class_columns: Tensor | None = None
