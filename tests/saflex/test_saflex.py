@@ -61,7 +61,7 @@ def test_no_weights_and_labels_beat_the_hard_solution():
     # With free labels nothing is dropped, because the best label never has a negative gain.
     assert weights.tolist() == [1.0] * 8
     # With retained labels the best weights are the `upstream` rule's, found by trying all of them.
-    weights, labels = Saflex(preset="paper", penalty=math.inf, weight_rule="upstream").solve(pi, upstream)
+    weights, labels = Saflex(preset="paper", penalty=1e30, weight_rule="upstream").solve(pi, upstream)
     best = (weights[:, None] * labels * pi).sum()
     own = pi.gather(1, upstream[:, None])[:, 0]
     everything = [sum(own[i] for i in range(8) if code >> i & 1) for code in range(1, 256)]
@@ -145,7 +145,7 @@ def test_std_scale_makes_the_temperature_mean_the_same_at_every_raw_scale():
 
 def test_switched_off_by_settings_equals_the_plain_loss_to_the_last_bit():
     pi, upstream = random_gains(rows=5)
-    weights, labels = Saflex(weight_rule="all", penalty=math.inf).solve(pi.float(), upstream)
+    weights, labels = Saflex(weight_rule="all", penalty=1e30).solve(pi.float(), upstream)
     logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))
     assert torch.equal(soft_cross_entropy(logits, labels, weights), F.cross_entropy(logits, upstream))
     assert torch.equal(clip_loss(logits, labels, weights), clip_loss(logits, F.one_hot(upstream, 5)))
