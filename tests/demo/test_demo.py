@@ -41,6 +41,7 @@ def written(folder: Path, recipe_name: str, seed: int, accuracy: float) -> Path:
             "role": "test",
             "shift": "id",
             "wise_alpha": alpha,
+            "n": 100,
             "accuracy": accuracy + shift,
             "macro_f1": accuracy / 2,
         }
