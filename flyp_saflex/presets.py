@@ -28,7 +28,7 @@ class SaflexSettings:
     """Options of the method; the defaults are those of the preset `robust`."""
 
     temperature: Positive = 0.1
-    """tau: temperature of the softened Eq. (10); both presets: 0.1."""
+    """tau: temperature of the softened Eq. (10); every preset: 0.1."""
     penalty: NonNegative = 1e6
     """beta of Eq. (10): pull of the learned label towards the upstream label."""
     weight_rule: str = "upstream"
@@ -133,7 +133,19 @@ def preset(name: str = "robust", **overrides: Any) -> SaflexSettings:
     Raises:
         ConfigError: unknown preset or field (with the nearest name), or a value out of range.
     """
-    values = with_preset(name, {key: value for key, value in overrides.items() if value is not None})
+    return _checked(with_preset(name, {key: value for key, value in overrides.items() if value is not None}))
+
+
+def checked(settings: SaflexSettings) -> SaflexSettings:
+    """Return settings that somebody constructed, with every value in its range.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    return _checked(dataclasses.asdict(settings))
+
+
+def _checked(values: dict[str, Any]) -> SaflexSettings:
     try:
         return msgspec.convert(values, SaflexSettings)
     except msgspec.ValidationError as error:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flyp_saflex.errors import ConfigError
-from flyp_saflex.presets import SaflexSettings, preset
+from flyp_saflex.presets import SaflexSettings, checked, preset
 from flyp_saflex.saflex.closed_form import KeptRates, gains, probability_gains, renormalise, soft_labels, spread
 from flyp_saflex.saflex.direction import ValidationDirection
 from flyp_saflex.saflex.jvp import Parameters
@@ -66,7 +66,7 @@ class Saflex(ValidationDirection):
 
     Args:
         settings: the settings; None: the named preset with overrides.
-        preset: `robust` or `paper`, if `settings` is None.
+        preset: a name in `presets.PRESETS`, if `settings` is None.
         overrides: fields of `SaflexSettings`.
 
     Attributes:
@@ -80,7 +80,7 @@ class Saflex(ValidationDirection):
 
     def __init__(self, settings: SaflexSettings | None = None, *, preset: str = "robust", **overrides: Any) -> None:
         assert settings is None or not overrides, "give settings, or a preset with overrides, not both"
-        super().__init__(settings if settings is not None else _preset(preset, **overrides))
+        super().__init__(checked(settings) if settings is not None else _preset(preset, **overrides))
         self.bank = ValidationBank()
         self.evidence_row: dict[str, float] = {}
         self._rates = KeptRates()

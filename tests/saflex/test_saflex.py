@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from flyp_saflex.errors import ConfigError
-from flyp_saflex.presets import PRESETS, preset
+from flyp_saflex.presets import PRESETS, SaflexSettings, preset
 from flyp_saflex.saflex.closed_form import gains
 from flyp_saflex.saflex.losses import clip_loss, cross_entropy, soft_cross_entropy
 from flyp_saflex.saflex.saflex import Saflex
@@ -348,6 +348,14 @@ def test_finite_differences_decide_as_the_exact_derivative_does(estimator):
         decisions.append(weights)
     # Only rows whose gain is within the estimator's error (1e-3) of zero may change sides.
     assert (decisions[0] != decisions[1]).double().mean() <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", -1.0), ("penalty", math.nan), ("estimator", "exakt"), ("average", 1.0)]
+)
+def test_settings_constructed_directly_are_checked_too(name, value):
+    with pytest.raises(ConfigError, match=f"saflex.{name} = {value!r}: "):
+        Saflex(SaflexSettings(**{name: value}))
 
 
 def test_a_call_before_the_first_refresh_says_so():
