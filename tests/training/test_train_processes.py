@@ -3,18 +3,26 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from flyp_saflex.data.registry import load_dataset
+from flyp_saflex.storage.augment_cache import AugmentCache
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.training.train import train
 
 pytestmark = pytest.mark.slow
 
 CASES = {
-    "evidence decides, each process looks at half of the edits": ["augment.upstream=cache", "saflex.enabled=true"],
+    "evidence decides, each process looks at half of the edits": [
+        "augment.upstream=cache",
+        "cache.key=third_swapped",
+        "saflex.enabled=true",
+    ],
     "head scope": ["augment.upstream=randaugment", "saflex.enabled=true", "saflex.scope=head"],
     "all parameters, one column per row, half the edits": [
         "augment.upstream=cache",
@@ -71,10 +79,27 @@ def two_processes(options, run, script, *, expected=0):
     return done
 
 
+def write_third_swapped(config):
+    """Twelve edits of every training image, enough to calibrate evidence; four show an image of another class."""
+    samples = load_dataset(config.data, seed=config.seed).train.samples
+    cache = AugmentCache.create(Path(config.cache.root) / "folder" / "third_swapped", "folder")
+    for sample in samples:
+        others = [other for other in samples if other.label != sample.label]
+        for number in range(12):
+            shown = sample if number < 8 else others[number % len(others)]
+            name = AugmentCache.file_name(sample.sample_id, "", number)
+            row = {"file_name": name, "source_id": sample.sample_id, "label": sample.label, "instruction": ""}
+            with Image.open(shown.path) as image:
+                cache.append(image.point(lambda value, number=number: value * (20 - number) // 20), row)
+    cache.finish()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(make_config, tiny_options, edits, tmp_path, case):
     """To 1e-5: sums over the batch are taken in another order. A large epsilon keeps AdamW from blowing that up."""
     options = [*tiny_options, "train.steps=10", "train.eps=1e-3", "train.batch_size=8", "train.log_augmented=true", *CASES[case]]
+    if "evidence" in case:
+        write_third_swapped(make_config())
     train(make_config(*options), tmp_path / "one")
     done = two_processes(options, tmp_path / "two", tmp_path / "both.py")
     assert "2 processes" in done.stdout
@@ -89,9 +114,15 @@ def test_two_processes_equal_one(make_config, tiny_options, edits, tmp_path, cas
             a, b = load_file(one.path / name), load_file(two.path / name)
             for key in a:
                 torch.testing.assert_close(b[key], a[key], rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
-    rows = [sorted((row["step"], row["id"], row["weight"] > 0) for row in run.read_rows("augmented.jsonl")) for run in (one, two)]
-    assert rows[0] == rows[1]
-    assert {kept for *_, kept in rows[0]} == {True, False}, "SAFLEX must have something to decide"
+    rows = [list(run.read_rows("augmented.jsonl")) for run in (one, two)]
+    decided = [
+        sorted((row["step"], row["id"], row["learned_label"] if row["weight"] > 0 else -1) for row in of_run) for of_run in rows
+    ]
+    assert decided[0] == decided[1]
+    if "evidence" in case:
+        assert {row["learned_label"] == row["label"] for row in rows[0]} == {True, False}, "evidence must relabel some"
+        return
+    assert {row["weight"] > 0 for row in rows[0]} == {True, False}, "SAFLEX must have something to decide"
 
 
 def test_an_image_that_one_process_cannot_read_stops_both(make_config, tiny_options, tmp_path):
