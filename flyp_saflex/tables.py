@@ -149,11 +149,6 @@ class Metric:
         compute = _imported(self.compute) if isinstance(self.compute, str) else self.compute
         return compute(scores)
 
-    @property
-    def unit(self) -> str:
-        """Unit of values in reports: percent for a fraction, else none."""
-        return "percent" if self.is_fraction else ""
-
     def text(self, value: float | None, *, sign: bool = False) -> str:
         """Format a value or a difference: percent with one decimal, or three digits behind the point; `-` for None."""
         if value is None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from flyp_saflex import AugmentCache, recipe, runtime
-from flyp_saflex.clip.model import Clip, ImageTower, load_clip, num_blocks
+from flyp_saflex.clip.image_tower import ImageTower, num_blocks
+from flyp_saflex.clip.model import Clip, load_clip
 from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset
@@ -38,6 +40,9 @@ from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.saflex.evidence import combine, decide, on_grid, own_source_evidence, source_evidence
 from flyp_saflex.saflex.null_rule import margins
+
+sys.path.append(str(Path(__file__).resolve().parent / "beds"))
+from number_lists import numbers
 
 MIDDLE = 0.7
 """Depth of the middle layer, a fraction of the tower's blocks."""
@@ -166,15 +171,6 @@ def settings(options: argparse.Namespace, seed: int, rate: float) -> Config:
     """Return the recipe of one entry."""
     chosen = [text.replace("{seed}", str(seed)) for text in options.set]
     return recipe.load(options.recipe, [*chosen, f"seed={seed}", f"cache.key=seed{seed}-rate{rate:g}"])
-
-
-def numbers(text: str) -> list[int]:
-    """Parse `0-4,7`."""
-    result: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        result += range(int(first), int(last or first) + 1)
-    return result
 
 
 def main() -> None:

@@ -81,11 +81,12 @@ def best(outcomes: Sequence[Outcome]) -> Outcome | None:
 
     A condition without a value there (it was trained on the split) is no candidate.
     """
-    candidates = [outcome for outcome in outcomes if outcome.select]
-    sign = {outcome.condition.name: 1 if METRICS[outcome.metric].larger_is_better else -1 for outcome in candidates}
-    return max(
-        candidates, key=lambda outcome: sign[outcome.condition.name] * summarise(outcome.select.values()).mean, default=None
-    )
+
+    def goodness(outcome: Outcome) -> float:
+        mean = summarise(outcome.select.values()).mean
+        return mean if METRICS[outcome.metric].larger_is_better else -mean
+
+    return max((outcome for outcome in outcomes if outcome.select), key=goodness, default=None)
 
 
 def verdict(outcomes: Sequence[Outcome], *, measure: str, select: str) -> list[str]:

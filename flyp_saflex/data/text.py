@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flyp_saflex.errors import DataError
+from flyp_saflex.user_text import quoted
 
 SHOWN_CHARACTERS = 100
 
@@ -23,9 +24,7 @@ def nfc_all(names: Iterable[str]) -> tuple[str, ...]:
 
 def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     """Return a text for a message: one line, printable, at most `limit` characters."""
-    short = text if len(text) <= limit else f"{text[:limit]}..."
-    printable = short if short.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
-    return printable.encode("utf-8", "backslashreplace").decode()
+    return quoted(text, limit)
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:

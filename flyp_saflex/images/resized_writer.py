@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ import msgspec
 from PIL import Image
 from tqdm import tqdm
 
-from flyp_saflex.errors import DataError, RunError
+from flyp_saflex.errors import DataError
 from flyp_saflex.images.decode import Box, decode_picture, read_bytes
 from flyp_saflex.images.resized_copies import (
     INDEX,
@@ -36,10 +35,7 @@ from flyp_saflex.images.resized_copies import (
     stamps,
 )
 from flyp_saflex.records import Sample
-from flyp_saflex.storage.files import append_rows, mend_tail, replace_lines
-
-if sys.platform != "win32":
-    import fcntl
+from flyp_saflex.storage.files import append_rows, mend_tail, replace_lines, try_lock, write_troubles
 
 JPEG_QUALITY = 95
 SHARD_BYTES = 64 * 2**20
@@ -96,7 +92,7 @@ def materialise(
         made, pending = _pending(samples, read_index(folder), box_crop=box_crop)
         made.todo = len(pending)
         return made
-    with _troubles(folder):
+    with write_troubles(f"data.materialised = {folder}", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             if found is None:
@@ -213,23 +209,6 @@ def _cut(folder: Path, shard: int, end: int) -> None:
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder against a second writer."""
     with open(folder / ".lock", "a+", encoding="utf-8") as lock:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise DataError(f"data.materialised = {folder} is being written by another process: wait for it") from None
+        if not try_lock(lock):
+            raise DataError(f"data.materialised = {folder} is being written by another process: wait for it")
         yield
-
-
-@contextmanager
-def _troubles(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line."""
-    try:
-        yield
-    except (OSError, RunError) as error:
-        cause = error.__cause__ or error
-        reason = getattr(cause, "strerror", None) or cause
-        raise DataError(
-            f"data.materialised = {folder} cannot be written: {reason}; free disk space or choose another folder: what is done "
-            "stays, the same command goes on"
-        ) from None

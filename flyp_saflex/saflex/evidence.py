@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flyp_saflex.presets import SaflexSettings
 from flyp_saflex.saflex.null_rule import MIN_EDITS, Status, Verdict, null_rule, standardise
 
-THRESHOLD = 0.2
-"""Posterior at which a label starts to count: a good edit that is dropped costs four times a bad one that is kept."""
 SHARPNESS = 2.0
 """Inverse temperature of similarities, in units of their deviation over sources; higher: the nearest source counts most."""
 ROWS_AT_ONCE = 4096
@@ -60,14 +59,16 @@ class Decision:
     """Share of edits with a weight above 0."""
     relabelled_fraction: float
     """Share of edits with a weight above 0 whose likeliest label is not the one that they came with."""
-    kinds: dict[str, float]
-    """Weight of each kind of evidence."""
     verdict: Verdict
     """The null rule's answer."""
 
 
 def decide(
-    evidence: Mapping[str, Tensor], own_N: Tensor, *, threshold: float = THRESHOLD, min_edits: int = MIN_EDITS
+    evidence: Mapping[str, Tensor],
+    own_N: Tensor,
+    *,
+    threshold: float = SaflexSettings.evidence_threshold,
+    min_edits: int = MIN_EDITS,
 ) -> Decision:
     """Decide on all edits from several kinds of evidence.
 
@@ -106,7 +107,6 @@ def decide(
         status=verdict.status,
         kept_fraction=float(kept_N.float().mean()) if len(kept_N) else 0.0,
         relabelled_fraction=float((kept_N & (labels_NK.argmax(dim=1) != own_N)).float().mean()) if len(kept_N) else 0.0,
-        kinds=combined.weights,
         verdict=verdict,
     )
 

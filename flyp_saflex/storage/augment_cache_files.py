@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from flyp_saflex.errors import DataError, RunError
-from flyp_saflex.storage.files import entry_lock, whole_lines, write_json
+from flyp_saflex.errors import DataError
+from flyp_saflex.storage.files import entry_lock, whole_lines, write_json, write_troubles
 from flyp_saflex.storage.manifest import MANIFEST, WRITERS
 
 SETTINGS, REJECTED = "settings.json", "rejected.jsonl"
@@ -135,12 +135,5 @@ def _short(value: Any) -> str:
 @contextmanager
 def troubles(folder: Path) -> Iterator[None]:
     """Convert errors of the file system into a one-line `DataError`."""
-    try:
+    with write_troubles(f"augment cache {folder}", "change cache.root"):
         yield
-    except (OSError, RunError) as error:
-        cause = error.__cause__ or error
-        reason = getattr(cause, "strerror", None) or cause
-        raise DataError(
-            f"augment cache {folder} cannot be written: {reason}; free disk space or change cache.root: what is done stays, the "
-            "same command goes on"
-        ) from None

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import msgspec
 
-from flyp_saflex.errors import RunError
+from flyp_saflex.errors import DataError, RunError
 
 if sys.platform != "win32":
     import fcntl
@@ -110,6 +110,27 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 @contextmanager
+def write_troubles(what: str, another: str) -> Iterator[None]:
+    """Turn what the file system refuses into one line.
+
+    Args:
+        what: what is written, with its folder.
+        another: how to write it elsewhere.
+
+    Raises:
+        DataError: in place of an `OSError` or `RunError`.
+    """
+    try:
+        yield
+    except (OSError, RunError) as error:
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or cause
+        raise DataError(
+            f"{what} cannot be written: {reason}; free disk space or {another}: what is done stays, the same command goes on"
+        ) from None
+
+
+@contextmanager
 def entry_lock(folder: Path) -> Iterator[bool]:
     """Hold the lock of an entry, waiting for it; yield whether the file system supports locks."""
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
@@ -121,12 +142,20 @@ def entry_lock(folder: Path) -> Iterator[bool]:
         yield locked
 
 
+def try_lock(file: IO[str]) -> bool:
+    """Lock an open file without waiting, until it is closed; return whether it could be locked (on Windows: always)."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
 def hold(path: Path) -> IO[str]:
     """Open and lock a file; closing it, or any end of the process, releases the lock."""
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
-    if sys.platform != "win32":
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try_lock(file)  # a file system may have no locks
     return file
 
 

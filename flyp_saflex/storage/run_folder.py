@@ -22,11 +22,8 @@ import msgspec
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
-from flyp_saflex.storage.files import atomic_write, read_mapping, write_json
+from flyp_saflex.storage.files import atomic_write, read_mapping, try_lock, write_json
 from flyp_saflex.user_text import quoted
-
-if sys.platform != "win32":
-    import fcntl
 
 PACKAGES = (
     "torch",
@@ -62,14 +59,11 @@ class RunDir:
                 self._lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
         except OSError as error:
             raise RunError(f"run folder {path} cannot be written: {error.strerror}; choose another with --run-dir") from error
-        if self._lock is not None and sys.platform != "win32":
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._lock.close()
-                raise RunError(
-                    f"run folder {path} is in use by another process: wait for it, stop it, or choose another with --run-dir"
-                ) from None
+        if self._lock is not None and not try_lock(self._lock):
+            self._lock.close()
+            raise RunError(
+                f"run folder {path} is in use by another process: wait for it, stop it, or choose another with --run-dir"
+            )
 
     def __enter__(self) -> RunDir:
         return self

@@ -127,7 +127,7 @@ def instruction_groups(edits: Sequence[Edit], class_names: Sequence[str]) -> Ten
 
 @torch.no_grad()
 def _features(clip: Clip, items: Sequence[Sample | Edit], loader: ImageLoader) -> tuple[Tensor, Tensor]:
-    """Return normalised final embeddings and the middle layer of some images, float16 on the CPU."""
+    """Return normalised final embeddings and the middle layer of some images, float32 on the CPU."""
     visual = clip.model.visual
     tower = ImageTower(visual, max(1, round(MIDDLE * num_blocks(visual))))
     device = next(visual.parameters()).device

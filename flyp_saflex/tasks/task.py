@@ -103,7 +103,7 @@ class Task:
         Raises:
             UserError: weights that cannot be had, or that do not fit the dataset.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every task has its own
 
     def save(self, model: Path, run: Path) -> None:
         """Write the weights.
@@ -197,7 +197,7 @@ class Task:
 
     def validation_space(self, captions_V: Tensor) -> ValidationSpace:
         """Return the label space of validation rows over their own captions (for objectives over captions)."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked of tasks whose method's objective compares captions
 
     def class_of(self, label: int, over: Over) -> int | None:
         """Return the class of a label of the batch's label space; None for a caption that names no class."""
@@ -215,7 +215,7 @@ class Task:
             rank: this process, which reads its share of the images.
             num_processes: how many there are.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # asked of tasks with `gives_evidence` alone
 
     # Training
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conditions import write_condition_edits, write_test_domain
+from number_lists import fractions, numbers
 from styles import write_style_edits
 
 from flyp_saflex import recipe, runtime
@@ -119,27 +120,6 @@ BEDS: dict[str, Callable[[argparse.Namespace], None]] = {
 def say(folder: Path) -> None:
     """Print an entry that is finished."""
     print(f"{folder}: {(folder / 'DONE').read_text(encoding='utf-8').strip()}", flush=True)
-
-
-def numbers(text: str) -> list[int]:
-    """Parse `0-4,7`."""
-    result: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        result += range(int(first), int(last or first) + 1)
-    return result
-
-
-def fractions(text: str) -> list[float]:
-    """Parse `0,0.25,0.5`.
-
-    Raises:
-        ValueError: a number is not in 0..1.
-    """
-    result = [float(part) for part in text.split(",")]
-    if not all(0 <= rate <= 1 for rate in result):
-        raise ValueError(text)
-    return result
 
 
 def main() -> int:

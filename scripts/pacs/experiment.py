@@ -25,6 +25,7 @@ from flyp_saflex.training.setup import prepare
 from flyp_saflex.training.train import train
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "beds"))
+from number_lists import numbers
 from styles import write_style_edits
 
 SAFLEX = ("saflex.enabled=true",)
@@ -160,15 +161,6 @@ def alia_scores(options: argparse.Namespace, seed: int, rate: float) -> None:
         cache.write_scores(
             ({"aug_id": edit.aug_id, "keep": bool(not d)} for edit, d in zip(cache.edits, drop, strict=True)), file
         )
-
-
-def numbers(text: str) -> list[int]:
-    """Parse `0-4,7`."""
-    result: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        result += range(int(first), int(last or first) + 1)
-    return result
 
 
 def main() -> None:
