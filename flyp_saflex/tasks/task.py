@@ -61,11 +61,21 @@ class Processes:
         gather: concatenation of every process's tensor, without gradient.
         gather_features: the same with gradient to every process.
         rank: whose part of a concatenation is this process's own.
+        count: number of processes.
     """
 
     gather: Gather = lambda tensor: tensor
     gather_features: Gather = lambda tensor: tensor
     rank: int = 0
+    count: int = 1
+
+    def gather_in_order(self, tensor_A: Tensor) -> Tensor:
+        """Return every process's rows in the order of a single process: row i of process r is row i * count + r."""
+        return self.gather(tensor_A).unflatten(0, (self.count, -1)).transpose(0, 1).flatten(0, 1)
+
+    def as_gathered(self, tensor_A: Tensor) -> Tensor:
+        """Return rows in the order of a single process in that of `gather`: process after process."""
+        return tensor_A.unflatten(0, (-1, self.count)).transpose(0, 1).flatten(0, 1)
 
 
 class Task:

@@ -26,6 +26,7 @@ def processes_of(accelerator: Accelerator) -> Processes:
         gather=accelerator.gather,
         gather_features=lambda features: gather_features(features, accelerator),
         rank=accelerator.process_index,
+        count=accelerator.num_processes,
     )
 
 

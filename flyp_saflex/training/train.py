@@ -103,7 +103,7 @@ class _Trainer:
         self.decisions = decide_about_edits(setup, accelerator, run.path)
         if self.decisions is not None:
             self.environment["evidence_seconds"] = self.decisions.seconds
-        self.rows = RowBuilder(setup, accelerator.device, self.decisions)
+        self.rows = RowBuilder(setup, accelerator.device, self.decisions, processes_of(accelerator))
         apart = not obstacle(self.network, freeze_batchnorm=self.options.freeze_batchnorm)
         self.selecting = Selecting(setup.config.saflex.select if apart else "never")
         self.signals = StopSignals()

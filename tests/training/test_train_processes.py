@@ -18,6 +18,15 @@ from flyp_saflex.training.train import train
 pytestmark = pytest.mark.slow
 
 CASES = {
+    "Mixup of rows of both": ["augment.upstream=mixup", "saflex.enabled=true", "saflex.preset=paper-log"],
+    "CutMix of rows of both, in parts, one column per row": [
+        'augment.upstream=["flip", "cutmix"]',
+        "train.proxies=batch",
+        "train.accumulation=2",
+        "saflex.enabled=true",
+        "saflex.preset=robust",
+    ],
+    "a random filter drops the same rows": ["augment.upstream=randaugment", "augment.filter=random", "saflex.enabled=true"],
     "evidence decides, each process looks at half of the edits": [
         "augment.upstream=cache",
         "cache.key=third_swapped",
