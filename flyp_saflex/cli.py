@@ -240,6 +240,8 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         runtime.keep_freed_memory()
+        if note := runtime.single_process_note(os.environ, sys.argv[1:] if argv is None else argv):
+            print(f"note: {note}", file=sys.stderr)
         if hasattr(arguments, "recipe"):
             config = recipe.load(arguments.recipe, arguments.set)
             if arguments.print_config:

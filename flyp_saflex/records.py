@@ -26,8 +26,8 @@ class Sample:
         sample_id: path relative to the dataset's root, with forward slashes; unique within a dataset.
         item: the file, or a row of the dataset's `rows`.
         label: class index, 0 .. num_classes - 1.
-        domain: origin of the image (folder, camera location, style); the empty string if unknown. Worst-group accuracy uses
-            it as the group.
+        domain: origin of the image (folder, camera location, style); the empty string if unknown.
+        group: values of `data.group_columns`; the empty string without these. Worst-group accuracy is over groups, or domains.
         caption: the image's own caption, if the table has one; None: the class caption is used.
         box: bounding box (left, top, width, height) of the object in pixels of the stored image; None if unknown.
     """
@@ -36,6 +36,7 @@ class Sample:
     item: Path | int
     label: int
     domain: str = ""
+    group: str = ""
     caption: str | None = None
     box: tuple[float, float, float, float] | None = None
 
@@ -87,12 +88,14 @@ class Split:
             evaluation only.
         shift: `id` if the split shares the domains of the training split, else `ood`.
         samples: rows in the order of the source file.
+        own_classes: classes that predictions are taken from (`data.own_classes`); empty: all.
     """
 
     name: str
     role: Role
     shift: Shift
     samples: tuple[Sample, ...]
+    own_classes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)

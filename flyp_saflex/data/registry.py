@@ -42,6 +42,7 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
     _check_splits(dataset)
     if check_files:
         _check_files(dataset)
+    dataset = _with_own_classes(_with_groups(dataset, config), config)
     splits = dict(dataset.splits)
     notes = [*dataset.notes, *class_name_notes(dataset.class_names)]
     if config.shots:
@@ -104,6 +105,48 @@ def _synonym(dataset: Dataset, name: str) -> Split | None:
         if folded(split.name) in (*SELECT_NAMES, *EVAL_NAMES) and (split.role, split.shift) == ("select", "id")
     ]
     return found[0] if len(found) == 1 else None
+
+
+def _with_groups(dataset: Dataset, config: DataConfig) -> Dataset:
+    """Return the dataset with the groups of `data.group_columns`, unless its reader has made them.
+
+    Raises:
+        DataError: a name is neither `class` nor `domain`.
+    """
+    names = config.group_columns
+    if not names or any(sample.group for split in dataset.splits.values() for sample in split.samples):
+        return dataset
+    for name in names:
+        if name not in ("class", "domain"):
+            raise DataError(
+                f"data.group_columns: '{shown(name)}' is no column of '{dataset.name}'; expected class and domain, or "
+                "data.name = table and a table with the column"
+            )
+
+    def group(sample: Sample) -> str:
+        values = {"class": dataset.class_names[sample.label], "domain": sample.domain}
+        return ", ".join(f"{name}={values[name]}" for name in names)
+
+    splits = {
+        name: replace(split, samples=tuple(replace(sample, group=group(sample)) for sample in split.samples))
+        for name, split in dataset.splits.items()
+    }
+    return replace(dataset, splits=splits)
+
+
+def _with_own_classes(dataset: Dataset, config: DataConfig) -> Dataset:
+    """Return the dataset with the classes of the splits of `data.own_classes`.
+
+    Raises:
+        DataError: there is no such split, or it is trained on.
+    """
+    splits = dict(dataset.splits)
+    for name in config.own_classes:
+        split = split_for(dataset, name)
+        if split.role == "train":
+            raise DataError(f"data.own_classes: '{name}' is trained on; name splits that are scored")
+        splits[split.name] = replace(split, own_classes=tuple(sorted(split.class_counts())))
+    return replace(dataset, splits=splits)
 
 
 def _addable(dataset: Dataset, name: str) -> Split:

@@ -52,7 +52,8 @@ def read_table(config: DataConfig) -> Dataset:
     file = _find(config)
     root = existing_root(config) if config.root else file.parent.absolute()
     optional = [column for column in (config.split_column, config.domain_column, config.caption_column) if column]
-    table = _load(file, [config.path_column, config.label_column, *optional])
+    named = [config.path_column, config.label_column, *optional]
+    table = _load(file, [*named, *(column for column in config.group_columns if column not in named)])
     if config.train_domains and config.split_column:
         raise DataError(
             f"data.split_column = '{config.split_column}' and data.train_domains both say what is trained on; set one of them"
@@ -67,18 +68,19 @@ def read_table(config: DataConfig) -> Dataset:
     parts = _parts(table, config, domains, notes)
     labels, prompts = _labels(table, config, parts, notes)
     captions = _column(table, config.caption_column, composed=False)
+    groups = _groups(table, config.group_columns)
     used = [part is not None for part in parts]
     account.found = used.count(True)
     account.leave_out("of domains that no data.*_domains names", used.count(False))
     for reason, count in table.left_out.items():
         account.leave_out(reason, count)
     rows = [
-        (part, Sample(sample_id=sample_id, item=root / sample_id, label=label, domain=domain, caption=caption or None))
-        for part, sample_id, label, domain, caption in compress(
-            zip(parts, sample_ids, labels, domains, captions, strict=True), used
+        (part, Sample(sample_id=name, item=root / name, label=label, domain=domain, group=group, caption=caption or None))
+        for part, name, label, domain, group, caption in compress(
+            zip(parts, sample_ids, labels, domains, groups, captions, strict=True), used
         )
     ]
-    splits = _splits(rows, config, prompts.class_names)  # type: ignore[arg-type]
+    splits = _splits(rows, config, prompts.class_names)
     return Dataset(
         name="table",
         root=root,
@@ -136,6 +138,14 @@ def _column(table: Table, name: str, *, composed: bool = True) -> list[str]:
         return cells
     names = {cell: nfc(cell) for cell in set(cells)}
     return [names[cell] for cell in cells]
+
+
+def _groups(table: Table, names: Sequence[str]) -> list[str]:
+    """Return every row's values of some columns as `column=value, column=value`; empty ones without columns."""
+    if not names:
+        return [""] * table.num_rows
+    columns = [without_fractions(_column(table, name)) for name in names]
+    return [", ".join(f"{name}={cell}" for name, cell in zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _sample_ids(table: Table, column: str, root: Path) -> list[str]:

@@ -15,11 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
-from numpy.typing import NDArray
 
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.clip.model import RANDOM
@@ -27,17 +24,19 @@ from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError, RunError
 from flyp_saflex.evaluation.load_run import check_model, load_run
-from flyp_saflex.evaluation.predict import Variant, predict
+from flyp_saflex.evaluation.predict import Variant, predict_split
 from flyp_saflex.evaluation.run_data import compare_data
 from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split
 from flyp_saflex.evaluation.weight_averaging import WeightAverage
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.records import Dataset, Split
+from flyp_saflex.runtime import process_state, telling_lost_processes
 from flyp_saflex.storage.results import Results
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.tasks.task import Loader
 
 
+@telling_lost_processes("run the command again; the splits that were finished are kept")
 def evaluate(
     run: Path,
     *,
@@ -65,8 +64,7 @@ def evaluate(
     run, overrides = Path(run), tuple(overrides)
     if not run.is_dir():
         raise RunError(f"run folder {run}: there is no such folder; give the folder that `flyp-saflex train` wrote")
-    # PartialState by itself does not read this flag, unlike Accelerator: processes on CPUs would not see each other
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = process_state(RunDir(run, lock=False).read_config().train.process_timeout_s)
     with RunDir(run, lock=state.is_main_process and not dry_run) as folder:
         config = folder.read_config()
         if overrides:
@@ -161,15 +159,7 @@ def evaluate_split(
         RunError: a logit is NaN or infinite.
         DataError: no image, or too many unreadable ones.
     """
-    rank, world = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    share = list(range(rank, len(split), world))
-    positions, logits = predict(list(variants.values()), loader.batches([split.samples[i] for i in share]))
-    index_N = np.array([share[int(position)] for position in positions], dtype=np.int64)
-    arrays: list[NDArray[Any]] = [part.numpy() for part in logits]
-    if world > 1:
-        gathered = [part for part in gather_object([(index_N, arrays)]) if len(part[0])]
-        index_N = np.concatenate([part[0] for part in gathered]) if gathered else index_N
-        arrays = [np.concatenate([part[1][v] for part in gathered]) for v in range(len(variants))] if gathered else arrays
+    index_N, arrays = predict_split(list(variants.values()), split, loader, state=state)
     scored = {}
     for key, logits_NK in zip(variants, arrays, strict=True):
         scored[key] = score_split(split, index_N, logits_NK, bootstrap=bootstrap, seed=seed)

@@ -124,7 +124,7 @@ def worst_group_accuracy(
     Args:
         labels_N: class indices.
         predictions_N: class indices.
-        groups_N: group of every image (`Sample.domain`); images of unknown domain ("") are a group as well, so that
+        groups_N: group of every image (`scoring.groups_of`); images of unknown domain ("") are a group as well, so that
             without domains this is the accuracy.
         minimum_size: groups with fewer images are passed over. 1 counts every group, as WILDS does; where groups are
             tiny (a camera with three pictures) the worst one is then noise, and 20 or more is a better question.
@@ -206,7 +206,7 @@ class Scores:
     Attributes:
         logits_NK: float64 logits.
         labels_N: class indices, 0..K-1.
-        groups_N: domain of every image; "" where unknown.
+        groups_N: group of every image, by `data.group_columns` or its domain; "" where unknown.
     """
 
     logits_NK: NDArray[np.float64]
@@ -220,7 +220,7 @@ class Scores:
         Args:
             logits_NK: logits; a tensor must be on the CPU.
             labels_N: class indices.
-            groups_N: domain of every image.
+            groups_N: group of every image.
 
         Raises:
             DataError: there are no images.
@@ -258,7 +258,7 @@ def macro_f1_of(scores: Scores) -> float:
 
 
 def worst_group_of(scores: Scores) -> float | None:
-    """Return the accuracy of the domain on which it is lowest."""
+    """Return the accuracy of the group on which it is lowest."""
     return worst_group_accuracy(scores.labels_N, scores.predictions_N, scores.groups_N)
 
 
