@@ -93,7 +93,7 @@ def telling_lost_processes(advice: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = re.sub(r"^\[\S*\] ", "", (str(error).strip() or type(error).__name__).splitlines()[0])[:200]
-        if not re.search("gloo|nccl|ProcessGroup|TCPStore|Connection (closed|reset)", str(error)):
+        if not re.search("(?i)gloo|nccl|ProcessGroup|TCPStore|connection (closed|reset)", str(error)):
             raise
         late = re.search("(?i)timed? ?out", text)
         what = "did not answer in time (train.process_timeout_s)" if late else "ended or cannot be reached"
