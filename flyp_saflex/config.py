@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
+from flyp_saflex.captioning import PromptsConfig
 from flyp_saflex.comparing import CompareConfig
 from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings
 from flyp_saflex.ranges import BelowOne, Count, Fraction, Natural, NonNegative, Positive
@@ -20,9 +21,9 @@ class DataConfig:
 
     name: str = "folder"
     """Reader, a name in `tables.DATASETS`: `folder` (root/<domain>/<class>/* or root/<split>/<class>/*), `table` (a CSV, TSV or
-    Parquet file), `iwildcam`, `iwildcam-mini`, `cub`."""
+    Parquet file), `hf` (Hugging Face `datasets`), `iwildcam`, `iwildcam-mini`, `cub`."""
     root: str = ""
-    """Folder of the dataset (`iwildcam`: the folder `iwildcam_v2.0` or its parent)."""
+    """Folder of the dataset (`iwildcam`: the folder `iwildcam_v2.0` or its parent; `hf`: a folder or a hub id `owner/name`)."""
     train_domains: tuple[str, ...] = ()
     """`folder` and `table` with domains: training domains. Held-out parts of them are `id_val` and `id_test`."""
     select_domains: tuple[str, ...] = ()
@@ -46,13 +47,19 @@ class DataConfig:
     path_column: str = "path"
     """`table`: column of the image path."""
     label_column: str = "label"
-    """`table`: column of the class, a name or an index."""
+    """`table`, `hf`: column of the class, a name or an index (`hf`: `a.b` is the field b of the column a)."""
     split_column: str = ""
     """`table`: column of the split (`train`, `val`, `test` or any name); empty: the file has none."""
     domain_column: str = ""
-    """`table`: column of the domain; empty: the file has none."""
+    """`table`, `hf`: column of the domain; empty: there is none."""
     caption_column: str = ""
     """`table`: column with a caption per image; empty: class captions are used."""
+    image_column: str = ""
+    """`hf`: column of the images; empty: the only one of that type."""
+    hf_subset: str = ""
+    """`hf`: name of the dataset's configuration (the hub's "subset"); empty: its default."""
+    hf_revision: str = ""
+    """`hf`: revision of the hub's repository (branch, tag or commit); empty: the newest."""
     prompts: str = ""
     """Folder with `classes.txt` and `templates.txt`; empty: the dataset's own, or the folder names and `a photo of a {}.`"""
     box_crop: bool = False
@@ -90,36 +97,6 @@ class CacheConfig:
     """Entry to read or write; empty: the only entry, and for `generate` a name derived from the editor's settings."""
     scores: str = "scores.jsonl"
     """File of filter scores beside the manifest, keyed by `aug_id`; read with `augment.filter = "scores"`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptsConfig:
-    """Edit prompts from captions of the training images (command `prompts`; ALIA, arXiv 2305.16289)."""
-
-    name: str = "auto"
-    """Name of the prompt file: prompts/<data.name>.<name>.toml."""
-    captioner: str = "Salesforce/blip-image-captioning-large"
-    """Image captioning model of transformers (hub id or folder); unused if `captions` is given."""
-    captioner_revision: str = ""
-    """Revision of the hub's repository; empty: the newest."""
-    captions: str = ""
-    """CSV file of captions with the columns `path` and `caption`, or only `caption`; replaces the captioner."""
-    num_captions: Count = 200
-    """Training images to caption, drawn with `seed`, balanced over classes as far as possible."""
-    llm: str = "Qwen/Qwen2.5-7B-Instruct"
-    """Chat model of transformers (hub id or folder) that summarises the captions."""
-    llm_revision: str = ""
-    """Revision of the hub's repository; empty: the newest."""
-    max_domains: Count = 8
-    """Largest number of domain descriptions."""
-    attempts: Count = 3
-    """Largest number of requests: an answer with malformed lines or no lines is requested again, with the reasons."""
-    max_new_tokens: Count = 512
-    """Largest length of an answer of the language model, in tokens."""
-    batch_size: Count = 16
-    """Images per captioning batch."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of both models' weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

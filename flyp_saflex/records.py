@@ -10,12 +10,45 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from flyp_saflex.errors import DataError
 
 Role = Literal["train", "select", "test"]
 Shift = Literal["id", "ood"]
+
+
+class ImageRows(Protocol):
+    """Source of encoded images by row."""
+
+    def image_bytes(self, row: int) -> bytes:
+        """Return the bytes of a row's image, as a file would hold them.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """Encoded image inside of a dataset's own files (Parquet, Arrow, tar).
+
+    Attributes:
+        name: dataset and row, for messages; unique.
+        rows: where the bytes are.
+        row: its row there.
+    """
+
+    name: str
+    rows: ImageRows = field(compare=False, repr=False)
+    row: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        """Return the encoded image."""
+        return self.rows.image_bytes(self.row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +57,7 @@ class Sample:
 
     Attributes:
         sample_id: path relative to the dataset's root, with forward slashes; unique within a dataset.
-        item: the file, or a row of the dataset's `rows`.
+        item: the file, an image inside of a dataset's files, or a row of the dataset's `rows`.
         label: class index, 0 .. num_classes - 1.
         domain: origin of the image (folder, camera location, style); the empty string if unknown. Worst-group accuracy uses
             it as the group.
@@ -33,7 +66,7 @@ class Sample:
     """
 
     sample_id: str
-    item: Path | int
+    item: Path | StoredImage | int
     label: int
     domain: str = ""
     caption: str | None = None
@@ -42,6 +75,17 @@ class Sample:
     @property
     def path(self) -> Path:
         """The file.
+
+        Raises:
+            DataError: the sample is a row of an array, or an image inside of a dataset's files.
+        """
+        if isinstance(self.image, StoredImage):
+            raise DataError(f"image '{self.image}' is no file of its own, but this command needs files; use a reader of files")
+        return self.image
+
+    @property
+    def image(self) -> Path | StoredImage:
+        """Place of the encoded image.
 
         Raises:
             DataError: the sample is a row of an array.
@@ -73,6 +117,11 @@ class Edit:
 
     @property
     def item(self) -> Path:
+        """The file, as of a `Sample`."""
+        return self.path
+
+    @property
+    def image(self) -> Path:
         """The file, as of a `Sample`."""
         return self.path
 

@@ -166,6 +166,7 @@ DATASETS: Table[Callable[[DataConfig], Dataset]] = Table(
     {
         "folder": "data.folder:read_folder",
         "table": "data.table:read_table",
+        "hf": "data.hf:read_hf",
         "iwildcam": "data.wilds:read_iwildcam",
         "iwildcam-mini": "data.wilds:read_iwildcam_mini",
         "cub": "data.cub:read_cub",

@@ -151,7 +151,7 @@ def _check_files(dataset: Dataset) -> None:
     missing: dict[str, list[Sample]] = defaultdict(list)
     for split in dataset.splits.values():
         for sample in split.samples:
-            if isinstance(sample.item, int):
+            if not isinstance(sample.item, Path):
                 continue
             folder = sample.path.parent
             if folder not in listings:
