@@ -91,7 +91,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Compare runs over seeds (mean, spread, n, paired differences) as text, or as a page with plots and gallery."""
     from flyp_saflex.reporting.report import report as run
 
-    run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline)
+    run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline, published=arguments.published)
 
 
 def compare(arguments: argparse.Namespace, config: Config) -> None:
@@ -208,6 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Folder("--out"), metavar="FILE", help="output file; FILE.html is a self-contained page")
     command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, or md")
     command.add_argument("--baseline", metavar="NAME", help="recipe to compare the others with, paired by seed")
+    command.add_argument("--published", action="store_true", help="add published figures on the same data, marked as literature")
     return parser
 
 
