@@ -21,7 +21,8 @@ class DataConfig:
 
     name: str = "folder"
     """Reader, a name in `tables.DATASETS`: `folder` (root/<domain>/<class>/* or root/<split>/<class>/*), `table` (a CSV, TSV or
-    Parquet file), `hf` (Hugging Face `datasets`), `iwildcam`, `iwildcam-mini`, `cub`; DomainBed's `pacs`,
+    Parquet file), `hf` (Hugging Face `datasets`), `iwildcam`, `iwildcam-mini`, `cub`, WILDS'
+    `waterbirds`, `fmow`, `camelyon17`; DomainBed's `pacs`,
     `vlcs`, `office-home`, `terra-incognita`, `domain-net`."""
     root: str = ""
     """Folder of the dataset (`iwildcam`: the folder `iwildcam_v2.0` or its parent; `hf`: a folder or a hub id `owner/name`)."""

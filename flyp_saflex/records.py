@@ -7,7 +7,7 @@ never by a row number: adding one image must not rename the others. The role of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,6 +16,8 @@ from flyp_saflex.errors import DataError
 
 Role = Literal["train", "select", "test"]
 Shift = Literal["id", "ood"]
+Evaluator = Callable[[Sequence["Sample"], Sequence[int]], dict[str, float]]
+"""Official evaluator: samples and predicted classes to numbers by name."""
 
 
 class ImageRows(Protocol):
@@ -163,6 +165,7 @@ class Dataset:
         templates: caption templates, each with one `{}`.
         notes: what the reader wants a person to know (rows skipped, classes without images ...).
         rows: images or features of samples that are no files, by row; array-like.
+        evaluator: the dataset's official evaluator: samples and predictions to numbers by name; None: there is none.
         whole: the splits before `data.shots`, `data.add_to_train` and `--limit` cut them; None: nothing was cut.
     """
 
@@ -173,6 +176,7 @@ class Dataset:
     templates: tuple[str, ...]
     notes: tuple[str, ...] = ()
     rows: Sequence[Any] | None = None
+    evaluator: Evaluator | None = None
     whole: Mapping[str, Split] | None = None
 
     @property

@@ -175,6 +175,9 @@ DATASETS: Table[Callable[[DataConfig], Dataset]] = Table(
         "iwildcam": "data.wilds:read_iwildcam",
         "iwildcam-mini": "data.wilds:read_iwildcam_mini",
         "cub": "data.cub:read_cub",
+        "waterbirds": "data.wilds_sets:WATERBIRDS",
+        "fmow": "data.wilds_sets:FMOW",
+        "camelyon17": "data.wilds_sets:CAMELYON17",
     },
 )
 TASKS: Table[type[Task]] = Table(

@@ -32,7 +32,7 @@ HOMES = {
     "diffusers": {"editing.diffusers_editor"},
     "transformers": {"clip.foreign_code", "editing.diffusers_editor", "prompting.language_models"},
     "matplotlib": {"reporting.plots"},
-    "wilds": {"data.wilds", "evaluation.metrics"},
+    "wilds": {"data.wilds", "data.wilds_sets", "evaluation.metrics"},
     "datasets": {"data.hf"},
     "pandas": {"data.wilds", "data.cub", "data.table"},
 }

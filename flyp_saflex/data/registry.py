@@ -21,7 +21,7 @@ from flyp_saflex.records import Dataset, Role, Sample, Split
 from flyp_saflex.tables import DATASETS
 
 # Lists that are published as they are: a class that nobody trains on is worth a note, not an error.
-PUBLISHED = frozenset(("iwildcam", "iwildcam-mini", "cub"))
+PUBLISHED = frozenset(("iwildcam", "iwildcam-mini", "cub", "waterbirds", "fmow", "camelyon17"))
 
 
 def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None, check_files: bool = True) -> Dataset:

@@ -86,6 +86,7 @@ def read_iwildcam(config: DataConfig) -> Dataset:
         class_names=prompts.class_names,
         splits=splits,
         templates=prompts.templates,
+        evaluator=lambda samples, predictions: official_metrics(predictions, [sample.label for sample in samples]),
         notes=(*notes, account.note(sum(len(split) for split in splits.values()))),
     )
 

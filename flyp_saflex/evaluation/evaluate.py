@@ -119,6 +119,9 @@ def evaluate(
             scored = evaluate_split(
                 variants, split, loader, bootstrap=config.evaluate.bootstrap, seed=config.seed, state=state, extras=extras
             )
+            if dataset.evaluator is not None:
+                for part in scored.values():
+                    part.row["official"] = dataset.evaluator(part.samples, part.predictions_N.tolist())
             results.add(_with_alpha(part.row, alpha) for alpha, part in scored.items())
             if state.is_main_process:
                 shown = {alpha: part for alpha, part in scored.items() if alpha in (1.0, results.chosen_alpha)}

@@ -174,6 +174,10 @@ class Results:
         unreadable = {row["split"]: row["unreadable"] for row in self.rows if row["split"] in splits and row.get("unreadable")}
         if self.chosen_alpha is not None:
             text += f"\n* alpha chosen on {self.as_dict()['select_split']} by {self.as_dict()['select_metric']}"
+        for row in shown:
+            if row.get("official") and row["wise_alpha"] in (1, self.chosen_alpha):
+                numbers = ", ".join(f"{name} {percent(value)}" for name, value in row["official"].items())
+                text += f"\nofficial evaluator on {row['split']} (alpha {row['wise_alpha']:g}): {numbers}"
         if unreadable:
             text += "\nunreadable images left out: " + ", ".join(f"{split} {n}" for split, n in unreadable.items())
         return text
