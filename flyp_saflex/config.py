@@ -56,6 +56,8 @@ class DataConfig:
     """`table`, `hf`: column of the domain; empty: there is none."""
     caption_column: str = ""
     """`table`: column with a caption per image; empty: class captions are used."""
+    sequence_column: str = ""
+    """`table`: column of the burst (sequence) that an image belongs to; `evaluate` then scores bursts as well; empty: none."""
     image_column: str = ""
     """`hf`: column of the images; empty: the only one of that type."""
     hf_subset: str = ""

@@ -65,6 +65,7 @@ class Sample:
             it as the group.
         caption: the image's own caption, if the table has one; None: the class caption is used.
         box: bounding box (left, top, width, height) of the object in pixels of the stored image; None if unknown.
+        sequence: burst of a camera trap that the image belongs to; the empty string if unknown.
     """
 
     sample_id: str
@@ -73,6 +74,7 @@ class Sample:
     domain: str = ""
     caption: str | None = None
     box: tuple[float, float, float, float] | None = None
+    sequence: str = ""
 
     @property
     def path(self) -> Path:

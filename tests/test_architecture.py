@@ -28,7 +28,7 @@ LIGHT = (*ORDER[: ORDER.index("saflex")], "storage", "cli", "__init__", "__main_
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pandas", "numpy", "pyarrow", "sklearn", "open_clip"}
 HEAVY |= {"wilds", "matplotlib"}
 HOMES = {
-    "open_clip": {"clip.model", "clip.weights_files"},
+    "open_clip": {"clip.imagenet", "clip.model", "clip.weights_files"},
     "diffusers": {"editing.diffusers_editor"},
     "transformers": {"clip.foreign_code", "editing.diffusers_editor", "prompting.language_models"},
     "matplotlib": {"reporting.plots"},

@@ -1,4 +1,4 @@
-"""Parts of listed rows: by domain or pooled and held out; shared by the readers of tables and of Hugging Face datasets."""
+"""Parts of listed rows: by domain, or pooled and held out; shared by the tables and Hugging Face readers."""
 
 from __future__ import annotations
 

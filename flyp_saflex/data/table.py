@@ -42,7 +42,9 @@ def read_table(config: DataConfig) -> Dataset:
     """
     file = _find(config)
     root = existing_root(config) if config.root else file.parent.absolute()
-    optional = [column for column in (config.split_column, config.domain_column, config.caption_column) if column]
+    optional = [
+        column for column in (config.split_column, config.domain_column, config.caption_column, config.sequence_column) if column
+    ]
     table = _load(file, [config.path_column, config.label_column, *optional])
     if config.train_domains and config.split_column:
         raise DataError(
@@ -58,15 +60,21 @@ def read_table(config: DataConfig) -> Dataset:
     parts = _parts(table, config, domains, notes)
     labels, prompts = _labels(table, config, parts, notes)
     captions = _column(table, config.caption_column, composed=False)
+    sequences = _column(table, config.sequence_column)
     used = [part is not None for part in parts]
     account.found = used.count(True)
     account.leave_out("of domains that no data.*_domains names", used.count(False))
     for reason, count in table.left_out.items():
         account.leave_out(reason, count)
     rows = [
-        (part or POOL, Sample(sample_id=sample_id, item=root / sample_id, label=label, domain=domain, caption=caption or None))
-        for part, sample_id, label, domain, caption in compress(
-            zip(parts, sample_ids, labels, domains, captions, strict=True), used
+        (
+            part or POOL,
+            Sample(
+                sample_id=sample_id, item=root / sample_id, label=label, domain=domain, caption=caption or None, sequence=sequence
+            ),
+        )
+        for part, sample_id, label, domain, caption, sequence in compress(
+            zip(parts, sample_ids, labels, domains, captions, sequences, strict=True), used
         )
     ]
     splits = split_by_name(rows) if config.split_column else pooled_splits(rows, config, prompts.class_names)
