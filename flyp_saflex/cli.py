@@ -30,8 +30,14 @@ def data(arguments: argparse.Namespace, config: Config) -> None:
     """Check a dataset: counts per split, class and domain, image sizes, unreadable files, duplicates across splits.
 
     With --materialise, write resized copies of its images once; training and evaluation then read the copies. With
-    --verify-cache, compare the edits of the cache with the sha256 values of their manifest instead.
+    --verify-cache, compare the edits of the cache with the sha256 values of their manifest instead; with --verify, the archive
+    of iWildCam with its digest and official split sizes.
     """
+    if arguments.verify is not None:
+        from flyp_saflex.data.wilds_archive import verify
+
+        verify(arguments.verify, config.data)
+        return
     if arguments.verify_cache:
         from flyp_saflex.storage.verify_cache import verify_cache
 
@@ -75,6 +81,20 @@ def train(arguments: argparse.Namespace, config: Config) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run on every split of its dataset, optionally with WiSE-FT weights between pretrained and finetuned."""
     alphas = None if arguments.wise_alphas is None else parse_alphas(arguments.wise_alphas)
+    if arguments.on:
+        if arguments.split or arguments.wilds_submission:
+            raise UserError("--on tests other sets: it goes without --split and --wilds-submission; give two commands")
+        from flyp_saflex.evaluation.other_sets import evaluate_on
+
+        evaluate_on(
+            arguments.run,
+            arguments.on,
+            wise_alphas=alphas,
+            overrides=arguments.set,
+            limit=arguments.limit,
+            dry_run=arguments.dry_run,
+        )
+        return
     from flyp_saflex.evaluation.evaluate import evaluate as run
 
     run(
@@ -84,6 +104,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         overrides=arguments.set,
         limit=arguments.limit,
         dry_run=arguments.dry_run,
+        wilds_submission=arguments.wilds_submission,
     )
 
 
@@ -91,7 +112,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Compare runs over seeds (mean, spread, n, paired differences) as text, or as a page with plots and gallery."""
     from flyp_saflex.reporting.report import report as run
 
-    run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline)
+    run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline, published=arguments.published)
 
 
 def compare(arguments: argparse.Namespace, config: Config) -> None:
@@ -191,6 +212,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--materialise", action="store_true", help="write resized copies into data.materialised; run again to resume"
     )
     command.add_argument("--verify-cache", action="store_true", help="compare the cache's images with the sha256 of their rows")
+    command.add_argument("--verify", type=Path, metavar="ARCHIVE", help="check iWildCam's archive: digest and split sizes")
     command = add(prompts, [with_recipe])
     command.add_argument("--force", action="store_true", help="overwrite an existing file")
     command = add(generate, [with_recipe])
@@ -201,6 +223,16 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
     command.add_argument("--split", action="append", default=[], metavar="S", help="evaluate this split only; repeatable")
     command.add_argument("--wise-alphas", metavar="A,B,...", help="alphas of a WiSE-FT sweep, for example 0,0.25,0.5,0.75,1")
+    command.add_argument(
+        "--on",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="test another set before and after finetuning; NAME: imagenet-v2, -r, -a, -sketch, -val, or your own class folders",
+    )
+    command.add_argument(
+        "--wilds-submission", action="store_true", help="write the prediction files of WILDS' leaderboard (iwildcam)"
+    )
     command = add(compare, [with_recipe])
     command.add_argument("--shard", default="0/1", metavar="I/N", help="run the I-th of N parts (job arrays), I from 0")
     command = add(report, [])
@@ -208,6 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Folder("--out"), metavar="FILE", help="output file; FILE.html is a self-contained page")
     command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, or md")
     command.add_argument("--baseline", metavar="NAME", help="recipe to compare the others with, paired by seed")
+    command.add_argument("--published", action="store_true", help="add published figures on the same data, marked as literature")
     return parser
 
 

@@ -21,9 +21,11 @@ class DataConfig:
 
     name: str = "folder"
     """Reader, a name in `tables.DATASETS`: `folder` (root/<domain>/<class>/* or root/<split>/<class>/*), `table` (a CSV, TSV or
-    Parquet file), `iwildcam`, `iwildcam-mini`, `cub`."""
+    Parquet file), `hf` (Hugging Face `datasets`), `iwildcam`, `iwildcam-mini`, `cub`, WILDS'
+    `waterbirds`, `fmow`, `camelyon17`; DomainBed's `pacs`,
+    `vlcs`, `office-home`, `terra-incognita`, `domain-net`."""
     root: str = ""
-    """Folder of the dataset (`iwildcam`: the folder `iwildcam_v2.0` or its parent)."""
+    """Folder of the dataset (`iwildcam`: the folder `iwildcam_v2.0` or its parent; `hf`: a folder or a hub id `owner/name`)."""
     train_domains: tuple[str, ...] = ()
     """`folder` and `table` with domains: training domains. Held-out parts of them are `id_val` and `id_test`."""
     select_domains: tuple[str, ...] = ()
@@ -47,11 +49,11 @@ class DataConfig:
     path_column: str = "path"
     """`table`: column of the image path."""
     label_column: str = "label"
-    """`table`: column of the class, a name or an index."""
+    """`table`, `hf`: column of the class, a name or an index (`hf`: `a.b` is the field b of the column a)."""
     split_column: str = ""
     """`table`: column of the split (`train`, `val`, `test` or any name); empty: the file has none."""
     domain_column: str = ""
-    """`table`: column of the domain; empty: the file has none."""
+    """`table`, `hf`: column of the domain; empty: there is none."""
     group_columns: tuple[str, ...] = ()
     """Columns whose values together make the group of worst-group accuracy, such as class and place of Waterbirds. `table`: any
     columns of the file; other readers: `class`, `domain`. Empty: the domain is the group."""
@@ -60,6 +62,14 @@ class DataConfig:
     1,000 classes); all other splits among all classes."""
     caption_column: str = ""
     """`table`: column with a caption per image; empty: class captions are used."""
+    sequence_column: str = ""
+    """`table`: column of the burst (sequence) that an image belongs to; `evaluate` then scores bursts as well; empty: none."""
+    image_column: str = ""
+    """`hf`: column of the images; empty: the only one of that type."""
+    hf_subset: str = ""
+    """`hf`: name of the dataset's configuration (the hub's "subset"); empty: its default."""
+    hf_revision: str = ""
+    """`hf`: revision of the hub's repository (branch, tag or commit); empty: the newest."""
     prompts: str = ""
     """Folder with `classes.txt` and `templates.txt`; empty: the dataset's own, or the folder names and `a photo of a {}.`"""
     box_crop: bool = False

@@ -7,15 +7,50 @@ never by a row number: adding one image must not rename the others. The role of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from flyp_saflex.errors import DataError
 
 Role = Literal["train", "select", "test"]
 Shift = Literal["id", "ood"]
+Evaluator = Callable[[Sequence["Sample"], Sequence[int]], dict[str, float]]
+"""Official evaluator: samples and predicted classes to numbers by name."""
+
+
+class ImageRows(Protocol):
+    """Source of encoded images by row."""
+
+    def image_bytes(self, row: int) -> bytes:
+        """Return the bytes of a row's image, as a file would hold them.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """Encoded image inside of a dataset's own files (Parquet, Arrow, tar).
+
+    Attributes:
+        name: dataset and row, for messages; unique.
+        rows: where the bytes are.
+        row: its row there.
+    """
+
+    name: str
+    rows: ImageRows = field(compare=False, repr=False)
+    row: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        """Return the encoded image."""
+        return self.rows.image_bytes(self.row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,25 +59,38 @@ class Sample:
 
     Attributes:
         sample_id: path relative to the dataset's root, with forward slashes; unique within a dataset.
-        item: the file, or a row of the dataset's `rows`.
+        item: the file, an image inside of a dataset's files, or a row of the dataset's `rows`.
         label: class index, 0 .. num_classes - 1.
         domain: origin of the image (folder, camera location, style); the empty string if unknown.
         group: values of `data.group_columns`; the empty string without these. Worst-group accuracy is over groups, or domains.
         caption: the image's own caption, if the table has one; None: the class caption is used.
         box: bounding box (left, top, width, height) of the object in pixels of the stored image; None if unknown.
+        sequence: burst of a camera trap that the image belongs to; the empty string if unknown.
     """
 
     sample_id: str
-    item: Path | int
+    item: Path | StoredImage | int
     label: int
     domain: str = ""
     group: str = ""
     caption: str | None = None
     box: tuple[float, float, float, float] | None = None
+    sequence: str = ""
 
     @property
     def path(self) -> Path:
         """The file.
+
+        Raises:
+            DataError: the sample is a row of an array, or an image inside of a dataset's files.
+        """
+        if isinstance(self.image, StoredImage):
+            raise DataError(f"image '{self.image}' is no file of its own, but this command needs files; use a reader of files")
+        return self.image
+
+    @property
+    def image(self) -> Path | StoredImage:
+        """Place of the encoded image.
 
         Raises:
             DataError: the sample is a row of an array.
@@ -74,6 +122,11 @@ class Edit:
 
     @property
     def item(self) -> Path:
+        """The file, as of a `Sample`."""
+        return self.path
+
+    @property
+    def image(self) -> Path:
         """The file, as of a `Sample`."""
         return self.path
 
@@ -117,6 +170,7 @@ class Dataset:
         templates: caption templates, each with one `{}`.
         notes: what the reader wants a person to know (rows skipped, classes without images ...).
         rows: images or features of samples that are no files, by row; array-like.
+        evaluator: the dataset's official evaluator: samples and predictions to numbers by name; None: there is none.
         whole: the splits before `data.shots`, `data.add_to_train` and `--limit` cut them; None: nothing was cut.
     """
 
@@ -127,6 +181,7 @@ class Dataset:
     templates: tuple[str, ...]
     notes: tuple[str, ...] = ()
     rows: Sequence[Any] | None = None
+    evaluator: Evaluator | None = None
     whole: Mapping[str, Split] | None = None
 
     @property

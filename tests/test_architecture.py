@@ -28,11 +28,12 @@ LIGHT = (*ORDER[: ORDER.index("saflex")], "storage", "cli", "__init__", "__main_
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pandas", "numpy", "pyarrow", "sklearn", "open_clip"}
 HEAVY |= {"wilds", "matplotlib"}
 HOMES = {
-    "open_clip": {"clip.model", "clip.weights_files"},
+    "open_clip": {"clip.imagenet", "clip.model", "clip.weights_files"},
     "diffusers": {"editing.diffusers_editor"},
     "transformers": {"clip.foreign_code", "editing.diffusers_editor", "prompting.language_models"},
     "matplotlib": {"reporting.plots"},
-    "wilds": {"data.wilds", "evaluation.metrics"},
+    "wilds": {"data.wilds", "data.wilds_sets", "evaluation.metrics"},
+    "datasets": {"data.hf"},
     "pandas": {"data.wilds", "data.cub", "data.table"},
 }
 """Where a library may be imported: in one place, so that it can be exchanged."""

@@ -18,13 +18,17 @@ from flyp_saflex.data.splitting import EVAL_NAMES, SELECT_NAMES, few_shot, folde
 from flyp_saflex.data.text import listed, nfc, shown
 from flyp_saflex.errors import DataError, nearest
 from flyp_saflex.records import Dataset, Role, Sample, Split
-from flyp_saflex.tables import DATASETS
+from flyp_saflex.tables import DATASETS, TEST_SETS
 
 # Lists that are published as they are: a class that nobody trains on is worth a note, not an error.
-PUBLISHED = frozenset(("iwildcam", "iwildcam-mini", "cub"))
+CLASS_FOLDERS = "class-folders"
+"""Reader of a test set under a name of the user's own."""
+PUBLISHED = frozenset(("iwildcam", "iwildcam-mini", "cub", "waterbirds", "fmow", "camelyon17"))
 
 
-def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None, check_files: bool = True) -> Dataset:
+def load_dataset(
+    config: DataConfig, *, seed: int = 0, limit: int | None = None, check_files: bool = True, test_set: str = ""
+) -> Dataset:
     """Read, check and cut a dataset as the recipe says; no image is opened.
 
     Args:
@@ -32,14 +36,16 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
         seed: seed of the few-shot draw.
         limit: at most this many images of each split, spread over classes; the same ones for every `seed`.
         check_files: whether every image file has to exist.
+        test_set: read `config.root` as this one of `tables.TEST_SETS`, or as class folders under any other name; there is no
+            training split then. Empty: read the dataset `config.name`.
 
     Raises:
         DataError: the dataset, or what the recipe asks of it, is wrong.
     """
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit}: expected at least 1 image per split")
-    dataset = DATASETS[config.name](config)
-    _check_splits(dataset)
+    dataset = (TEST_SETS[test_set if test_set in TEST_SETS else CLASS_FOLDERS] if test_set else DATASETS[config.name])(config)
+    _check_splits(dataset, needs_train=not test_set)
     if check_files:
         _check_files(dataset)
     dataset = _with_own_classes(_with_groups(dataset, config), config)
@@ -58,7 +64,7 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
         splits["train"] = replace(splits["train"], samples=splits["train"].samples + added.samples)
         splits.pop(added.name)
         notes.append(f"{len(added)} images of '{name}' are trained on (data.add_to_train)")
-    notes += _check_classes(replace(dataset, splits=splits), strict=config.name not in PUBLISHED)
+    notes += [] if test_set else _check_classes(replace(dataset, splits=splits), strict=config.name not in PUBLISHED)
     if limit is not None:
         whole = sum(len(split) for split in splits.values())
         splits = {name: quick_look(split, limit, config.split_seed) for name, split in splits.items()}
@@ -160,8 +166,8 @@ def _addable(dataset: Dataset, name: str) -> Split:
     return split
 
 
-def _check_splits(dataset: Dataset) -> None:
-    if "train" not in dataset.splits:
+def _check_splits(dataset: Dataset, *, needs_train: bool) -> None:
+    if needs_train and "train" not in dataset.splits:
         raise DataError(
             f"dataset '{dataset.name}' in {dataset.root} has no split 'train' (found: {', '.join(dataset.splits) or 'none'}); "
             "call one of the splits train"
@@ -194,7 +200,7 @@ def _check_files(dataset: Dataset) -> None:
     missing: dict[str, list[Sample]] = defaultdict(list)
     for split in dataset.splits.values():
         for sample in split.samples:
-            if isinstance(sample.item, int):
+            if not isinstance(sample.item, Path):
                 continue
             folder = sample.path.parent
             if folder not in listings:

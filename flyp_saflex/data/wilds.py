@@ -23,6 +23,7 @@ from flyp_saflex.config import DataConfig
 from flyp_saflex.data.account import Account
 from flyp_saflex.data.class_prompts import load_prompts
 from flyp_saflex.data.text import listed, shown
+from flyp_saflex.data.wilds_archive import MIRROR
 from flyp_saflex.errors import DataError
 from flyp_saflex.records import Dataset, Role, Sample, Shift, Split
 
@@ -65,11 +66,14 @@ def read_iwildcam(config: DataConfig) -> Dataset:
     names = table["filename"].tolist()
     root, paths = _locate(folder, names)
     locations = official.metadata_array[:, official.metadata_fields.index("location")].tolist()
+    sequences = official.metadata_array[:, official.metadata_fields.index("sequence")].tolist()
     labels = official.y_array.tolist()
 
     def sample(row: int) -> Sample:
         name = names[row]
-        return Sample(sample_id=name, item=paths[name], label=labels[row], domain=str(locations[row]))
+        return Sample(
+            sample_id=name, item=paths[name], label=labels[row], domain=str(locations[row]), sequence=str(sequences[row])
+        )
 
     splits = {
         name: Split(
@@ -86,6 +90,7 @@ def read_iwildcam(config: DataConfig) -> Dataset:
         class_names=prompts.class_names,
         splits=splits,
         templates=prompts.templates,
+        evaluator=lambda samples, predictions: official_metrics(predictions, [sample.label for sample in samples]),
         notes=(*notes, account.note(sum(len(split) for split in splits.values()))),
     )
 
@@ -160,8 +165,9 @@ def official_metrics(predictions: Tensor | Sequence[int], labels: Tensor | Seque
 def _folder(config: DataConfig, *, needed: str) -> Path:
     """Return the folder with the dataset's files."""
     help_text = (
-        f"place WILDS' {FOLDER} there: metadata.csv and train/*.jpg, from its archive (11 GB; its download host is often down) "
-        "or a copy; the images may also be LILA's iWildCam 2020 in images/, beside WILDS' metadata.csv"
+        f"place WILDS' {FOLDER} there: metadata.csv and train/*.jpg, from its archive (11 GB; its download host is often down; a "
+        f"third party's copy is {MIRROR} on the Hugging Face hub, check it with `flyp-saflex data iwildcam --verify FILE`); the "
+        "images may also be LILA's iWildCam 2020 in images/, beside WILDS' metadata.csv"
     )
     if not config.root:
         raise DataError(f"data.root is empty (data.name = {config.name}); --set data.root=PATH and {help_text}")

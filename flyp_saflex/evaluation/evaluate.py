@@ -28,6 +28,7 @@ from flyp_saflex.evaluation.predict import Variant, predict_split
 from flyp_saflex.evaluation.run_data import compare_data
 from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split
 from flyp_saflex.evaluation.weight_averaging import WeightAverage
+from flyp_saflex.evaluation.wilds_submission import check_submission, write_submission
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.records import Dataset, Split
 from flyp_saflex.runtime import process_state, telling_lost_processes
@@ -45,6 +46,8 @@ def evaluate(
     overrides: Iterable[str] = (),
     limit: int | None = None,
     dry_run: bool = False,
+    wilds_submission: bool = False,
+    on: str = "",
 ) -> dict[str, Any]:
     """Evaluate a finished run and return what results.json then holds.
 
@@ -55,6 +58,8 @@ def evaluate(
         overrides: `section.field=value`, applied to the run's recipe.
         limit: use at most this many images of each split.
         dry_run: run all checks, load no model, write nothing.
+        wilds_submission: write the prediction files of WILDS' leaderboard to RUN/wilds-submission.
+        on: name of a test set that `overrides` lead to (`other_sets.py`); no alpha is chosen on it.
 
     Raises:
         RunError: no run folder, a run without a model, a linear head for other classes, or logits that are NaN.
@@ -73,10 +78,12 @@ def evaluate(
         alphas = tuple(sorted({1.0, *(config.evaluate.wise_alphas if wise_alphas is None else wise_alphas)}))
         if any(alpha != 1 for alpha in alphas):
             check_start(config, alphas)
-        dataset = load_dataset(config.data, seed=config.seed, limit=limit)
-        select = select_split(config, dataset, choose=len(alphas) > 1)
+        dataset = load_dataset(config.data, seed=config.seed, limit=limit, test_set=on)
+        select = "" if on else select_split(config, dataset, choose=len(alphas) > 1)
         todo = splits_to_evaluate(dataset, splits, first=select)
-        data_notes, other = compare_data(run, config, dataset, [split.name for split in todo], overrides)
+        if wilds_submission:
+            check_submission(config, dataset, todo, limit=limit)
+        data_notes, other = compare_data(run, config, dataset, [split.name for split in todo], overrides, name=on)
         results = Results(
             folder.path,
             recipe=config.recipe,
@@ -117,6 +124,9 @@ def evaluate(
             scored = evaluate_split(
                 variants, split, loader, bootstrap=config.evaluate.bootstrap, seed=config.seed, state=state, extras=extras
             )
+            if dataset.evaluator is not None:
+                for part in scored.values():
+                    part.row["official"] = dataset.evaluator(part.samples, part.predictions_N.tolist())
             results.add(_with_alpha(part.row, alpha) for alpha, part in scored.items())
             if state.is_main_process:
                 shown = {alpha: part for alpha, part in scored.items() if alpha in (1.0, results.chosen_alpha)}
@@ -124,6 +134,8 @@ def evaluate(
                     results.write_predictions(split.name, prediction_columns(shown, dataset.class_names))
                 results.write_details(split.name, details(shown, dataset.class_names))
                 results.write()
+                if wilds_submission:
+                    write_submission(run, config.seed, split, scored[results.chosen_alpha or 1.0])
                 if other is None:
                     folder.note_seconds("evaluation", split.name, time.monotonic() - started)
         if state.is_main_process:

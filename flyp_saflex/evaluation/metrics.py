@@ -280,6 +280,39 @@ def interval_row(scores: Scores, *, resamples: int, seed: int = 0) -> dict[str, 
     return {f"{name}_interval": list(interval) for name, interval in intervals.items()}
 
 
+def sequence_row(scores: Scores, sequences_N: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return metrics of bursts as `sequences`; nothing where no image belongs to one.
+
+    A burst's probabilities are the mean of its images' (softmax), its label is its images' most frequent one, the first of equal
+    ones. Images without a sequence are bursts of one.
+
+    Args:
+        scores: of single images.
+        sequences_N: burst of every image; "" for none.
+
+    Returns:
+        `{"sequences": {"n", "mixed", "accuracy", "macro_f1"}}`; `mixed` counts bursts whose images differ in their label.
+    """
+    if not any(sequences_N):
+        return {}
+    keys: dict[tuple[str, int], int] = {}
+    index_N = np.array([keys.setdefault((name, -1 if name else n), len(keys)) for n, name in enumerate(sequences_N)])
+    shifted_NK = scores.logits_NK - scores.logits_NK.max(axis=1, keepdims=True)
+    probabilities_NK = np.exp(shifted_NK) / np.exp(shifted_NK).sum(axis=1, keepdims=True)
+    sums_SK = np.zeros((len(keys), scores.logits_NK.shape[1]))
+    np.add.at(sums_SK, index_N, probabilities_NK)  # the mean's argmax is the sum's
+    votes_SK = np.zeros_like(sums_SK)
+    np.add.at(votes_SK, (index_N, scores.labels_N), 1)
+    labels_S, predictions_S = votes_SK.argmax(axis=1), sums_SK.argmax(axis=1)
+    numbers = {
+        "n": len(keys),
+        "mixed": int(((votes_SK > 0).sum(axis=1) > 1).sum()),
+        "accuracy": accuracy(labels_S, predictions_S),
+        "macro_f1": macro_f1(labels_S, predictions_S),
+    }
+    return {"sequences": numbers}
+
+
 def _pair(labels_N: ArrayLike, predictions_N: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     labels, predictions = np.asarray(labels_N, dtype=np.int64), np.asarray(predictions_N, dtype=np.int64)
     assert labels.shape == predictions.shape, f"{labels.shape} labels, {predictions.shape} predictions"

@@ -66,6 +66,7 @@ def score_split(split: Split, positions_N: ArrayLike, logits_NK: ArrayLike, *, b
             "n": len(samples),
             **metrics.metric_row(scores),
             **metrics.interval_row(scores, resamples=bootstrap, seed=seed),
+            **metrics.sequence_row(scores, [sample.sequence for sample in samples]),
         }
     except (RunError, DataError) as error:
         raise type(error)(f"split {split.name}: {error}") from None

@@ -120,7 +120,7 @@ def caption_images(captioner: Captioner, samples: Sequence[Sample], batch_size: 
             batch, images = samples[start : start + batch_size], {}
             for sample in batch:
                 try:
-                    images[sample.sample_id] = read_image(sample.path, box=sample.box if crop else None)
+                    images[sample.sample_id] = read_image(sample.image, box=sample.box if crop else None)
                 except DataError as error:
                     unreadable.append(str(error))
             if images:

@@ -28,7 +28,7 @@ from flyp_saflex.clip.model import Clip
 from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.images.loader import ImageLoader
-from flyp_saflex.records import Edit, Sample
+from flyp_saflex.records import Edit, Sample, StoredImage
 from flyp_saflex.storage.files import entry_lock
 
 
@@ -101,7 +101,7 @@ class FeatureCache:
         self._rows: dict[str, int] = {}
         self._shape: tuple[int, ...] = ()
         self._map: np.memmap | None = None
-        self._keys: dict[Path | int, str] = {}
+        self._keys: dict[Path | StoredImage | int, str] = {}
         self._read_index()
 
     def ensure(self, items: Sequence[Sample | Edit], *, num_in_all: int = 0) -> None:
