@@ -87,6 +87,23 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
 
 
+def predict(arguments: argparse.Namespace) -> None:
+    """Write classes and calibrated probabilities of any images: a folder, a table of paths, or files; run again to resume."""
+    from flyp_saflex.predicting.predict_images import PredictOptions, predict_images
+
+    options = PredictOptions(
+        out=arguments.out,
+        top_k=arguments.top_k,
+        embeddings=arguments.embeddings,
+        issues=arguments.issues,
+        calibrate_on=arguments.calibrate_on,
+        wise_alpha=arguments.wise_alpha,
+    )
+    predict_images(
+        arguments.run, arguments.images, options, overrides=arguments.set, limit=arguments.limit, dry_run=arguments.dry_run
+    )
+
+
 def report(arguments: argparse.Namespace) -> None:
     """Compare runs over seeds (mean, spread, n, paired differences) as text, or as a page with plots and gallery."""
     from flyp_saflex.reporting.report import report as run
@@ -201,6 +218,36 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
     command.add_argument("--split", action="append", default=[], metavar="S", help="evaluate this split only; repeatable")
     command.add_argument("--wise-alphas", metavar="A,B,...", help="alphas of a WiSE-FT sweep, for example 0,0.25,0.5,0.75,1")
+    command = add(predict, [shared])
+    command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
+    command.add_argument(
+        "images",
+        type=Folder("IMAGES"),
+        nargs="+",
+        metavar="IMAGES",
+        help="folder, .csv/.tsv/.parquet of paths, or images",
+    )
+    command.add_argument(
+        "--out",
+        type=Folder("--out"),
+        default=Path("predictions.csv"),
+        metavar="FILE",
+        help="table, .csv or .parquet (default: predictions.csv)",
+    )
+    command.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image, most likely first (default: 5)")
+    command.add_argument(
+        "--embeddings", type=Folder("--embeddings"), metavar="FILE", help="write image features, .npz or .parquet"
+    )
+    command.add_argument(
+        "--issues", type=Folder("--issues"), metavar="FILE", help="write likely label errors of labelled images, .csv or .parquet"
+    )
+    command.add_argument(
+        "--calibrate-on",
+        default="",
+        metavar="S",
+        help="select split for the temperature (default: the run's, where its data is there); none: no temperature",
+    )
+    command.add_argument("--wise-alpha", type=float, default=1.0, metavar="A", help="alpha of the WiSE-FT weights (default: 1)")
     command = add(compare, [with_recipe])
     command.add_argument("--shard", default="0/1", metavar="I/N", help="run the I-th of N parts (job arrays), I from 0")
     command = add(report, [])

@@ -17,7 +17,7 @@ ORDER = (
     "errors", "user_text", "ranges", "tables", "presets", "comparing", "config", "records", "runtime", "recipe",  # the ground
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets
-    "tasks", "step", "evaluation", "training",  # a model's step, its scores, the loop
+    "tasks", "step", "evaluation", "training", "predicting",  # a model's step, its scores, the loop
     "prompting", "editing", "filtering", "reporting", "comparison", "demo",  # the other commands
     "cli", "__main__",
 )  # fmt: skip
@@ -33,6 +33,7 @@ HOMES = {
     "matplotlib": {"reporting.plots"},
     "wilds": {"data.wilds", "evaluation.metrics"},
     "pandas": {"data.wilds", "data.cub", "data.table"},
+    "cleanlab": {"predicting.label_issues"},
 }
 """Where a library may be imported: in one place, so that it can be exchanged."""
 

@@ -52,7 +52,7 @@ def read_table(config: DataConfig) -> Dataset:
     file = _find(config)
     root = existing_root(config) if config.root else file.parent.absolute()
     optional = [column for column in (config.split_column, config.domain_column, config.caption_column) if column]
-    table = _load(file, [config.path_column, config.label_column, *optional])
+    table = load_columns(file, [config.path_column, config.label_column, *optional])
     if config.train_domains and config.split_column:
         raise DataError(
             f"data.split_column = '{config.split_column}' and data.train_domains both say what is trained on; set one of them"
@@ -99,7 +99,7 @@ def _find(config: DataConfig) -> Path:
     raise DataError(f"data.table = {config.table}: there is no such file (nor below data.root = '{config.root}'); check the path")
 
 
-def _load(file: Path, wanted: Sequence[str]) -> Table:
+def load_columns(file: Path, wanted: Sequence[str]) -> Table:
     """Read columns of a table.
 
     Args:
