@@ -104,6 +104,21 @@ def predict(arguments: argparse.Namespace) -> None:
     )
 
 
+def export(arguments: argparse.Namespace) -> None:
+    """Write the model of a run for open_clip, transformers or ONNX, with a model card; optionally upload it to the Hub."""
+    from flyp_saflex.exporting.export_run import export_run
+
+    export_run(
+        arguments.run,
+        to=arguments.to,
+        out=arguments.out,
+        push_to=arguments.push,
+        licence=arguments.licence,
+        alpha=arguments.wise_alpha,
+        overrides=arguments.set,
+    )
+
+
 def report(arguments: argparse.Namespace) -> None:
     """Compare runs over seeds (mean, spread, n, paired differences) as text, or as a page with plots and gallery."""
     from flyp_saflex.reporting.report import report as run
@@ -248,6 +263,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="select split for the temperature (default: the run's, where its data is there); none: no temperature",
     )
     command.add_argument("--wise-alpha", type=float, default=1.0, metavar="A", help="alpha of the WiSE-FT weights (default: 1)")
+    command = add(export, [])
+    command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
+    command.add_argument("--to", required=True, metavar="FORMAT", help="open_clip, transformers or onnx")
+    command.add_argument("--out", type=Folder("--out"), required=True, metavar="DIR", help="new folder of the exported model")
+    command.add_argument("--push", default="", metavar="hf://USER/NAME", help="upload the folder to the Hugging Face Hub")
+    command.add_argument("--licence", default="", metavar="ID", help="licence for the model card, for example apache-2.0")
+    command.add_argument("--wise-alpha", type=float, default=1.0, metavar="A", help="alpha of the WiSE-FT weights (default: 1)")
+    command.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="set an option; repeatable")
     command = add(compare, [with_recipe])
     command.add_argument("--shard", default="0/1", metavar="I/N", help="run the I-th of N parts (job arrays), I from 0")
     command = add(report, [])
