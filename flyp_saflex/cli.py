@@ -105,7 +105,7 @@ def predict(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write the model of a run for open_clip, transformers or ONNX, with a model card; optionally upload it to the Hub."""
+    """Write the model of a run for open_clip, transformers or ONNX, with a model card; --push uploads it."""
     from flyp_saflex.exporting.export_run import export_run
 
     export_run(

@@ -23,7 +23,10 @@ NEEDED = ("onnx", "onnxscript")
 
 
 class ImageClassifier(nn.Module):
-    """Images [N, 3, S, S], prepared as the model takes them, to logits [N, K] and embeddings [N, D] of length one."""
+    """Prepared images [N, 3, S, S] to logits [N, K] and embeddings [N, D] of length one."""
+
+    columns_DK: Tensor
+    bias: Tensor
 
     def __init__(self, task: ClipTask) -> None:
         super().__init__()
