@@ -108,6 +108,38 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
 
 
+def predict(arguments: argparse.Namespace) -> None:
+    """Write classes and calibrated probabilities of any images: a folder, a table of paths, or files; run again to resume."""
+    from flyp_saflex.predicting.predict_images import PredictOptions, predict_images
+
+    options = PredictOptions(
+        out=arguments.out,
+        top_k=arguments.top_k,
+        embeddings=arguments.embeddings,
+        issues=arguments.issues,
+        calibrate_on=arguments.calibrate_on,
+        wise_alpha=arguments.wise_alpha,
+    )
+    predict_images(
+        arguments.run, arguments.images, options, overrides=arguments.set, limit=arguments.limit, dry_run=arguments.dry_run
+    )
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the model of a run for open_clip, transformers or ONNX, with a model card; --push uploads it."""
+    from flyp_saflex.exporting.export_run import export_run
+
+    export_run(
+        arguments.run,
+        to=arguments.to,
+        out=arguments.out,
+        push_to=arguments.push,
+        licence=arguments.licence,
+        alpha=arguments.wise_alpha,
+        overrides=arguments.set,
+    )
+
+
 def report(arguments: argparse.Namespace) -> None:
     """Compare runs over seeds (mean, spread, n, paired differences) as text, or as a page with plots and gallery."""
     from flyp_saflex.reporting.report import report as run
@@ -233,6 +265,44 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--wilds-submission", action="store_true", help="write the prediction files of WILDS' leaderboard (iwildcam)"
     )
+    command = add(predict, [shared])
+    command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
+    command.add_argument(
+        "images",
+        type=Folder("IMAGES"),
+        nargs="+",
+        metavar="IMAGES",
+        help="folder, .csv/.tsv/.parquet of paths, or images",
+    )
+    command.add_argument(
+        "--out",
+        type=Folder("--out"),
+        default=Path("predictions.csv"),
+        metavar="FILE",
+        help="table, .csv or .parquet (default: predictions.csv)",
+    )
+    command.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image, most likely first (default: 5)")
+    command.add_argument(
+        "--embeddings", type=Folder("--embeddings"), metavar="FILE", help="write image features, .npz or .parquet"
+    )
+    command.add_argument(
+        "--issues", type=Folder("--issues"), metavar="FILE", help="write likely label errors of labelled images, .csv or .parquet"
+    )
+    command.add_argument(
+        "--calibrate-on",
+        default="",
+        metavar="S",
+        help="select split for the temperature (default: the run's, where its data is there); none: no temperature",
+    )
+    command.add_argument("--wise-alpha", type=float, default=1.0, metavar="A", help="alpha of the WiSE-FT weights (default: 1)")
+    command = add(export, [])
+    command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
+    command.add_argument("--to", required=True, metavar="FORMAT", help="open_clip, transformers or onnx")
+    command.add_argument("--out", type=Folder("--out"), required=True, metavar="DIR", help="new folder of the exported model")
+    command.add_argument("--push", default="", metavar="hf://USER/NAME", help="upload the folder to the Hugging Face Hub")
+    command.add_argument("--licence", default="", metavar="ID", help="licence for the model card, for example apache-2.0")
+    command.add_argument("--wise-alpha", type=float, default=1.0, metavar="A", help="alpha of the WiSE-FT weights (default: 1)")
+    command.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="set an option; repeatable")
     command = add(compare, [with_recipe])
     command.add_argument("--shard", default="0/1", metavar="I/N", help="run the I-th of N parts (job arrays), I from 0")
     command = add(report, [])

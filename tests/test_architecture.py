@@ -18,8 +18,8 @@ ORDER = (
     "records", "runtime", "recipe",  # the ground
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets
-    "tasks", "step", "evaluation", "training",  # a model's step, its scores, the loop
-    "prompting", "editing", "filtering", "reporting", "comparison", "demo",  # the other commands
+    "tasks", "step", "evaluation", "training", "predicting",  # a model's step, its scores, the loop
+    "prompting", "editing", "filtering", "reporting", "exporting", "comparison", "demo",  # the other commands
     "cli", "__main__",
 )  # fmt: skip
 """A room imports only from rooms before it. `assets` and `recipes` are data, open to all."""
@@ -30,11 +30,18 @@ HEAVY |= {"wilds", "matplotlib"}
 HOMES = {
     "open_clip": {"clip.imagenet", "clip.model", "clip.weights_files"},
     "diffusers": {"editing.diffusers_editor"},
-    "transformers": {"clip.foreign_code", "editing.diffusers_editor", "prompting.language_models"},
+    "transformers": {
+        "clip.foreign_code",
+        "editing.diffusers_editor",
+        "prompting.language_models",
+        "exporting.transformers_clip",
+    },
+    "huggingface_hub": {"exporting.hub"},
     "matplotlib": {"reporting.plots"},
     "wilds": {"data.wilds", "data.wilds_sets", "evaluation.metrics"},
     "datasets": {"data.hf"},
     "pandas": {"data.wilds", "data.cub", "data.table"},
+    "cleanlab": {"predicting.label_issues"},
 }
 """Where a library may be imported: in one place, so that it can be exchanged."""
 

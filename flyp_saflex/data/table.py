@@ -46,7 +46,7 @@ def read_table(config: DataConfig) -> Dataset:
         column for column in (config.split_column, config.domain_column, config.caption_column, config.sequence_column) if column
     ]
     named = [config.path_column, config.label_column, *optional]
-    table = _load(file, [*named, *(column for column in config.group_columns if column not in named)])
+    table = load_columns(file, [*named, *(column for column in config.group_columns if column not in named)])
     if config.train_domains and config.split_column:
         raise DataError(
             f"data.split_column = '{config.split_column}' and data.train_domains both say what is trained on; set one of them"
@@ -106,7 +106,7 @@ def _find(config: DataConfig) -> Path:
     raise DataError(f"data.table = {config.table}: there is no such file (nor below data.root = '{config.root}'); check the path")
 
 
-def _load(file: Path, wanted: Sequence[str]) -> Table:
+def load_columns(file: Path, wanted: Sequence[str]) -> Table:
     """Read columns of a table.
 
     Args:
