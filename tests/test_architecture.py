@@ -20,10 +20,10 @@ ORDER = (
     "storage", "images", "data",  # what lies on disk, pixels, datasets
     "tasks", "step", "evaluation", "training", "predicting",  # a model's step, its scores, the loop
     "prompting", "editing", "filtering", "reporting", "exporting", "comparison", "demo",  # the other commands
-    "cli", "__main__",
+    "arguments", "cli", "__main__",
 )  # fmt: skip
 """A room imports only from rooms before it. `assets` and `recipes` are data, open to all."""
-LIGHT = (*ORDER[: ORDER.index("saflex")], "storage", "cli", "__init__", "__main__")
+LIGHT = (*ORDER[: ORDER.index("saflex")], "storage", "arguments", "cli", "__init__", "__main__")
 """The ground, what lies on disk and the command line start at once: no heavy library at module level."""
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pandas", "numpy", "pyarrow", "sklearn", "open_clip"}
 HEAVY |= {"wilds", "matplotlib"}
@@ -36,7 +36,7 @@ HOMES = {
         "prompting.language_models",
         "exporting.transformers_clip",
     },
-    "huggingface_hub": {"exporting.hub"},
+    "huggingface_hub": {"data.hf", "exporting.hub"},
     "matplotlib": {"reporting.plots"},
     "wilds": {"data.wilds", "data.wilds_sets", "evaluation.metrics"},
     "datasets": {"data.hf"},
