@@ -86,13 +86,13 @@ class EditorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """ALIA's filters (command `filter`): scores beside the cache, used in training with `augment.filter = "scores"`."""
+    """ALIA's filters and source consistency (command `filter`): scores for training with `augment.filter = "scores"`."""
 
-    use: tuple[Literal["semantic", "confidence"], ...] = ("semantic", "confidence")
-    """Filters to run."""
-    drop: tuple[Literal["semantic", "unchanged", "corrupted"], ...] = ("semantic", "unchanged", "corrupted")
+    use: tuple[Literal["semantic", "confidence", "source"], ...] = ("semantic", "confidence")
+    """Filters to run. `source` (source consistency) needs no run, and also writes CLIP's directional similarity."""
+    drop: tuple[Literal["semantic", "unchanged", "corrupted", "foreign"], ...] = ("semantic", "unchanged", "corrupted", "foreign")
     """Verdicts that set `keep` to false: the edit shows no object of the dataset (`semantic`), hardly differs from its source
-    (`unchanged`), or no longer shows its class (`corrupted`)."""
+    (`unchanged`), no longer shows its class (`corrupted`), or resembles sources of another class more (`foreign`)."""
     run: str = ""
     """`confidence`: run folder of a model trained on the clean images."""
     rule: Literal["predicted", "alia"] = "predicted"

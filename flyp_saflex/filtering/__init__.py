@@ -1,1 +1,1 @@
-"""Scores of edited images by the filters of ALIA: the command `filter`."""
+"""Scores of edited images by ALIA's filters and by source consistency: the command `filter`."""

@@ -1,8 +1,10 @@
-"""The command `flyp-saflex filter`: ALIA's two filters as scores beside the edits; no edit is deleted.
+"""The command `flyp-saflex filter`: ALIA's two filters and source consistency as scores beside the edits; no edit is deleted.
 
 The semantic filter is CLIP's zero-shot choice between positive and negative texts. The confidence filter asks a model trained
-on the clean images whether an edit hardly changed or no longer shows its class (`alia.py`). The cosine between the CLIP
-embeddings of source and edit is always computed. Training reads the column `keep` with `augment.filter = "scores"`.
+on the clean images whether an edit hardly changed or no longer shows its class (`alia.py`). Source consistency asks whether an
+edit still resembles training images of its class; CLIP's directional similarity stands beside it (`scores.py`). The cosine
+between the CLIP embeddings of source and edit is always computed. Training reads the column `keep` with
+`augment.filter = "scores"`.
 
 With accelerate every process scores its share of the sources and their edits; the main process writes and prints.
 
@@ -86,7 +88,8 @@ def score_rows(
 ) -> tuple[list[dict[str, Any]], dict[str, NDArray[np.bool_]]]:
     """Return the rows of scores.jsonl of the scored edits, and flagged_N by verdict.
 
-    A value of a row is None where its filter was not run or the edit cannot be read.
+    A value of a row is None where its filter was not run or the edit cannot be read; the columns of source consistency are
+    there only if it was run.
     """
     readable_N = np.array([n not in scores.unreadable for n in range(len(checked.edits))])
     flags = {}
@@ -100,6 +103,8 @@ def score_rows(
         flags |= {"unchanged": found.unchanged_N, "corrupted": found.corrupted_N}
         predicted_N = scores.probabilities_NK.argmax(axis=1)
         threshold_N = applied_thresholds(threshold_K, labels_N, predicted_N, rule)
+    if checked.captions is not None:
+        flags["foreign"] = readable_N & (scores.consistency_N < 0)  # NaN is never flagged
     flags[UNREADABLE] = ~readable_N
     keep_N = keep(flags, drop)
     rows = []
@@ -124,6 +129,12 @@ def score_rows(
                 "similarity": _number(scores.similarity_N[n]),
             }
         )
+        if checked.captions is not None:
+            rows[-1] |= {
+                "source": _number(scores.consistency_N[n]) if seen else None,
+                "foreign": bool(flags["foreign"][n]) if seen else None,
+                "directional": _number(scores.directional_N[n]) if seen else None,
+            }
     return rows, flags
 
 

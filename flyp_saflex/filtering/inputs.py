@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import msgspec
 from flyp_saflex.clip.model import RANDOM
 from flyp_saflex.config import Config, DataConfig
 from flyp_saflex.data.registry import load_dataset, split_for
-from flyp_saflex.errors import ConfigError, DataError, RunError
+from flyp_saflex.errors import ConfigError, DataError, RunError, UserError
 from flyp_saflex.evaluation.load_run import check_model
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset, Edit, Split
@@ -30,6 +31,8 @@ class Checked:
         edits: edits of training images; only these are scored.
         dataset: the dataset of the sources.
         texts: positive and negative texts of the semantic filter; None: the filter is not run.
+        captions: per edit, captions of its source and of the edit, empty where they are not known; None: source consistency is
+            not run.
         run: recipe of the run whose model the confidence filter uses; None: the filter is not run.
         run_dataset: the run's own dataset; it has the same classes.
         thresholds_from: split that gives the thresholds; None without the confidence filter.
@@ -40,6 +43,7 @@ class Checked:
     edits: tuple[Edit, ...]
     dataset: Dataset
     texts: tuple[list[str], list[str]] | None
+    captions: list[tuple[str, str]] | None
     run: Config | None
     run_dataset: Dataset
     thresholds_from: Split | None
@@ -69,9 +73,11 @@ def check(config: Config, *, limit: int | None = None) -> Checked:
         _check_writable(cache, config.cache.scores)
     if options.pretrained and not options.model:
         notes.append("filter.pretrained has no effect without filter.model")
-    texts, run, run_dataset, split = None, None, dataset, None
+    texts, captions, run, run_dataset, split = None, None, None, dataset, None
     if "semantic" in options.use:
         texts = _texts(config, dataset)
+    if "source" in options.use:
+        captions = _captions(config, dataset, edits, notes)
     if "confidence" in options.use:
         split = _threshold_images(config, dataset, notes)
         run, run_dataset = _check_run(config, dataset, split, notes)
@@ -81,7 +87,7 @@ def check(config: Config, *, limit: int | None = None) -> Checked:
                 f"{len(absent)} of {dataset.num_classes} classes have no image in {split.name}, so no threshold ({shown}): "
                 f"the confidence filter never flags an edit {'of' if options.rule == 'alia' else 'predicted as'} one of them"
             )
-    return Checked(cache, edits, dataset, texts, run, run_dataset, split, notes)
+    return Checked(cache, edits, dataset, texts, captions, run, run_dataset, split, notes)
 
 
 def _threshold_images(config: Config, dataset: Dataset, notes: list[str]) -> Split:
@@ -107,16 +113,47 @@ def _texts(config: Config, dataset: Dataset) -> tuple[list[str], list[str]]:
             f'{prompts.path} has no texts for the semantic filter: add [semantic] with positive = ["a photo of an animal"] and '
             'negative = ["a photo without animals"] in your own words, or set filter.use=["confidence"]'
         )
-    if model_of(config)[1] == RANDOM:
-        raise ConfigError(
-            f"the semantic filter needs a pretrained model, but model.pretrained = {RANDOM}: set filter.model and "
-            'filter.pretrained, or filter.use=["confidence"]'
-        )
+    _check_pretrained(config, "the semantic filter")
     positive, negative = (
         [*dict.fromkeys(text.replace("{}", name) for text in texts for name in (dataset.class_names if "{}" in text else ("",)))]
         for texts in (prompts.positive, prompts.negative)
     )
     return positive, negative
+
+
+def _check_pretrained(config: Config, filter_: str) -> None:
+    if model_of(config)[1] == RANDOM:
+        raise ConfigError(
+            f"{filter_} needs a pretrained model, but model.pretrained = {RANDOM}: set filter.model and "
+            'filter.pretrained, or filter.use=["confidence"]'
+        )
+
+
+def _captions(config: Config, dataset: Dataset, edits: Sequence[Edit], notes: list[str]) -> list[tuple[str, str]]:
+    """Return per edit the captions of its source and of itself; empty ones where no text of the file fits the edit."""
+    _check_pretrained(config, "source consistency")
+    if len({edit.label for edit in edits}) < 2:
+        raise DataError(
+            "source consistency compares the classes of the edits' sources, but all edits are of one class: "
+            'leave "source" out of filter.use'
+        )
+    try:
+        texts = load_edit_prompts(config.editor.prompts, config.data.name).edits
+    except UserError as error:
+        if config.editor.prompts:
+            raise
+        notes.append(f"no directional similarity, which takes captions from a file of edit texts: {error}")
+        return [("", "")] * len(edits)
+    found = {}
+    for label, name in enumerate(dataset.class_names):
+        before = dataset.templates[0].replace("{}", name)
+        for text in texts:
+            for asked in (text.instruction, text.prompt):
+                found[label, asked.replace("{}", name)] = before, text.prompt.replace("{}", name)
+    captions = [found.get((edit.label, edit.instruction), ("", "")) for edit in edits]
+    if unknown := sum(not after for _, after in captions):
+        notes.append(f"{unknown} edits have no directional similarity: no text of editor.prompts fits their instruction")
+    return captions
 
 
 def _check_run(config: Config, dataset: Dataset, split: Split, notes: list[str]) -> tuple[Config, Dataset]:
@@ -180,6 +217,9 @@ def plan_line(config: Config, checked: Checked, *, dry_run: bool) -> str:
     parts = [f"similarity to the source ({model_of(config)[0]})"]
     if checked.texts is not None:
         parts.append(f"semantic filter ({len(checked.texts[0])} positive, {len(checked.texts[1])} negative texts)")
+    if checked.captions is not None:
+        num_sources = len({edit.source_id for edit in checked.edits})
+        parts.append(f"source consistency ({num_sources} sources) and directional similarity")
     if checked.thresholds_from is not None:
         split = checked.thresholds_from
         parts.append(f"confidence filter ({config.filter.run}, thresholds from {len(split)} images of {split.name})")

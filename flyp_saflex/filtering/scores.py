@@ -28,8 +28,13 @@ from flyp_saflex.filtering.inputs import Checked, model_of
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import ImageReader
 from flyp_saflex.records import Edit, Sample
+from flyp_saflex.saflex.evidence import combine
+from flyp_saflex.tasks.clip_evidence import edit_evidence
 from flyp_saflex.tasks.clip_task import ClipTask
 from flyp_saflex.tasks.task import Predictor
+
+SOURCE_EVIDENCE = ("source", "source-middle")
+"""Kinds of evidence that the filter `source` combines."""
 
 
 @dataclass(slots=True)
@@ -39,12 +44,16 @@ class Scores:
     Attributes:
         similarity_N: cosine to the source, -1..1; NaN also if the source cannot be read.
         log_odds_N: score of the semantic filter; empty if it is not run.
+        consistency_N: source consistency (`_consistency`); empty if it is not run.
+        directional_N: directional similarity, -1..1; NaN also where captions are not known; empty without source consistency.
         probabilities_NK: class probabilities from the run's model; empty if the confidence filter is not run.
         unreadable: reason by position of the edit.
     """
 
     similarity_N: NDArray[np.float64]
     log_odds_N: NDArray[np.float64]
+    consistency_N: NDArray[np.float64]
+    directional_N: NDArray[np.float64]
     probabilities_NK: NDArray[np.float64]
     unreadable: dict[int, str]
 
@@ -86,12 +95,14 @@ def score_edits(config: Config, checked: Checked, clip: Clip, model: ClipTask | 
     sources = list(dict.fromkeys(edit.source_id for edit in checked.edits))
     mine = set(sources[state.process_index :: state.num_processes])
     share = [position for position, edit in enumerate(checked.edits) if edit.source_id in mine]
-    own = _score(config, checked, [checked.edits[position] for position in share], clip, model, state)
+    own = _score(config, checked, share, clip, model, state)
     parts: list[tuple[list[int], Scores]] = gather_object([(share, own)])
     num_edits = len(checked.edits)
     whole = Scores(
         np.full(num_edits, np.nan),
         np.full(num_edits if checked.texts is not None else 0, np.nan),
+        np.empty(0) if checked.captions is None else _consistency(config, checked, clip, state),
+        np.full(num_edits if checked.captions is not None else 0, np.nan),
         np.full((num_edits, checked.dataset.num_classes) if model else (0, 0), np.nan),
         {},
     )
@@ -99,6 +110,8 @@ def score_edits(config: Config, checked: Checked, clip: Clip, model: ClipTask | 
         whole.similarity_N[positions] = part.similarity_N
         if checked.texts is not None:
             whole.log_odds_N[positions] = part.log_odds_N
+        if checked.captions is not None:
+            whole.directional_N[positions] = part.directional_N
         if model:
             whole.probabilities_NK[positions] = part.probabilities_NK
         whole.unreadable |= {positions[at]: reason for at, reason in part.unreadable.items()}
@@ -108,12 +121,13 @@ def score_edits(config: Config, checked: Checked, clip: Clip, model: ClipTask | 
 
 
 def _score(
-    config: Config, checked: Checked, edits: Sequence[Edit], clip: Clip, model: ClipTask | None, state: PartialState
+    config: Config, checked: Checked, share: Sequence[int], clip: Clip, model: ClipTask | None, state: PartialState
 ) -> Scores:
-    """Score some edits in this process.
+    """Score the edits at some positions in this process, by everything but source consistency.
 
     Every image is read once; edits are read twice if the two models preprocess differently.
     """
+    edits = [checked.edits[position] for position in share]
     embed, name = _embedder(clip), model_of(config)[0]
     loader = _loader(config, clip, state)
     if model is None:
@@ -138,7 +152,8 @@ def _score(
     unreadable = {n: reasons[str(edit.path)] for n, edit in enumerate(edits) if str(edit.path) in reasons}
     if len(unreadable) == len(edits):
         nothing_N = np.full(len(edits), np.nan)
-        return Scores(nothing_N, nothing_N, np.full((len(edits), checked.dataset.num_classes), np.nan), unreadable)
+        nothing_NK = np.full((len(edits), checked.dataset.num_classes), np.nan)
+        return Scores(nothing_N, nothing_N, np.empty(0), nothing_N, nothing_NK, unreadable)
     log_odds_N = np.empty(0)
     if checked.texts is not None:
         positive, negative = checked.texts
@@ -149,10 +164,56 @@ def _score(
     sources = [samples[source_id] for source_id in dict.fromkeys(edit.source_id for edit in edits)]
     (sources_SD,) = _predict([embed], loader, sources, name)
     place = {sample.sample_id: n for n, sample in enumerate(sources)}
-    similarity_N = np.full(len(edits), np.nan)
+    similarity_N = directional_N = np.full(len(edits), np.nan)
     if sources_SD.size:
-        similarity_N = (embeddings_ND * sources_SD[[place[edit.source_id] for edit in edits]]).sum(axis=1)
-    return Scores(similarity_N, log_odds_N, _softmax(logits_NK), unreadable)
+        own_ND = sources_SD[[place[edit.source_id] for edit in edits]]
+        similarity_N = (embeddings_ND * own_ND).sum(axis=1)
+        if checked.captions is not None:
+            directional_N = _directional(clip, embeddings_ND - own_ND, [checked.captions[position] for position in share])
+    return Scores(similarity_N, log_odds_N, np.empty(0), directional_N, _softmax(logits_NK), unreadable)
+
+
+def _directional(clip: Clip, change_ND: NDArray[np.float64], captions: Sequence[tuple[str, str]]) -> NDArray[np.float64]:
+    """Return the cosine between the change of the image and the change of its caption; the filter of InstructPix2Pix.
+
+    Source: StyleGAN-NADA (arXiv 2108.00946), section 4.1; InstructPix2Pix (arXiv 2211.09800), section 3.1.2.
+
+    Args:
+        clip: gives the captions' embeddings.
+        change_ND: embedding of the edit minus that of its source.
+        captions: of source and edit; empty: not known, NaN.
+    """
+    texts = list(dict.fromkeys(text for pair in captions for text in pair if text))
+    if not texts:
+        return np.full(len(captions), np.nan)
+    texts_TD = zero_shot_head(clip, texts, ["{}"]).cpu().numpy().astype(np.float64)
+    at = {text: number for number, text in enumerate(texts)}
+    nothing_D = np.full(texts_TD.shape[1], np.nan)
+    asked_ND = np.stack([texts_TD[at[after]] - texts_TD[at[before]] if after else nothing_D for before, after in captions])
+    lengths_N = np.linalg.norm(change_ND, axis=1) * np.linalg.norm(asked_ND, axis=1)
+    return (change_ND * asked_ND).sum(axis=1) / np.where(lengths_N > 0, lengths_N, np.nan)
+
+
+def _consistency(config: Config, checked: Checked, clip: Clip, state: PartialState) -> NDArray[np.float64]:
+    """Return by how much an edit resembles sources of its own class more than those of the next best class.
+
+    Final embeddings and a middle layer, combined as SAFLEX combines its evidence, in standard deviations over labels that edits
+    did not come with. NaN for edits that cannot be read.
+    """
+    evidence = edit_evidence(
+        clip,
+        SOURCE_EVIDENCE,
+        checked.dataset,
+        checked.edits,
+        _loader(config, clip, state),
+        rank=state.process_index,
+        num_processes=state.num_processes,
+    )
+    own_N1 = torch.tensor([[edit.label] for edit in checked.edits])
+    scores_NK = combine(evidence, own_N1[:, 0]).scores_NK
+    own_N = scores_NK.gather(1, own_N1)[:, 0]
+    margin_N: NDArray[np.float64] = (own_N - scores_NK.scatter(1, own_N1, -torch.inf).amax(dim=1)).double().numpy()
+    return margin_N
 
 
 def _loader(config: Config, clip: Clip, state: PartialState, *, max_unreadable: float = 1.0) -> ImageLoader:

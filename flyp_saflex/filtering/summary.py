@@ -33,6 +33,7 @@ MEANING = {
     "semantic": "semantic: a negative text fits better than every positive one.",
     "unchanged": CONFIDENCE,
     "corrupted": CONFIDENCE,
+    "foreign": "foreign: resembles training images of another class more than those of its own, by pretrained features.",
 }
 Table = dict[str, dict[str, int]]
 
@@ -119,7 +120,7 @@ def write_sheets(scored: Scored, keep_N: NDArray[np.bool_], folder: Path, num_ro
     sources = {sample.sample_id: sample for sample in scored.dataset.train.samples}
     groups = {"kept": keep_N} | {name: flagged_N for name, flagged_N in scored.flags.items() if name != UNREADABLE}
     written = []
-    for name in ("kept", "semantic", "unchanged", "corrupted"):
+    for name in ("kept", "semantic", "unchanged", "corrupted", "foreign"):
         path = folder / f"filter-{name}.jpg"
         found = np.flatnonzero(groups[name]) if name in groups else np.empty(0, dtype=int)
         if not len(found):

@@ -25,6 +25,7 @@ from flyp_saflex.user_text import quoted
 
 MAY_CHANGE = (
     "compare.",
+    "filter.",
     "data.workers",
     "data.max_unreadable",
     "train.checkpoint_every",

@@ -17,6 +17,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from flyp_saflex import AugmentCache, recipe
+from flyp_saflex.config import Config
 from flyp_saflex.demo.corruption import read_truth
 from flyp_saflex.evaluation.statistics import Interval, paired_difference, summarise
 
@@ -30,7 +31,7 @@ DECISIONS = (
     "| AUC of corrupted rows | seconds (trusted = 1) |"
 )
 METRICS = ("id accuracy", "id macro_f1", "ood accuracy", "ood macro_f1", "art_painting accuracy", "cartoon accuracy")
-PATTERN = re.compile(r"(?P<name>.+?)(-rate(?P<rate>[\d.]+))?-seed(?P<seed>\d+)")
+PATTERN = re.compile(r"(?P<name>.+?)(-corruption-(?P<rate>[\d.]+))?-seed(?P<seed>\d+)")
 
 
 @dataclass
@@ -49,11 +50,12 @@ def read(root: Path) -> dict[tuple[str, str], Condition]:
     """Read every finished run; runs without edits stand under every rate."""
     conditions: dict[tuple[str, str], Condition] = defaultdict(Condition)
     for path in sorted(root.glob("runs/*/results.json")):
-        if not (path.parent / "EVALUATED").is_file():
-            continue
         match = PATTERN.fullmatch(path.parent.name)
         assert match, path
+        config = recipe.load(str(path.parent / "config.toml"))
         seed, rows = int(match["seed"]), json.loads(path.read_text())["results"]
+        if not {"id_test", *config.data.test_domains} <= {row["split"] for row in rows}:
+            continue  # evaluation has not ended
         numbers = conditions[match["name"], match["rate"] or ""].numbers
         ood = [row for row in rows if (row["role"], row["shift"]) == ("test", "ood")]
         for metric in ("accuracy", "macro_f1"):
@@ -63,15 +65,13 @@ def read(root: Path) -> dict[tuple[str, str], Condition]:
             numbers[f"ood {metric}"][seed] = float(np.mean([row[metric] for row in ood]))
         numbers["seconds"][seed] = json.loads((path.parent / "env.json").read_text())["seconds"]
         if match["rate"]:
-            key = f"all-rate{match['rate']}" if match["name"].startswith("all-photos") else f"seed{seed}-rate{match['rate']}"
-            _decisions(path.parent, read_truth(root / "edits", "folder", key), numbers, seed)
+            _decisions(path.parent, config, read_truth(root / "edits", "folder", config.cache.key), numbers, seed)
     return conditions
 
 
-def _decisions(run: Path, truth: dict[str, str], numbers: dict[str, dict[int, float]], seed: int) -> None:
+def _decisions(run: Path, config: Config, truth: dict[str, str], numbers: dict[str, dict[int, float]], seed: int) -> None:
     """What the run did with each kind of edit, over all steps."""
     rows = [json.loads(line) for line in (run / "augmented.jsonl").read_text().splitlines()]
-    config = recipe.load(str(run / "config.toml"))
     if config.augment.filter == "scores":  # it drops edits before training: one visit each, with weight zero
         scores = AugmentCache.open(config.cache.root, "folder", config.cache.key).scores(config.cache.scores)
         visits = len(rows) / sum(score["keep"] for score in scores.values())
@@ -120,8 +120,7 @@ def tables(conditions: dict[tuple[str, str], Condition], order: list[str], seeds
         parts += [head, "|" + "---|" * (head.count("|") - 1)]
         for name, condition in here.items():
             value = condition.numbers
-            prefix = "all-photos-" if name.startswith("all-photos-") else ""
-            trusted, oracle, argmax = (here.get(prefix + other) for other in ("trusted", "oracle", "argmax"))
+            trusted, oracle, argmax = (here.get(other) for other in ("trusted", "oracle", "filter-argmax"))
             gap = _recovered(value["ood accuracy"], trusted, oracle)
             cells = [name, str(len(value["ood accuracy"]))]
             cells += [percent(condition.mean(key)) for key in METRICS]
@@ -139,7 +138,7 @@ def tables(conditions: dict[tuple[str, str], Condition], order: list[str], seeds
         for name, condition in here.items():
             if condition.numbers.get("kept clean") or condition.numbers.get("kept swapped"):
                 keys = ("kept clean", "kept swapped", "kept destroyed", "kept clean, lowest class", "kept clean, highest class")
-                trusted = here.get("all-photos-trusted" if name.startswith("all-photos-") else "trusted")
+                trusted = here.get("trusted")
                 cost = _ratio(condition.numbers["seconds"], trusted.numbers["seconds"]) if trusted else None
                 auc = condition.mean("auc")
                 cells = [

@@ -457,6 +457,7 @@ def test_foreign_classes_in_the_cache_are_seen_by_filter_and_trainer(tmp_path: P
         f"data.prompts={root / 'prompts'}",
         f"model.name=local-dir:{model}",
         f"cache.root={tmp_path / 'cache'}",
+        "cache.key=drawn",
         "train.steps=30",
         "train.checkpoint_every=0",
         'filter.use=["confidence"]',
