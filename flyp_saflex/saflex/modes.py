@@ -42,7 +42,7 @@ def trains_statistics(network: nn.Module) -> bool:
 
 
 def drops_at_random(module: nn.Module) -> bool:
-    """Return whether a module is a dropout of any kind (of values, patches, paths, layers, attention) with a rate above zero.
+    """Return whether a module drops values, patches, paths or attention at random, with a rate above zero.
 
     Modules of transformers keep a rate as a number (`dropout`, `layerdrop`), and drop by a function.
     """
