@@ -15,6 +15,7 @@ Shapes: N texts, U distinct texts, L positions up to the last EOT token, M nodes
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +25,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flyp_saflex.clip import blocks
+from flyp_saflex.clip.image_tower import MAX_ERROR
 from flyp_saflex.saflex.losses import at_least_float32
 
 
 def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
     """Encode texts without repeated or unused computation.
 
-    Towers without causal attention, or with another pooling than the EOT token, run open_clip's own full computation; causal
-    towers with other blocks run all texts up to the last EOT token.
+    Towers without causal attention, or with another pooling than the EOT token, run open_clip's own full computation, as do those
+    that `check_text` found to differ; causal towers with other blocks run all texts up to the last EOT token.
 
     Args:
         model: module of open_clip.
@@ -40,6 +42,8 @@ def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
     Returns:
         Embeddings [N, D], not normalised.
     """
+    if getattr(model, "reads_whole_texts", False):
+        return model.encode_text(tokens_NL)
     tower = getattr(model, "text", model)
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
     plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
@@ -58,6 +62,50 @@ def encode_text(model: Any, tokens_NL: Tensor) -> Tensor:
     if projection is None:
         return pooled_NW
     return projection(pooled_NW) if isinstance(projection, nn.Module) else pooled_NW @ projection
+
+
+def token_embedding_parameters(model: Any) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the token embedding, open_clip's or that of a text tower of transformers."""
+    tower = getattr(model, "text", model)
+    embedding = getattr(tower, "token_embedding", None) or tower.transformer.get_input_embeddings()
+    yield from embedding.parameters()
+
+
+def recompute_texts(model: Any) -> None:
+    """Let the text tower recompute its activations in the backward pass (gradient checkpointing)."""
+    transformer = getattr(model, "text", model).transformer
+    if hasattr(transformer, "grad_checkpointing"):
+        transformer.grad_checkpointing = True
+        return
+    # Transformers: the name changed with version 5.20. Its hook on the embeddings serves adapters, and fails in a derivative.
+    enable = getattr(transformer, "activation_checkpointing_enable", None) or transformer.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    transformer.disable_input_require_grads()
+
+
+@torch.no_grad()
+def check_text(model: Any, tokenizer: Callable[[list[str]], Tensor]) -> str:
+    """Compare `encode_text` with open_clip's own on two texts, and use the latter where they differ.
+
+    Args:
+        model: module of open_clip, in evaluation mode; that its texts are read whole is noted on it.
+        tokenizer: list of N texts -> long tensor [N, L].
+
+    Returns:
+        A note if texts are read whole although the tower's structure suggests otherwise, else the empty string.
+    """
+    tokens_2L = tokenizer(["a", "a photo of a cat."]).to(next(model.parameters()).device)
+    whole_2D = model.encode_text(tokens_2L)
+    try:
+        error = float((encode_text(model, tokens_2L) - whole_2D).norm() / whole_2D.norm())
+    except Exception as found:  # whatever a module raises that was meant to be called in another way
+        reason = f"fails ({(str(found) or type(found).__name__).splitlines()[0][:80]})"
+    else:
+        if error < MAX_ERROR:
+            return ""
+        reason = f"gives another embedding (relative difference {error:.1g})"
+    model.reads_whole_texts = True
+    return f"text tower {type(getattr(model, 'text', model)).__name__}: without its padding it {reason}, so texts are read whole"
 
 
 @dataclass(frozen=True)

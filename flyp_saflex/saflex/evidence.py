@@ -203,16 +203,15 @@ def on_grid(hidden: Tensor, side: int = 4) -> Tensor:
     """Pool a layer's activations to a coarse grid and flatten it.
 
     Args:
-        hidden: maps [N, C, H, W], or tokens [N, 1 + H * H, C], the class token first.
+        hidden: maps [N, C, H, W], or tokens [N, P + H * H, C], with P class and register tokens (or none) first.
         side: cells per side.
 
     Returns:
         [N, C * side * side].
     """
     if hidden.ndim == 3:
-        height = round((hidden.shape[1] - 1) ** 0.5)
-        assert height * height + 1 == hidden.shape[1], f"{hidden.shape[1]} tokens are no class token and a square"
-        hidden = hidden[:, 1:].transpose(1, 2).unflatten(2, (height, height))
+        height = math.isqrt(hidden.shape[1])
+        hidden = hidden[:, hidden.shape[1] - height * height :].transpose(1, 2).unflatten(2, (height, height))
     return F.adaptive_avg_pool2d(hidden.float(), side).flatten(1)
 
 

@@ -42,10 +42,13 @@ def trains_statistics(network: nn.Module) -> bool:
 
 
 def drops_at_random(module: nn.Module) -> bool:
-    """Return whether a module is a dropout of any kind (of values, patches, paths, attention) with a rate above zero."""
+    """Return whether a module drops values, patches, paths or attention at random, with a rate above zero.
+
+    Modules of transformers keep a rate as a number (`dropout`, `layerdrop`), and drop by a function.
+    """
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
         return module.dropout > 0
     if "drop" not in type(module).__name__.lower():
-        return False
+        return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
     rates = (getattr(module, name, None) for name in ("p", "prob", "drop_prob", "drop_rate"))
     return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)

@@ -129,7 +129,8 @@ def instruction_groups(edits: Sequence[Edit], class_names: Sequence[str]) -> Ten
 def _features(clip: Clip, items: Sequence[Sample | Edit], loader: ImageLoader) -> tuple[Tensor, Tensor]:
     """Return normalised final embeddings and the middle layer of some images, float32 on the CPU."""
     visual = clip.model.visual
-    tower = ImageTower(visual, max(1, round(MIDDLE * num_blocks(visual))))
+    blocks = num_blocks(visual)
+    tower = ImageTower(visual, max(1, round(MIDDLE * blocks)) if blocks else 0)
     device = next(visual.parameters()).device
     final: Tensor | None = None
     middle: Tensor | None = None
@@ -137,7 +138,7 @@ def _features(clip: Clip, items: Sequence[Sample | Edit], loader: ImageLoader) -
     for positions, images in loader.batches(items):
         hidden = tower.lower(images.to(device, non_blocking=True))
         embeddings = normalize(tower(hidden).float(), dim=1)
-        grid = on_grid(hidden) if hidden.ndim in (3, 4) else embeddings  # a tower that cannot be cut has one layer
+        grid = on_grid(hidden) if blocks and hidden.ndim in (3, 4) else embeddings  # a tower without blocks has one layer
         if grid.shape[1] > LARGEST_MIDDLE:
             if project is None:
                 generator = torch.Generator().manual_seed(0)

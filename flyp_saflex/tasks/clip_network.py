@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flyp_saflex.clip.image_tower import ImageTower
-from flyp_saflex.clip.text_tower import encode_text
+from flyp_saflex.clip.text_tower import encode_text, recompute_texts, token_embedding_parameters
 from flyp_saflex.saflex.jvp import forward_mode
 from flyp_saflex.saflex.losses import at_least_float32
 from flyp_saflex.saflex.modes import evaluation_mode
@@ -27,16 +27,20 @@ class ClipNetwork(Network):
         model: open_clip's module; its parameters are shared, so saving `model` saves what was trained.
         num_frozen: image blocks behind which the tower is cut.
         head: linear classifier [K, D] on normalised embeddings, or None for captions as columns.
+        fixed: names of the model's parameters that are never trained.
     """
 
-    def __init__(self, model: Any, *, num_frozen: int = 0, head: nn.Linear | None = None) -> None:
+    def __init__(
+        self, model: Any, *, num_frozen: int = 0, head: nn.Linear | None = None, fixed: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
         self.clip = model
         self.tower = ImageTower(model.visual, num_frozen)
         self.num_frozen = self.tower.num_frozen
         self.head = head  # after the towers: the order of parameters is that of checkpoints
+        self.fixed = fixed
         self.text_is_frozen = False
-        self._frozen_texts: dict[tuple[bytes, bool], Tensor] = {}
+        self._frozen_texts: dict[tuple[tuple[int, ...], bool], Tensor] = {}
 
     def lower(self, inputs: Tensor) -> Tensor:
         """Return the activations behind the frozen image blocks."""
@@ -70,7 +74,7 @@ class ClipNetwork(Network):
     def _encode_frozen(self, tokens_CL: Tensor) -> Tensor:
         """Do what `encode_text` does, each text once for as long as the text tower stays frozen."""
         half = torch.is_autocast_enabled(tokens_CL.device.type)  # another precision, other digits
-        keys = [(row.tobytes(), half) for row in tokens_CL.cpu().numpy()]
+        keys = [(tuple(row), half) for row in tokens_CL.tolist()]  # within a derivative a tensor gives numbers, but no memory
         for place, key in enumerate(keys):
             if key not in self._frozen_texts:  # alone: what it is among would change its last digits, and a resumed run
                 # Always the same kernels, for the derivative of an image tower may be the first to ask; and no dropout, whose one
@@ -90,10 +94,12 @@ class ClipNetwork(Network):
         self._frozen_texts.clear()  # in case its weights were exchanged
         visual = {id(parameter) for parameter in self.clip.visual.parameters()}
         locked = {id(parameter) for parameter in self.tower.frozen_parameters()}
+        if token_embedding:
+            locked |= {id(parameter) for parameter in token_embedding_parameters(self.clip)}
         for name, parameter in self.clip.named_parameters():
             is_text = id(parameter) not in visual and name != "logit_scale"
             frozen = (text and is_text) or (image and id(parameter) in visual) or id(parameter) in locked
-            frozen |= token_embedding and "token_embedding" in name
+            frozen |= name in self.fixed
             frozen |= name == "logit_bias"  # shifts all logits alike: softmax never sees it
             if frozen:
                 parameter.requires_grad_(False)
@@ -101,7 +107,7 @@ class ClipNetwork(Network):
     def recompute(self) -> None:
         """Recompute activations in the backward pass (gradient checkpointing), of both towers."""
         self.recomputes = self.tower.checkpointing = True
-        self.clip.set_grad_checkpointing(True)  # the text tower; the image tower's blocks are run by ours
+        recompute_texts(self.clip)
 
     def trains_rows(self) -> bool:
         """Return whether an image tower's parameter is trained."""

@@ -71,7 +71,8 @@ class ClipTask(Task):
     def build(cls, inputs: TaskInputs) -> ClipTask:
         """Return CLIP as the recipe names it, or as a run left it."""
         clip = cls._load(inputs)
-        return cls(clip, ClipNetwork(clip.model, num_frozen=frozen_blocks(inputs.config, clip)), inputs.dataset, inputs.config)
+        network = ClipNetwork(clip.model, num_frozen=frozen_blocks(inputs.config, clip), fixed=clip.fixed)
+        return cls(clip, network, inputs.dataset, inputs.config)
 
     @staticmethod
     def _load(inputs: TaskInputs) -> Clip:
@@ -288,7 +289,7 @@ class LinearClipTask(ClipTask):
         clip, dataset = cls._load(inputs), inputs.dataset
         width = clip.model.encode_text(clip.tokenizer(["a"]).to(inputs.device)).shape[1]
         head = nn.Linear(width, dataset.num_classes).to(inputs.device)
-        network = ClipNetwork(clip.model, num_frozen=frozen_blocks(inputs.config, clip), head=head)
+        network = ClipNetwork(clip.model, num_frozen=frozen_blocks(inputs.config, clip), head=head, fixed=clip.fixed)
         task = cls(clip, network, dataset, inputs.config)
         with torch.no_grad():
             if inputs.run is None:

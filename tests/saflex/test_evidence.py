@@ -175,4 +175,5 @@ def test_both_kinds_of_activations_are_pooled_to_a_grid():
     tokens = torch.cat([torch.full((2, 1, 3), 1e9), maps.flatten(2).transpose(1, 2)], dim=1)
     assert on_grid(maps).shape == (2, 48)
     torch.testing.assert_close(on_grid(maps), on_grid(tokens))
+    torch.testing.assert_close(on_grid(maps), on_grid(tokens[:, 1:]))  # SigLIP has no class token
     torch.testing.assert_close(on_grid(maps, side=8), maps.flatten(1))
