@@ -7,10 +7,10 @@ never by a row number: adding one image must not rename the others. The role of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from flyp_saflex.errors import DataError
 
@@ -51,6 +51,76 @@ class Sample:
         return self.item
 
 
+class Samples(Sequence[Sample]):
+    """Image files held as columns, for splits of a million rows; a `Sample` is made when it is asked for.
+
+    Args:
+        root: folder that the ids are relative to.
+        sample_ids, labels, domains, captions: columns of equal length; no captions: None.
+    """
+
+    __slots__ = ("captions", "domains", "labels", "root", "sample_ids")
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        sample_ids: Sequence[str],
+        labels: Sequence[int],
+        domains: Sequence[str],
+        captions: Sequence[str | None] | None = None,
+    ) -> None:
+        self.root, self.sample_ids, self.labels, self.domains, self.captions = root, sample_ids, labels, domains, captions
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> Samples: ...
+    def __getitem__(self, place: int | slice) -> Sample | Samples:
+        if isinstance(place, slice):
+            return self.select(range(len(self))[place])
+        sample_id = self.sample_ids[place]
+        return Sample(
+            sample_id=sample_id,
+            item=self.root / sample_id,
+            label=self.labels[place],
+            domain=self.domains[place],
+            caption=self.captions[place] if self.captions is not None else None,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, (tuple, Samples)):
+            return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def select(self, places: Iterable[int]) -> Samples:
+        """Return the rows at these places, in this order."""
+        places = list(places)
+        return Samples(
+            self.root,
+            sample_ids=[self.sample_ids[place] for place in places],
+            labels=[self.labels[place] for place in places],
+            domains=[self.domains[place] for place in places],
+            captions=[self.captions[place] for place in places] if self.captions is not None else None,
+        )
+
+
+def sample_ids_of(samples: Sequence[Sample]) -> Sequence[str]:
+    """Return the identities of rows."""
+    return samples.sample_ids if isinstance(samples, Samples) else [sample.sample_id for sample in samples]
+
+
+def labels_of(samples: Sequence[Sample]) -> Sequence[int]:
+    """Return the class indices of rows."""
+    return samples.labels if isinstance(samples, Samples) else [sample.label for sample in samples]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
     """Augmented image of the cache: its file, its upstream label and its provenance.
@@ -86,20 +156,46 @@ class Split:
         role: `train`: the model is fitted to its rows; `select`: model selection and SAFLEX's validation gradient; `test`:
             evaluation only.
         shift: `id` if the split shares the domains of the training split, else `ood`.
-        samples: rows in the order of the source file.
+        samples: rows in the order of the source file: a tuple, or columns of many.
     """
 
     name: str
     role: Role
     shift: Shift
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """Identities of the rows."""
+        return sample_ids_of(self.samples)
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Class indices of the rows."""
+        return labels_of(self.samples)
+
+    def files(self) -> Iterator[str]:
+        """Yield the paths of the rows as text with forward slashes; empty for rows of an array."""
+        rows = self.samples
+        if isinstance(rows, Samples):
+            root = rows.root.as_posix()
+            prefix = "" if root == "." else root.rstrip("/") + "/"
+            return (prefix + sample_id for sample_id in rows.sample_ids)
+        return ("" if isinstance(sample.item, int) else sample.item.as_posix() for sample in rows)
+
     def class_counts(self) -> Counter[int]:
         """Return the number of images per class index; classes without images are absent."""
-        return Counter(sample.label for sample in self.samples)
+        return Counter(self.labels)
+
+    def keep(self, sample_ids: Collection[str]) -> Sequence[Sample]:
+        """Return the rows with these identities, in their order."""
+        rows = self.samples
+        if isinstance(rows, Samples):
+            return rows.select(place for place, name in enumerate(rows.sample_ids) if name in sample_ids)
+        return tuple(sample for sample in rows if sample.sample_id in sample_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from flyp_saflex.data.table_parquet import load_parquet
 from flyp_saflex.data.table_text import load_delimited
 from flyp_saflex.data.text import listed, nfc, nfc_all, not_utf8, shown
 from flyp_saflex.errors import DataError, nearest
-from flyp_saflex.records import Dataset, Sample, Split
+from flyp_saflex.records import Dataset, Samples, Split
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 Part = str | None
@@ -72,13 +72,14 @@ def read_table(config: DataConfig) -> Dataset:
     account.leave_out("of domains that no data.*_domains names", used.count(False))
     for reason, count in table.left_out.items():
         account.leave_out(reason, count)
-    rows = [
-        (part, Sample(sample_id=sample_id, item=root / sample_id, label=label, domain=domain, caption=caption or None))
-        for part, sample_id, label, domain, caption in compress(
-            zip(parts, sample_ids, labels, domains, captions, strict=True), used
-        )
-    ]
-    splits = _splits(rows, config, prompts.class_names)  # type: ignore[arg-type]
+    samples = Samples(
+        root,
+        sample_ids=list(compress(sample_ids, used)),
+        labels=list(compress(labels, used)),
+        domains=list(compress(domains, used)),
+        captions=[caption or None for caption in compress(captions, used)] if config.caption_column else None,
+    )
+    splits = _splits([part for part in parts if part is not None], samples, config, prompts.class_names)
     return Dataset(
         name="table",
         root=root,
@@ -278,12 +279,15 @@ def _index(cell: str) -> int | None:
     return int(cell) if cell.isdecimal() and len(cell) <= LONGEST_INDEX else None
 
 
-def _splits(rows: list[tuple[str, Sample]], config: DataConfig, class_names: tuple[str, ...]) -> dict[str, Split]:
+def _splits(parts: list[str], samples: Samples, config: DataConfig, class_names: tuple[str, ...]) -> dict[str, Split]:
+    def of(part: str) -> Samples:
+        return samples.select(place for place, name in enumerate(parts) if name == part)
+
     if config.split_column:
-        return split_by_name(rows)
+        return split_by_name(parts, samples)
     splits = list(
         hold_out(
-            [sample for part, sample in rows if part == POOL],
+            of(POOL),
             select_fraction=config.select_fraction,
             select_per_class=config.select_per_class,
             test_fraction=config.test_fraction,
@@ -293,8 +297,7 @@ def _splits(rows: list[tuple[str, Sample]], config: DataConfig, class_names: tup
     )
     for domains, role in ((config.select_domains, "select"), (config.test_domains, "test")):
         for domain in nfc_all(domains):
-            samples = tuple(sample for part, sample in rows if part == domain)
-            splits.append(Split(name=domain, role=role, shift="ood", samples=samples))  # type: ignore[arg-type]
+            splits.append(Split(name=domain, role=role, shift="ood", samples=of(domain)))  # type: ignore[arg-type]
     return in_reporting_order(splits)
 
 

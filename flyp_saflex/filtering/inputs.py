@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Checked:
     """
 
     cache: AugmentCache
-    edits: tuple[Edit, ...]
+    edits: Sequence[Edit]
     dataset: Dataset
     texts: tuple[list[str], list[str]] | None
     run: Config | None
