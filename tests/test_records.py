@@ -29,7 +29,7 @@ def test_columns_equal_the_samples_that_they_hold():
     assert (rows == samples, rows[-1], rows[4:1:-2], hash(rows)) == (True, samples[-1], samples[4:1:-2], hash(samples))
     assert rows != samples[1:]
     assert rows != (*samples[:5], samples[0])
-    assert tuple(columns(captions=False))[0].caption is None
+    assert next(iter(columns(captions=False))).caption is None
 
 
 def test_splits_of_columns_and_of_samples_say_the_same():

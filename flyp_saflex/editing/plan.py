@@ -203,7 +203,8 @@ def batches_of(
     Args:
         plan: all edits.
         batch_size: edits of a batch.
-        index, count: the writer.
+        index: number of the writer, 0 .. count - 1.
+        count: number of writers.
         done: names of edits that need not be made.
     """
     starts = range(0, len(plan), batch_size)

@@ -22,11 +22,11 @@ import numpy as np
 from interleaved import hardware
 from PIL import Image
 
+from flyp_saflex import recipe
 from flyp_saflex.config import Config
 from flyp_saflex.editing.plan import stated_settings, wordings_for
 from flyp_saflex.editing.settings import resolve
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
-from flyp_saflex import recipe
 from flyp_saflex.storage.augment_cache import DONE, AugmentCache
 from flyp_saflex.storage.augment_cache_files import state_settings
 
@@ -40,31 +40,33 @@ GOALS = {
     "train again": "15 s, 1.5 GB",
     "generate": "12 s, 1.2 GB",
     "iwildcam": "5 s",
-    "zero-shot": "one head, not three",
+    "zero-shot": "1 head for 3 evaluations",
     "bootstrap": "3 s, 0.3 GB",
 }
 """Row of the table -> goal at full size."""
 HEADS = """
-import sys, time
-from flyp_saflex.tasks import clip_task
+import sys
+from pathlib import Path
 from flyp_saflex.config import Config, ModelConfig, TrainConfig
 from flyp_saflex.records import Dataset
+from flyp_saflex.tasks import clip_task
 from flyp_saflex.tasks.task import TaskInputs
 calls, real = [], clip_task.zero_shot_head
-clip_task.zero_shot_head = lambda *a, **k: (calls.append(1), real(*a, **k))[1]
-classes, templates = [f"thing number {k}" for k in range(int(sys.argv[2]))], tuple(f"a photo of a {{}}, number {m}" for m in range(int(sys.argv[3])))
+clip_task.zero_shot_head = lambda *args: (calls.append(1), real(*args))[1]
+names = tuple(f"thing number {k}" for k in range(int(sys.argv[2])))
+templates = tuple(f"a photo of a {{}}, number {m}" for m in range(int(sys.argv[3])))
 config = Config(model=ModelConfig(name=f"local-dir:{sys.argv[1]}", pretrained=""), train=TrainConfig(freeze_text=True))
-task = clip_task.ClipTask.build(TaskInputs(config=config, dataset=Dataset(name="a", root=None, class_names=tuple(classes), splits={}, templates=templates)))
-task.begin_phase(only_head=False)
+data = Dataset(name="a", root=Path(), class_names=names, splits={}, templates=templates)
+task = clip_task.ClipTask.build(TaskInputs(config=config, dataset=data))
 for _ in range(3):
-    task.after_step(); task.predictor()
-print(f"{len(calls)} heads for 3 evaluations with a frozen text tower", end="")
+    task.after_step()
+    task.predictor()
+print(f"{len(calls)} head(s) for 3 evaluations of a frozen text tower", end="")
 """
 INTERVALS = """
-import sys
+import resource, sys, time
 import numpy as np
 from flyp_saflex.evaluation.metrics import bootstrap_intervals
-import resource, time
 used, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 rng = np.random.default_rng(0)
 n, k = int(sys.argv[1]), int(sys.argv[2])

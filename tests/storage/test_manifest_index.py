@@ -85,7 +85,7 @@ ODD = {
 
 @pytest.mark.parametrize("case", ODD)
 def test_edits_by_columns_equal_edits_row_by_row(case: str, tmp_path: Path, indexed):
-    write(tmp_path / "entry", [one for one in ODD[case]])
+    write(tmp_path / "entry", list(ODD[case]))
     expected = slow(tmp_path / "entry")
     for _ in range(2):  # without and with an index
         found = fast(tmp_path / "entry")
