@@ -161,7 +161,7 @@ class AugmentCache:
 
     @property
     def edits(self) -> Sequence[Edit]:
-        """All edits in the order of the manifest: a tuple, or columns that make an edit when it is asked for.
+        """All edits in the order of the manifest, as a tuple or as columns.
 
         Raises:
             DataError: an invalid row (except a last line truncated by a kill), a repeated row, or a missing image.

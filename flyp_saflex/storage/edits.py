@@ -1,4 +1,4 @@
-"""Edits of a manifest as columns: each `Edit` is read from its line when it is asked for, checks look at whole columns."""
+"""Edits of a manifest as columns: an `Edit` is read on demand, checks look at whole columns."""
 
 from __future__ import annotations
 
