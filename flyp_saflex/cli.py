@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flyp_saflex import __version__, recipe, runtime
+from flyp_saflex.arguments import Folder, parse_alphas, parse_shard
 from flyp_saflex.config import Config
 from flyp_saflex.errors import UserError
 from flyp_saflex.user_text import quoted
@@ -30,8 +31,14 @@ def data(arguments: argparse.Namespace, config: Config) -> None:
     """Check a dataset: counts per split, class and domain, image sizes, unreadable files, duplicates across splits.
 
     With --materialise, write resized copies of its images once; training and evaluation then read the copies. With
-    --verify-cache, compare the edits of the cache with the sha256 values of their manifest instead.
+    --verify-cache, compare the edits of the cache with the sha256 values of their manifest instead; with --verify, the archive
+    of iWildCam with its digest and official split sizes.
     """
+    if arguments.verify is not None:
+        from flyp_saflex.data.wilds_archive import verify
+
+        verify(arguments.verify, config.data)
+        return
     if arguments.verify_cache:
         from flyp_saflex.storage.verify_cache import verify_cache
 
@@ -75,6 +82,20 @@ def train(arguments: argparse.Namespace, config: Config) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run on every split of its dataset, optionally with WiSE-FT weights between pretrained and finetuned."""
     alphas = None if arguments.wise_alphas is None else parse_alphas(arguments.wise_alphas)
+    if arguments.on:
+        if arguments.split or arguments.wilds_submission:
+            raise UserError("--on tests other sets: it goes without --split and --wilds-submission; give two commands")
+        from flyp_saflex.evaluation.other_sets import evaluate_on
+
+        evaluate_on(
+            arguments.run,
+            arguments.on,
+            wise_alphas=alphas,
+            overrides=arguments.set,
+            limit=arguments.limit,
+            dry_run=arguments.dry_run,
+        )
+        return
     from flyp_saflex.evaluation.evaluate import evaluate as run
 
     run(
@@ -84,6 +105,39 @@ def evaluate(arguments: argparse.Namespace) -> None:
         overrides=arguments.set,
         limit=arguments.limit,
         dry_run=arguments.dry_run,
+        wilds_submission=arguments.wilds_submission,
+    )
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Write classes and calibrated probabilities of any images: a folder, a table of paths, or files; run again to resume."""
+    from flyp_saflex.predicting.predict_images import PredictOptions, predict_images
+
+    options = PredictOptions(
+        out=arguments.out,
+        top_k=arguments.top_k,
+        embeddings=arguments.embeddings,
+        issues=arguments.issues,
+        calibrate_on=arguments.calibrate_on,
+        wise_alpha=arguments.wise_alpha,
+    )
+    predict_images(
+        arguments.run, arguments.images, options, overrides=arguments.set, limit=arguments.limit, dry_run=arguments.dry_run
+    )
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the model of a run for open_clip, transformers or ONNX, with a model card; --push uploads it."""
+    from flyp_saflex.exporting.export_run import export_run
+
+    export_run(
+        arguments.run,
+        to=arguments.to,
+        out=arguments.out,
+        push_to=arguments.push,
+        licence=arguments.licence,
+        alpha=arguments.wise_alpha,
+        overrides=arguments.set,
     )
 
 
@@ -91,7 +145,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Compare runs over seeds (mean, spread, n, paired differences) as text, or as a page with plots and gallery."""
     from flyp_saflex.reporting.report import report as run
 
-    run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline)
+    run(arguments.runs, out=arguments.out, form=arguments.format, baseline=arguments.baseline, published=arguments.published)
 
 
 def compare(arguments: argparse.Namespace, config: Config) -> None:
@@ -108,50 +162,6 @@ def demo(arguments: argparse.Namespace) -> None:
     from flyp_saflex.demo.demo import demo as run
 
     run(arguments.out, seeds=arguments.seeds)
-
-
-def parse_alphas(text: str) -> tuple[float, ...]:
-    """Parse comma-separated alphas such as `0,0.5,1`.
-
-    Raises:
-        UserError: an entry is not a number in 0..1.
-    """
-    try:
-        alphas = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        alphas = (-1.0,)
-    if any(not 0 <= alpha <= 1 for alpha in alphas):
-        raise UserError(f"--wise-alphas {text}: expected numbers from 0 to 1 with commas between, for example 0,0.25,0.5,0.75,1")
-    return alphas
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """Parse a shard `i/n` into (index, count), with 0 <= i < n.
-
-    Raises:
-        UserError: the text has another form, or i is not below n.
-    """
-    index, _, count = text.partition("/")
-    if index.isdecimal() and count.isdecimal() and int(index) < int(count):
-        return int(index), int(count)
-    raise UserError(f"--shard {text}: expected i/n with i from 0 to n - 1, for example 0/4, 1/4, 2/4 and 3/4 for four jobs")
-
-
-class Folder:
-    """Type of arguments that name a folder: an empty text, as an unset shell variable gives, is refused."""
-
-    def __init__(self, argument: str) -> None:
-        self.argument = argument
-
-    def __call__(self, text: str) -> Path:
-        """Return the folder.
-
-        Raises:
-            UserError: the text is empty.
-        """
-        if not text.strip():
-            raise UserError(f"{self.argument} '{text}': found an empty name, expected a folder: name one, for example runs/first")
-        return Path(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -191,6 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--materialise", action="store_true", help="write resized copies into data.materialised; run again to resume"
     )
     command.add_argument("--verify-cache", action="store_true", help="compare the cache's images with the sha256 of their rows")
+    command.add_argument("--verify", type=Path, metavar="ARCHIVE", help="check iWildCam's archive: digest and split sizes")
     command = add(prompts, [with_recipe])
     command.add_argument("--force", action="store_true", help="overwrite an existing file")
     command = add(generate, [with_recipe])
@@ -201,6 +212,54 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
     command.add_argument("--split", action="append", default=[], metavar="S", help="evaluate this split only; repeatable")
     command.add_argument("--wise-alphas", metavar="A,B,...", help="alphas of a WiSE-FT sweep, for example 0,0.25,0.5,0.75,1")
+    command.add_argument(
+        "--on",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="test another set before and after finetuning; NAME: imagenet-v2, -r, -a, -sketch, -val, or your own class folders",
+    )
+    command.add_argument(
+        "--wilds-submission", action="store_true", help="write the prediction files of WILDS' leaderboard (iwildcam)"
+    )
+    command = add(predict, [shared])
+    command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
+    command.add_argument(
+        "images",
+        type=Folder("IMAGES"),
+        nargs="+",
+        metavar="IMAGES",
+        help="folder, .csv/.tsv/.parquet of paths, or images",
+    )
+    command.add_argument(
+        "--out",
+        type=Folder("--out"),
+        default=Path("predictions.csv"),
+        metavar="FILE",
+        help="table, .csv or .parquet (default: predictions.csv)",
+    )
+    command.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image, most likely first (default: 5)")
+    command.add_argument(
+        "--embeddings", type=Folder("--embeddings"), metavar="FILE", help="write image features, .npz or .parquet"
+    )
+    command.add_argument(
+        "--issues", type=Folder("--issues"), metavar="FILE", help="write likely label errors of labelled images, .csv or .parquet"
+    )
+    command.add_argument(
+        "--calibrate-on",
+        default="",
+        metavar="S",
+        help="select split for the temperature (default: the run's, where its data is there); none: no temperature",
+    )
+    command.add_argument("--wise-alpha", type=float, default=1.0, metavar="A", help="alpha of the WiSE-FT weights (default: 1)")
+    command = add(export, [])
+    command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
+    command.add_argument("--to", required=True, metavar="FORMAT", help="open_clip, transformers or onnx")
+    command.add_argument("--out", type=Folder("--out"), required=True, metavar="DIR", help="new folder of the exported model")
+    command.add_argument("--push", default="", metavar="hf://USER/NAME", help="upload the folder to the Hugging Face Hub")
+    command.add_argument("--licence", default="", metavar="ID", help="licence for the model card, for example apache-2.0")
+    command.add_argument("--wise-alpha", type=float, default=1.0, metavar="A", help="alpha of the WiSE-FT weights (default: 1)")
+    command.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="set an option; repeatable")
     command = add(compare, [with_recipe])
     command.add_argument("--shard", default="0/1", metavar="I/N", help="run the I-th of N parts (job arrays), I from 0")
     command = add(report, [])
@@ -208,6 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Folder("--out"), metavar="FILE", help="output file; FILE.html is a self-contained page")
     command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, or md")
     command.add_argument("--baseline", metavar="NAME", help="recipe to compare the others with, paired by seed")
+    command.add_argument("--published", action="store_true", help="add published figures on the same data, marked as literature")
     return parser
 
 
@@ -240,6 +300,8 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         runtime.keep_freed_memory()
+        if note := runtime.single_process_note(os.environ, sys.argv[1:] if argv is None else argv):
+            print(f"note: {note}", file=sys.stderr)
         if hasattr(arguments, "recipe"):
             config = recipe.load(arguments.recipe, arguments.set)
             if arguments.print_config:

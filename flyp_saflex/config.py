@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from flyp_saflex.comparing import CompareConfig
+from flyp_saflex.offline import EditorConfig, FilterConfig, PromptsConfig
 from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings
 from flyp_saflex.ranges import BelowOne, Count, Fraction, Natural, NonNegative, Positive
 
@@ -20,9 +21,11 @@ class DataConfig:
 
     name: str = "folder"
     """Reader, a name in `tables.DATASETS`: `folder` (root/<domain>/<class>/* or root/<split>/<class>/*), `table` (a CSV, TSV or
-    Parquet file), `iwildcam`, `iwildcam-mini`, `cub`."""
+    Parquet file), `hf` (Hugging Face `datasets`), `iwildcam`, `iwildcam-mini`, `cub`, WILDS'
+    `waterbirds`, `fmow`, `camelyon17`; DomainBed's `pacs`,
+    `vlcs`, `office-home`, `terra-incognita`, `domain-net`."""
     root: str = ""
-    """Folder of the dataset (`iwildcam`: the folder `iwildcam_v2.0` or its parent)."""
+    """Folder of the dataset (`iwildcam`: the folder `iwildcam_v2.0` or its parent; `hf`: a folder or a hub id `owner/name`)."""
     train_domains: tuple[str, ...] = ()
     """`folder` and `table` with domains: training domains. Held-out parts of them are `id_val` and `id_test`."""
     select_domains: tuple[str, ...] = ()
@@ -46,13 +49,27 @@ class DataConfig:
     path_column: str = "path"
     """`table`: column of the image path."""
     label_column: str = "label"
-    """`table`: column of the class, a name or an index."""
+    """`table`, `hf`: column of the class, a name or an index (`hf`: `a.b` is the field b of the column a)."""
     split_column: str = ""
     """`table`: column of the split (`train`, `val`, `test` or any name); empty: the file has none."""
     domain_column: str = ""
-    """`table`: column of the domain; empty: the file has none."""
+    """`table`, `hf`: column of the domain; empty: there is none."""
+    group_columns: tuple[str, ...] = ()
+    """Columns whose values together make the group of worst-group accuracy, such as class and place of Waterbirds. `table`: any
+    columns of the file; other readers: `class`, `domain`. Empty: the domain is the group."""
+    own_classes: tuple[str, ...] = ()
+    """Splits whose images are classified among the classes that occur in the split only, as ImageNet-R and ImageNet-A are (200 of
+    1,000 classes); all other splits among all classes."""
     caption_column: str = ""
     """`table`: column with a caption per image; empty: class captions are used."""
+    sequence_column: str = ""
+    """`table`: column of the burst (sequence) that an image belongs to; `evaluate` then scores bursts as well; empty: none."""
+    image_column: str = ""
+    """`hf`: column of the images; empty: the only one of that type."""
+    hf_subset: str = ""
+    """`hf`: name of the dataset's configuration (the hub's "subset"); empty: its default."""
+    hf_revision: str = ""
+    """`hf`: revision of the hub's repository (branch, tag or commit); empty: the newest."""
     prompts: str = ""
     """Folder with `classes.txt` and `templates.txt`; empty: the dataset's own, or the folder names and `a photo of a {}.`"""
     box_crop: bool = False
@@ -90,105 +107,6 @@ class CacheConfig:
     """Entry to read or write; empty: the only entry, and for `generate` a name derived from the editor's settings."""
     scores: str = "scores.jsonl"
     """File of filter scores beside the manifest, keyed by `aug_id`; read with `augment.filter = "scores"`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptsConfig:
-    """Edit prompts from captions of the training images (command `prompts`; ALIA, arXiv 2305.16289)."""
-
-    name: str = "auto"
-    """Name of the prompt file: prompts/<data.name>.<name>.toml."""
-    captioner: str = "Salesforce/blip-image-captioning-large"
-    """Image captioning model of transformers (hub id or folder); unused if `captions` is given."""
-    captioner_revision: str = ""
-    """Revision of the hub's repository; empty: the newest."""
-    captions: str = ""
-    """CSV file of captions with the columns `path` and `caption`, or only `caption`; replaces the captioner."""
-    num_captions: Count = 200
-    """Training images to caption, drawn with `seed`, balanced over classes as far as possible."""
-    llm: str = "Qwen/Qwen2.5-7B-Instruct"
-    """Chat model of transformers (hub id or folder) that summarises the captions."""
-    llm_revision: str = ""
-    """Revision of the hub's repository; empty: the newest."""
-    max_domains: Count = 8
-    """Largest number of domain descriptions."""
-    attempts: Count = 3
-    """Largest number of requests: an answer with malformed lines or no lines is requested again, with the reasons."""
-    max_new_tokens: Count = 512
-    """Largest length of an answer of the language model, in tokens."""
-    batch_size: Count = 16
-    """Images per captioning batch."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of both models' weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditorConfig:
-    """Diffusion editor (command `generate`); an unset option takes the default of its `kind`."""
-
-    kind: str = "instruct-pix2pix"
-    """`instruct-pix2pix`: follows an instruction; `img2img`: SDEdit; `text2img`: from text alone; `inpaint`: around the box;
-    `auto`: any newer instruction editor, called with image and instruction (or another name in the table `EDITORS`)."""
-    model: str = ""
-    """Diffusers model (hub id or folder); empty: the default of `kind`, for example `timbrooks/instruct-pix2pix`."""
-    revision: str = ""
-    """Revision of the hub's repository; empty: the newest."""
-    prompts: str = ""
-    """File of edit prompts, as a path or a name (`iwildcam.alia`); empty: the only file for the dataset."""
-    negative_prompt: str = ""
-    """Negative prompt: content to avoid in the image."""
-    steps: Count | None = None
-    """Denoising steps; unset: 20 for instruction editors, 50 for the others."""
-    guidance: NonNegative | None = None
-    """Guidance scale of the text; unset: 5 for `instruct-pix2pix`, the pipeline's default for `auto`, 7.5 for the others."""
-    image_guidance: NonNegative | None = None
-    """`instruct-pix2pix`: guidance scale of the source image; unset: 1.3."""
-    strength: Fraction | None = None
-    """`img2img` and `inpaint`: noise added to the source image, 0 (none) to 1 (full); unset: 0.5 and 1."""
-    scheduler: str = ""
-    """Class name of a diffusers scheduler (`DDIMScheduler`, `DPMSolverMultistepScheduler` ...); empty: the model's own."""
-    size_px: Natural = 512
-    """Shorter side of the editor's input and output in pixels, rounded to the model's grid; 0: size of the source."""
-    batch_size: Count = 8
-    """Edits per batch, of different images and prompts. It changes edits only by rounding, and is halved until the batch fits
-    into GPU memory."""
-    per_text: Count = 1
-    """Edits per image and prompt, each with its own noise."""
-    texts_per_image: Natural = 0
-    """Prompts drawn per image, with `seed`; 0: all."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the editor's weights; `fp16` or `bf16` on a GPU."""
-    compile: bool = False
-    """Compile the denoiser (`torch.compile`): slow to start, then faster."""
-    safety_checker: bool = True
-    """Use the model's safety checker if it has one; images that it blacks out are rejected and not written."""
-    image_format: Literal["png", "jpg"] = "png"
-    """File format of the edits; `jpg` has quality 95 and a quarter of the size of `png`."""
-    sheet_every: Natural = 200
-    """Edits between contact sheets in `sheets/` of the cache entry; 0: one sheet at the end."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilterConfig:
-    """ALIA's filters (command `filter`): scores beside the cache, used in training with `augment.filter = "scores"`."""
-
-    use: tuple[Literal["semantic", "confidence"], ...] = ("semantic", "confidence")
-    """Filters to run."""
-    drop: tuple[Literal["semantic", "unchanged", "corrupted"], ...] = ("semantic", "unchanged", "corrupted")
-    """Verdicts that set `keep` to false: the edit shows no object of the dataset (`semantic`), hardly differs from its source
-    (`unchanged`), or no longer shows its class (`corrupted`)."""
-    run: str = ""
-    """`confidence`: run folder of a model trained on the clean images."""
-    threshold_split: str = "id_val"
-    """`confidence`: split of role `select`; its mean confidence per class is the threshold."""
-    model: str = ""
-    """`semantic`: CLIP model; empty: `model.name` and `model.pretrained`."""
-    pretrained: str = ""
-    """`semantic`: pretrained tag of `filter.model`."""
-    batch_size: Count = 256
-    """Images per forward pass."""
-    sheet_rows: Natural = 12
-    """Rows of the contact sheets of kept and dropped edits; 0: no sheets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,13 +160,17 @@ class TrainConfig:
     warmup_steps: Natural = 500
     """Steps of linear warm-up, at most a tenth of the run."""
     weight_decay: NonNegative = 0.1
-    """AdamW's weight decay; not applied to biases, norms and `logit_scale`."""
+    """AdamW's weight decay."""
+    decayed: Literal["matrices", "all"] = "matrices"
+    """Parameters that decay: `matrices`: not biases, norms and `logit_scale` (open_clip); `all`: every one (FLYP's code)."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.98)
     """AdamW's moment decays (open_clip's for ViT)."""
     eps: Positive = 1e-6
     """AdamW's epsilon."""
     clip_norm: NonNegative = 1.0
     """Largest gradient norm (gradient clipping); 0: no clipping."""
+    process_timeout_s: Positive = 600.0
+    """Seconds that a process waits for the others of its run before it stops."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of forward and backward pass."""
     rows_at_once: Natural = 0

@@ -7,15 +7,50 @@ never by a row number: adding one image must not rename the others. The role of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 from flyp_saflex.errors import DataError
 
 Role = Literal["train", "select", "test"]
 Shift = Literal["id", "ood"]
+Evaluator = Callable[[Sequence["Sample"], Sequence[int]], dict[str, float]]
+"""Official evaluator: samples and predicted classes to numbers by name."""
+
+
+class ImageRows(Protocol):
+    """Source of encoded images by row."""
+
+    def image_bytes(self, row: int) -> bytes:
+        """Return the bytes of a row's image, as a file would hold them.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """Encoded image inside of a dataset's own files (Parquet, Arrow, tar).
+
+    Attributes:
+        name: dataset and row, for messages; unique.
+        rows: where the bytes are.
+        row: its row there.
+    """
+
+    name: str
+    rows: ImageRows = field(compare=False, repr=False)
+    row: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        """Return the encoded image."""
+        return self.rows.image_bytes(self.row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,24 +59,38 @@ class Sample:
 
     Attributes:
         sample_id: path relative to the dataset's root, with forward slashes; unique within a dataset.
-        item: the file, or a row of the dataset's `rows`.
+        item: the file, an image inside of a dataset's files, or a row of the dataset's `rows`.
         label: class index, 0 .. num_classes - 1.
-        domain: origin of the image (folder, camera location, style); the empty string if unknown. Worst-group accuracy uses
-            it as the group.
+        domain: origin of the image (folder, camera location, style); the empty string if unknown.
+        group: values of `data.group_columns`; the empty string without these. Worst-group accuracy is over groups, or domains.
         caption: the image's own caption, if the table has one; None: the class caption is used.
         box: bounding box (left, top, width, height) of the object in pixels of the stored image; None if unknown.
+        sequence: burst of a camera trap that the image belongs to; the empty string if unknown.
     """
 
     sample_id: str
-    item: Path | int
+    item: Path | StoredImage | int
     label: int
     domain: str = ""
+    group: str = ""
     caption: str | None = None
     box: tuple[float, float, float, float] | None = None
+    sequence: str = ""
 
     @property
     def path(self) -> Path:
         """The file.
+
+        Raises:
+            DataError: the sample is a row of an array, or an image inside of a dataset's files.
+        """
+        if isinstance(self.image, StoredImage):
+            raise DataError(f"image '{self.image}' is no file of its own, but this command needs files; use a reader of files")
+        return self.image
+
+    @property
+    def image(self) -> Path | StoredImage:
+        """Place of the encoded image.
 
         Raises:
             DataError: the sample is a row of an array.
@@ -56,10 +105,12 @@ class Samples(Sequence[Sample]):
 
     Args:
         root: folder that the ids are relative to.
-        sample_ids, labels, domains, captions: columns of equal length; no captions: None.
+        sample_ids: identities of the rows.
+        labels: class indices of the rows.
+        domains, groups, captions, sequences: further fields of the rows, in columns as long; None: those of a `Sample` without.
     """
 
-    __slots__ = ("captions", "domains", "labels", "root", "sample_ids")
+    __slots__ = ("captions", "domains", "groups", "labels", "root", "sample_ids", "sequences")
 
     def __init__(
         self,
@@ -67,10 +118,13 @@ class Samples(Sequence[Sample]):
         *,
         sample_ids: Sequence[str],
         labels: Sequence[int],
-        domains: Sequence[str],
+        domains: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
         captions: Sequence[str | None] | None = None,
+        sequences: Sequence[str] | None = None,
     ) -> None:
-        self.root, self.sample_ids, self.labels, self.domains, self.captions = root, sample_ids, labels, domains, captions
+        self.root, self.sample_ids, self.labels = root, sample_ids, labels
+        self.domains, self.groups, self.captions, self.sequences = domains, groups, captions, sequences
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -87,8 +141,10 @@ class Samples(Sequence[Sample]):
             sample_id=sample_id,
             item=self.root / sample_id,
             label=self.labels[place],
-            domain=self.domains[place],
-            caption=self.captions[place] if self.captions is not None else None,
+            domain="" if self.domains is None else self.domains[place],
+            group="" if self.groups is None else self.groups[place],
+            caption=None if self.captions is None else self.captions[place],
+            sequence="" if self.sequences is None else self.sequences[place],
         )
 
     def __eq__(self, other: object) -> bool:
@@ -102,13 +158,14 @@ class Samples(Sequence[Sample]):
     def select(self, places: Iterable[int]) -> Samples:
         """Return the rows at these places, in this order."""
         places = list(places)
-        return Samples(
-            self.root,
-            sample_ids=[self.sample_ids[place] for place in places],
-            labels=[self.labels[place] for place in places],
-            domains=[self.domains[place] for place in places],
-            captions=[self.captions[place] for place in places] if self.captions is not None else None,
-        )
+        columns = {name: getattr(self, name) for name in self.__slots__ if name != "root"}
+        chosen = {name: None if cells is None else [cells[place] for place in places] for name, cells in columns.items()}
+        return Samples(self.root, **chosen)
+
+
+def rows_at(samples: Sequence[Sample], places: Iterable[int]) -> Sequence[Sample]:
+    """Return the rows at these places, in this order: columns of columns, else a tuple."""
+    return samples.select(places) if isinstance(samples, Samples) else tuple(samples[place] for place in places)
 
 
 def sample_ids_of(samples: Sequence[Sample]) -> Sequence[str]:
@@ -146,6 +203,11 @@ class Edit:
         """The file, as of a `Sample`."""
         return self.path
 
+    @property
+    def image(self) -> Path:
+        """The file, as of a `Sample`."""
+        return self.path
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
@@ -157,12 +219,14 @@ class Split:
             evaluation only.
         shift: `id` if the split shares the domains of the training split, else `ood`.
         samples: rows in the order of the source file: a tuple, or columns of many.
+        own_classes: classes that predictions are taken from (`data.own_classes`); empty: all.
     """
 
     name: str
     role: Role
     shift: Shift
     samples: Sequence[Sample]
+    own_classes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -178,13 +242,13 @@ class Split:
         return labels_of(self.samples)
 
     def files(self) -> Iterator[str]:
-        """Yield the paths of the rows as text with forward slashes; empty for rows of an array."""
+        """Yield the paths of the rows as text with forward slashes; empty for rows that are no files of their own."""
         rows = self.samples
         if isinstance(rows, Samples):
             root = rows.root.as_posix()
             prefix = "" if root == "." else root.rstrip("/") + "/"
             return (prefix + sample_id for sample_id in rows.sample_ids)
-        return ("" if isinstance(sample.item, int) else sample.item.as_posix() for sample in rows)
+        return (sample.item.as_posix() if isinstance(sample.item, Path) else "" for sample in rows)
 
     def class_counts(self) -> Counter[int]:
         """Return the number of images per class index; classes without images are absent."""
@@ -192,10 +256,7 @@ class Split:
 
     def keep(self, sample_ids: Collection[str]) -> Sequence[Sample]:
         """Return the rows with these identities, in their order."""
-        rows = self.samples
-        if isinstance(rows, Samples):
-            return rows.select(place for place, name in enumerate(rows.sample_ids) if name in sample_ids)
-        return tuple(sample for sample in rows if sample.sample_id in sample_ids)
+        return rows_at(self.samples, (place for place, name in enumerate(self.sample_ids) if name in sample_ids))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +271,7 @@ class Dataset:
         templates: caption templates, each with one `{}`.
         notes: what the reader wants a person to know (rows skipped, classes without images ...).
         rows: images or features of samples that are no files, by row; array-like.
+        evaluator: the dataset's official evaluator: samples and predictions to numbers by name; None: there is none.
         whole: the splits before `data.shots`, `data.add_to_train` and `--limit` cut them; None: nothing was cut.
     """
 
@@ -220,6 +282,7 @@ class Dataset:
     templates: tuple[str, ...]
     notes: tuple[str, ...] = ()
     rows: Sequence[Any] | None = None
+    evaluator: Evaluator | None = None
     whole: Mapping[str, Split] | None = None
 
     @property

@@ -1,14 +1,23 @@
-"""The process: memory that stays, and signals that stop it after the step in flight."""
+"""The process and the others of its run: memory that stays, signals after a step, lost processes."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from flyp_saflex.errors import RunError
+
+if TYPE_CHECKING:
+    from accelerate.state import PartialState
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -30,6 +39,65 @@ def keep_freed_memory() -> bool:
         return False
     largest = 2**31 - 1
     return bool(mallopt(M_MMAP_THRESHOLD, largest)) and bool(mallopt(M_TRIM_THRESHOLD, largest))
+
+
+def process_state(timeout_s: float) -> PartialState:
+    """Return accelerate's state of this process and the others of its run.
+
+    Without GPU, accelerate lets each of several processes work alone, unless it is told that CPUs are meant: it is told here.
+
+    Args:
+        timeout_s: seconds that a process waits for the others.
+    """
+    from accelerate.state import PartialState
+
+    flag = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    state = PartialState(cpu=flag, timeout=timedelta(seconds=timeout_s))
+    if state.num_processes == 1 and state.device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # read by everything of accelerate from here on
+        PartialState._reset_state()
+        state = PartialState(cpu=True, timeout=timedelta(seconds=timeout_s))
+    return state
+
+
+def single_process_note(environment: Mapping[str, str], arguments: Sequence[str]) -> str:
+    """Return a note if `accelerate launch` was asked for several processes and started one; else the empty string.
+
+    Its simple launcher then sets the address at which processes meet, but neither rank nor number of processes.
+
+    Args:
+        environment: variables of the process.
+        arguments: of the command line.
+    """
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    launched = "ACCELERATE_DYNAMO_BACKEND" in environment and "MASTER_ADDR" in environment and "MASTER_PORT" in environment
+    if not launched or any(size in environment for size in sizes):
+        return ""
+    return (
+        "accelerate launch was asked for several processes and started one, as it does where it finds no several GPUs; for N "
+        f"processes on CPUs: torchrun --nproc-per-node N -m flyp_saflex {shlex.join(arguments)}"
+    )
+
+
+@contextmanager
+def telling_lost_processes(advice: str) -> Iterator[None]:
+    """Turn a failed exchange with another process into one line.
+
+    Args:
+        advice: the way to go on.
+
+    Raises:
+        RunError: another process of the run ended, or did not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = re.sub(r"^\[\S*\] ", "", (str(error).strip() or type(error).__name__).splitlines()[0])[:200]
+        if not re.search("(?i)gloo|nccl|ProcessGroup|TCPStore|connection (closed|reset)", str(error)):
+            raise
+        late = re.search("(?i)timed? ?out", text)
+        what = "did not answer in time (train.process_timeout_s)" if late else "ended or cannot be reached"
+        raise RunError(f"another process of this run {what}: {text}; {advice}") from error
 
 
 class StopSignals:

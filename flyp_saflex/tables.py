@@ -2,6 +2,7 @@
 
     table            option                  an entry is
     DATASETS         data.name               reader: DataConfig -> Dataset
+    TEST_SETS        evaluate --on           reader of a dataset that is only tested on
     METHODS          train.method            Method: task, objective and phases by name
     TASKS            (of the method)         subclass of Task (tasks/task.py)
     OBJECTIVES       (of the method)         Objective (saflex/objectives.py)
@@ -166,9 +167,29 @@ DATASETS: Table[Callable[[DataConfig], Dataset]] = Table(
     {
         "folder": "data.folder:read_folder",
         "table": "data.table:read_table",
+        "hf": "data.hf:read_hf",
+        "pacs": "data.domainbed:PACS",
+        "vlcs": "data.domainbed:VLCS",
+        "office-home": "data.domainbed:OFFICE_HOME",
+        "terra-incognita": "data.domainbed:TERRA_INCOGNITA",
+        "domain-net": "data.domainbed:DOMAIN_NET",
         "iwildcam": "data.wilds:read_iwildcam",
         "iwildcam-mini": "data.wilds:read_iwildcam_mini",
         "cub": "data.cub:read_cub",
+        "waterbirds": "data.wilds_sets:WATERBIRDS",
+        "fmow": "data.wilds_sets:FMOW",
+        "camelyon17": "data.wilds_sets:CAMELYON17",
+    },
+)
+TEST_SETS: Table[Callable[[DataConfig], Dataset]] = Table(
+    "--on",
+    {
+        "imagenet-val": "data.evaluation_sets:IMAGENET_VAL",
+        "imagenet-v2": "data.evaluation_sets:IMAGENET_V2",
+        "imagenet-sketch": "data.evaluation_sets:IMAGENET_SKETCH",
+        "imagenet-r": "data.evaluation_sets:IMAGENET_R",
+        "imagenet-a": "data.evaluation_sets:IMAGENET_A",
+        "class-folders": "data.evaluation_sets:read_class_folders",
     },
 )
 TASKS: Table[type[Task]] = Table(

@@ -24,12 +24,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flyp_saflex.assets import TINY_EDITOR
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.demo.places import PLACES
 from flyp_saflex.demo.scene import Scene, render
 from flyp_saflex.demo.world import CLASSES, EMPTY, SPECIES, plan
 from flyp_saflex.editing.diffusers_editor import DiffusersEditor
 from flyp_saflex.editing.editor import Request, load_editor
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.runtime import keep_freed_memory
 
 SEED = 50_000_000  # of the classifier's pictures

@@ -14,25 +14,34 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flyp_saflex"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "user_text", "ranges", "tables", "presets", "comparing", "config", "records", "runtime", "recipe",  # the ground
+    "errors", "user_text", "ranges", "tables", "presets", "comparing", "offline", "config",
+    "records", "runtime", "recipe",  # the ground
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets
-    "tasks", "step", "evaluation", "training",  # a model's step, its scores, the loop
-    "prompting", "editing", "filtering", "reporting", "comparison", "demo",  # the other commands
-    "cli", "__main__",
+    "tasks", "step", "evaluation", "training", "predicting",  # a model's step, its scores, the loop
+    "prompting", "editing", "filtering", "reporting", "exporting", "comparison", "demo",  # the other commands
+    "arguments", "cli", "__main__",
 )  # fmt: skip
 """A room imports only from rooms before it. `assets` and `recipes` are data, open to all."""
-LIGHT = (*ORDER[: ORDER.index("saflex")], "storage", "cli", "__init__", "__main__")
+LIGHT = (*ORDER[: ORDER.index("saflex")], "storage", "arguments", "cli", "__init__", "__main__")
 """The ground, what lies on disk and the command line start at once: no heavy library at module level."""
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pandas", "numpy", "pyarrow", "sklearn", "open_clip"}
 HEAVY |= {"wilds", "matplotlib"}
 HOMES = {
-    "open_clip": {"clip.model", "clip.weights_files"},
+    "open_clip": {"clip.imagenet", "clip.model", "clip.weights_files"},
     "diffusers": {"editing.diffusers_editor"},
-    "transformers": {"clip.foreign_code", "editing.diffusers_editor", "prompting.language_models"},
+    "transformers": {
+        "clip.foreign_code",
+        "editing.diffusers_editor",
+        "prompting.language_models",
+        "exporting.transformers_clip",
+    },
+    "huggingface_hub": {"data.hf", "exporting.hub"},
     "matplotlib": {"reporting.plots"},
-    "wilds": {"data.wilds", "evaluation.metrics"},
+    "wilds": {"data.wilds", "data.wilds_sets", "evaluation.metrics"},
+    "datasets": {"data.hf"},
     "pandas": {"data.wilds", "data.cub", "data.table"},
+    "cleanlab": {"predicting.label_issues"},
 }
 """Where a library may be imported: in one place, so that it can be exchanged."""
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from flyp_saflex import recipe
 from flyp_saflex.config import Config
@@ -155,3 +156,12 @@ def test_every_option_is_documented() -> None:
         value = getattr(Config(), section.name)
         for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
             assert documented.get((type(value).__name__, field.name)), f"{section.name}.{field.name}"
+
+
+def test_iwildcam_trains_with_the_optimiser_of_flyps_code():
+    """torch.optim.AdamW(all parameters, lr, weight_decay) in FLYP's src/models/flyp_loss.py, and no clipping."""
+    train = recipe.load("iwildcam").train
+    defaults = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults
+    assert (train.betas, train.eps) == (defaults["betas"], defaults["eps"])
+    assert (train.lr, train.weight_decay, train.decayed, train.clip_norm) == (1e-5, 0.2, "all", 0.0)
+    assert (train.epochs, train.batch_size, train.warmup_steps, train.min_lr, train.proxies) == (20, 256, 500, 0.0, "batch")

@@ -1,5 +1,6 @@
 """Records: splits held as columns equal splits of samples."""
 
+import dataclasses
 from pathlib import Path
 
 from flyp_saflex.records import Sample, Samples, Split
@@ -12,7 +13,9 @@ def columns(num: int = 6, *, captions: bool = True) -> Samples:
         sample_ids=[f"a{row % 2}/{row}.jpg" for row in rows],
         labels=[row % 3 for row in rows],
         domains=[f"camera {row % 2}" for row in rows],
+        groups=[f"class={row % 3}" for row in rows],
         captions=[None if row % 2 else f"picture {row}" for row in rows] if captions else None,
+        sequences=[f"burst {row // 2}" for row in rows],
     )
 
 
@@ -24,12 +27,19 @@ def test_columns_equal_the_samples_that_they_hold():
     rows = columns()
     samples = tuple(rows)
     assert samples[3] == Sample(
-        sample_id="a1/3.jpg", item=Path("/pictures/a1/3.jpg"), label=0, domain="camera 1", caption=None, box=None
+        sample_id="a1/3.jpg", item=Path("/pictures/a1/3.jpg"), label=0, domain="camera 1", group="class=0", sequence="burst 1"
     )
     assert (rows == samples, rows[-1], rows[4:1:-2], hash(rows)) == (True, samples[-1], samples[4:1:-2], hash(samples))
     assert rows != samples[1:]
     assert rows != (*samples[:5], samples[0])
     assert next(iter(columns(captions=False))).caption is None
+
+
+def test_columns_hold_every_field_of_a_sample_but_its_box():
+    """A field that is new in `Sample` and not in `Samples` would be lost without a word."""
+    fields = {field.name for field in dataclasses.fields(Sample)}
+    columns_of = {"sample_ids", "labels", "domains", "groups", "captions", "sequences"}
+    assert {f"{name}s" for name in fields - {"item", "box"}} == columns_of == set(Samples.__slots__) - {"root"}
 
 
 def test_splits_of_columns_and_of_samples_say_the_same():

@@ -16,7 +16,6 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from accelerate.state import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from flyp_saflex import recipe
 from flyp_saflex.comparison import estimate
@@ -37,6 +36,7 @@ from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.reporting.report import report
 from flyp_saflex.reporting.runs import Preface
+from flyp_saflex.runtime import process_state
 from flyp_saflex.storage.files import atomic_write
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.training.train import train
@@ -68,8 +68,7 @@ def compare(
         UserError: bad input, before anything is run; or a run that had to stop.
         KeyboardInterrupt: after Ctrl-C, once the state of the run is saved.
     """
-    # PartialState by itself does not read this flag, unlike Accelerator: processes on CPUs would not see each other
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = process_state(config.train.process_timeout_s)
     forget_datasets()
     conditions = conditions_of(config)
     units = plan(config, conditions, out)

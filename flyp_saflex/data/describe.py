@@ -123,7 +123,7 @@ def _read_all(dataset: Dataset, threads: int) -> dict[str, Any]:
             rows, tqdm(results, total=len(rows), unit="image", desc="reading images", disable=None), strict=True
         ):
             if isinstance(result, str):
-                unreadable.append({"split": split, "path": str(sample.path), "reason": result})
+                unreadable.append({"split": split, "path": str(sample.item), "reason": result})
                 continue
             digest, (width, height), contrast = result
             homes[digest].append((split, sample.sample_id))
@@ -149,8 +149,8 @@ def _read_all(dataset: Dataset, threads: int) -> dict[str, Any]:
 def _read_one(sample: Sample) -> tuple[str, tuple[int, int], int] | str:
     """Return an image's hash, size and largest difference between its values in 0..255, or why it cannot be read."""
     try:
-        data = read_bytes(sample.path)
-        image = decode_image(io.BytesIO(data), sample.path)
+        data = read_bytes(sample.image)
+        image = decode_image(io.BytesIO(data), sample.image)
         lows, highs = zip(*cast(tuple[tuple[int, int], ...], image.getextrema()), strict=True)
         return hashlib.sha256(data).hexdigest(), image.size, max(highs) - min(lows)
     except DataError as error:

@@ -18,13 +18,17 @@ from flyp_saflex.data.splitting import EVAL_NAMES, SELECT_NAMES, few_shot, folde
 from flyp_saflex.data.text import listed, nfc, shown
 from flyp_saflex.errors import DataError, nearest
 from flyp_saflex.records import Dataset, Role, Sample, Split
-from flyp_saflex.tables import DATASETS
+from flyp_saflex.tables import DATASETS, TEST_SETS
 
 # Lists that are published as they are: a class that nobody trains on is worth a note, not an error.
-PUBLISHED = frozenset(("iwildcam", "iwildcam-mini", "cub"))
+CLASS_FOLDERS = "class-folders"
+"""Reader of a test set under a name of the user's own."""
+PUBLISHED = frozenset(("iwildcam", "iwildcam-mini", "cub", "waterbirds", "fmow", "camelyon17"))
 
 
-def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None, check_files: bool = True) -> Dataset:
+def load_dataset(
+    config: DataConfig, *, seed: int = 0, limit: int | None = None, check_files: bool = True, test_set: str = ""
+) -> Dataset:
     """Read, check and cut a dataset as the recipe says; no image is opened.
 
     Args:
@@ -32,16 +36,19 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
         seed: seed of the few-shot draw.
         limit: at most this many images of each split, spread over classes; the same ones for every `seed`.
         check_files: whether every image file has to exist.
+        test_set: read `config.root` as this one of `tables.TEST_SETS`, or as class folders under any other name; there is no
+            training split then. Empty: read the dataset `config.name`.
 
     Raises:
         DataError: the dataset, or what the recipe asks of it, is wrong.
     """
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit}: expected at least 1 image per split")
-    dataset = DATASETS[config.name](config)
-    _check_splits(dataset)
+    dataset = (TEST_SETS[test_set if test_set in TEST_SETS else CLASS_FOLDERS] if test_set else DATASETS[config.name])(config)
+    _check_splits(dataset, needs_train=not test_set)
     if check_files:
         _check_files(dataset)
+    dataset = _with_own_classes(_with_groups(dataset, config), config)
     splits = dict(dataset.splits)
     notes = [*dataset.notes, *class_name_notes(dataset.class_names)]
     if config.shots:
@@ -57,7 +64,7 @@ def load_dataset(config: DataConfig, *, seed: int = 0, limit: int | None = None,
         splits["train"] = replace(splits["train"], samples=(*splits["train"].samples, *added.samples))
         splits.pop(added.name)
         notes.append(f"{len(added)} images of '{name}' are trained on (data.add_to_train)")
-    notes += _check_classes(replace(dataset, splits=splits), strict=config.name not in PUBLISHED)
+    notes += [] if test_set else _check_classes(replace(dataset, splits=splits), strict=config.name not in PUBLISHED)
     if limit is not None:
         whole = sum(len(split) for split in splits.values())
         splits = {name: quick_look(split, limit, config.split_seed) for name, split in splits.items()}
@@ -106,6 +113,48 @@ def _synonym(dataset: Dataset, name: str) -> Split | None:
     return found[0] if len(found) == 1 else None
 
 
+def _with_groups(dataset: Dataset, config: DataConfig) -> Dataset:
+    """Return the dataset with the groups of `data.group_columns`, unless its reader has made them.
+
+    Raises:
+        DataError: a name is neither `class` nor `domain`.
+    """
+    names = config.group_columns
+    if not names or any(sample.group for split in dataset.splits.values() for sample in split.samples):
+        return dataset
+    for name in names:
+        if name not in ("class", "domain"):
+            raise DataError(
+                f"data.group_columns: '{shown(name)}' is no column of '{dataset.name}'; expected class and domain, or "
+                "data.name = table and a table with the column"
+            )
+
+    def group(sample: Sample) -> str:
+        values = {"class": dataset.class_names[sample.label], "domain": sample.domain}
+        return ", ".join(f"{name}={values[name]}" for name in names)
+
+    splits = {
+        name: replace(split, samples=tuple(replace(sample, group=group(sample)) for sample in split.samples))
+        for name, split in dataset.splits.items()
+    }
+    return replace(dataset, splits=splits)
+
+
+def _with_own_classes(dataset: Dataset, config: DataConfig) -> Dataset:
+    """Return the dataset with the classes of the splits of `data.own_classes`.
+
+    Raises:
+        DataError: there is no such split, or it is trained on.
+    """
+    splits = dict(dataset.splits)
+    for name in config.own_classes:
+        split = split_for(dataset, name)
+        if split.role == "train":
+            raise DataError(f"data.own_classes: '{name}' is trained on; name splits that are scored")
+        splits[split.name] = replace(split, own_classes=tuple(sorted(split.class_counts())))
+    return replace(dataset, splits=splits)
+
+
 def _addable(dataset: Dataset, name: str) -> Split:
     split = split_for(dataset, name)
     if split.name == "train" or split.role == "test":
@@ -117,8 +166,8 @@ def _addable(dataset: Dataset, name: str) -> Split:
     return split
 
 
-def _check_splits(dataset: Dataset) -> None:
-    if "train" not in dataset.splits:
+def _check_splits(dataset: Dataset, *, needs_train: bool) -> None:
+    if needs_train and "train" not in dataset.splits:
         raise DataError(
             f"dataset '{dataset.name}' in {dataset.root} has no split 'train' (found: {', '.join(dataset.splits) or 'none'}); "
             "call one of the splits train"

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from flyp_saflex.data.text import listed, nfc, shown
 from flyp_saflex.errors import DataError
-from flyp_saflex.records import Role, Sample, Samples, Shift, Split
+from flyp_saflex.records import Role, Sample, Shift, Split, rows_at
 
 TRAIN_NAMES = ("train", "training")
 SELECT_NAMES = ("id_val", "val", "valid", "validation", "dev", "development")
@@ -97,7 +97,7 @@ def check_domain_names(option: str, domain: str, *, fix: str) -> None:
         raise DataError(f"{option}: a domain called '{shown(domain)}' is taken for a split; {fix}")
 
 
-def split_by_name(names: Sequence[str], samples: Samples) -> dict[str, Split]:
+def split_by_name(names: Sequence[str], samples: Sequence[Sample]) -> dict[str, Split]:
     """Group rows into splits: train first, then those that select, then those that test.
 
     Args:
@@ -110,7 +110,7 @@ def split_by_name(names: Sequence[str], samples: Samples) -> dict[str, Split]:
     splits = []
     for name, places in groups.items():
         role, shift = role_and_shift(name, groups)
-        splits.append(Split(name=name, role=role, shift=shift, samples=samples.select(places)))
+        splits.append(Split(name=name, role=role, shift=shift, samples=rows_at(samples, places)))
     return in_reporting_order(splits)
 
 

@@ -17,25 +17,16 @@ from flyp_saflex.data.account import Account
 from flyp_saflex.data.class_names import class_list
 from flyp_saflex.data.class_prompts import Prompts
 from flyp_saflex.data.folder import existing_root
-from flyp_saflex.data.splitting import (
-    canonical_split,
-    check_domain_names,
-    hold_out,
-    in_reporting_order,
-    split_by_name,
-    split_notes,
-)
+from flyp_saflex.data.parts import POOL, Part, domain_parts, names_domains, pooled_splits
+from flyp_saflex.data.splitting import canonical_split, split_by_name, split_notes
 from flyp_saflex.data.table_file import Table, without_fractions
 from flyp_saflex.data.table_parquet import load_parquet
 from flyp_saflex.data.table_text import load_delimited
 from flyp_saflex.data.text import listed, nfc, nfc_all, not_utf8, shown
 from flyp_saflex.errors import DataError, nearest
-from flyp_saflex.records import Dataset, Samples, Split
+from flyp_saflex.records import Dataset, Samples
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-Part = str | None
-"""Split of a row by name; the empty string for the pool that is split further, None for a row that is left out."""
-POOL = ""
 UNUSUAL = re.compile(r"^[/.]|\\|//|/\.|/$")
 """What a path has that `posixpath.normpath` might change, or that leads out of the root."""
 LONGEST_INDEX = 9
@@ -51,13 +42,16 @@ def read_table(config: DataConfig) -> Dataset:
     """
     file = _find(config)
     root = existing_root(config) if config.root else file.parent.absolute()
-    optional = [column for column in (config.split_column, config.domain_column, config.caption_column) if column]
-    table = _load(file, [config.path_column, config.label_column, *optional])
+    optional = [
+        column for column in (config.split_column, config.domain_column, config.caption_column, config.sequence_column) if column
+    ]
+    named = [config.path_column, config.label_column, *optional]
+    table = load_columns(file, [*named, *(column for column in config.group_columns if column not in named)])
     if config.train_domains and config.split_column:
         raise DataError(
             f"data.split_column = '{config.split_column}' and data.train_domains both say what is trained on; set one of them"
         )
-    if (config.train_domains or config.select_domains or config.test_domains) and not config.domain_column:
+    if names_domains(config) and not config.domain_column:
         raise DataError("data.train_domains, select_domains or test_domains need data.domain_column: name the table's column")
 
     account = Account(f"rows of {file}")
@@ -67,19 +61,28 @@ def read_table(config: DataConfig) -> Dataset:
     parts = _parts(table, config, domains, notes)
     labels, prompts = _labels(table, config, parts, notes)
     captions = _column(table, config.caption_column, composed=False)
+    groups = _groups(table, config.group_columns)
+    sequences = _column(table, config.sequence_column)
     used = [part is not None for part in parts]
     account.found = used.count(True)
     account.leave_out("of domains that no data.*_domains names", used.count(False))
     for reason, count in table.left_out.items():
         account.leave_out(reason, count)
+
+    def column(cells: Sequence[str], name: object) -> list[str] | None:
+        return list(compress(cells, used)) if name else None
+
     samples = Samples(
         root,
         sample_ids=list(compress(sample_ids, used)),
         labels=list(compress(labels, used)),
         domains=list(compress(domains, used)),
+        groups=column(groups, config.group_columns),
         captions=[caption or None for caption in compress(captions, used)] if config.caption_column else None,
+        sequences=column(sequences, config.sequence_column),
     )
-    splits = _splits([part for part in parts if part is not None], samples, config, prompts.class_names)
+    names = [part for part in parts if part is not None]
+    splits = split_by_name(names, samples) if config.split_column else pooled_splits(names, samples, config, prompts.class_names)
     return Dataset(
         name="table",
         root=root,
@@ -100,7 +103,7 @@ def _find(config: DataConfig) -> Path:
     raise DataError(f"data.table = {config.table}: there is no such file (nor below data.root = '{config.root}'); check the path")
 
 
-def _load(file: Path, wanted: Sequence[str]) -> Table:
+def load_columns(file: Path, wanted: Sequence[str]) -> Table:
     """Read columns of a table.
 
     Args:
@@ -137,6 +140,14 @@ def _column(table: Table, name: str, *, composed: bool = True) -> list[str]:
         return cells
     names = {cell: nfc(cell) for cell in set(cells)}
     return [names[cell] for cell in cells]
+
+
+def _groups(table: Table, names: Sequence[str]) -> list[str]:
+    """Return every row's values of some columns as `column=value, column=value`; empty ones without columns."""
+    if not names:
+        return [""] * table.num_rows
+    columns = [without_fractions(_column(table, name)) for name in names]
+    return [", ".join(f"{name}={cell}" for name, cell in zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _sample_ids(table: Table, column: str, root: Path) -> list[str]:
@@ -182,26 +193,9 @@ def _parts(table: Table, config: DataConfig, domains: Sequence[str], notes: list
     """Return each row's part and add notes on split names."""
     if config.split_column:
         return _named_parts(table, config.split_column, notes)
-    if not (config.train_domains or config.select_domains or config.test_domains):
+    if not names_domains(config):
         return [POOL] * table.num_rows
-    found = sorted(set(domains))
-    part_of: dict[str, str] = {}
-    for role, named in (("train", config.train_domains), ("select", config.select_domains), ("test", config.test_domains)):
-        for domain in nfc_all(named):
-            if domain not in found:
-                raise DataError(
-                    f"data.{role}_domains: no row of {table.file} has '{domain}' in column '{config.domain_column}'"
-                    f"{nearest(domain, found[:1000])} (found: {listed(found)})"
-                )
-            if domain in part_of:
-                raise DataError(f"data.{role}_domains: '{domain}' is named twice; a domain has one role")
-            if role != "train":
-                fix = f"set data.split_column={config.domain_column} instead, or rename the domain"
-                check_domain_names(f"data.{role}_domains", domain, fix=fix)
-            part_of[domain] = POOL if role == "train" else domain
-    if POOL not in part_of.values():
-        raise DataError(f"data.train_domains is empty; name the domains of {table.file} to train on (found: {listed(found)})")
-    return [part_of.get(domain) for domain in domains]
+    return domain_parts(config, domains, str(table.file))
 
 
 def _named_parts(table: Table, column: str, notes: list[str]) -> list[Part]:
@@ -277,28 +271,6 @@ def _check_indices(table: Table, column: str, cells: Sequence[str], indices: dic
 def _index(cell: str) -> int | None:
     """Return a class index; None if the cell is none."""
     return int(cell) if cell.isdecimal() and len(cell) <= LONGEST_INDEX else None
-
-
-def _splits(parts: list[str], samples: Samples, config: DataConfig, class_names: tuple[str, ...]) -> dict[str, Split]:
-    def of(part: str) -> Samples:
-        return samples.select(place for place, name in enumerate(parts) if name == part)
-
-    if config.split_column:
-        return split_by_name(parts, samples)
-    splits = list(
-        hold_out(
-            of(POOL),
-            select_fraction=config.select_fraction,
-            select_per_class=config.select_per_class,
-            test_fraction=config.test_fraction,
-            seed=config.split_seed,
-            name_of=class_names.__getitem__,
-        ).values()
-    )
-    for domains, role in ((config.select_domains, "select"), (config.test_domains, "test")):
-        for domain in nfc_all(domains):
-            splits.append(Split(name=domain, role=role, shift="ood", samples=of(domain)))  # type: ignore[arg-type]
-    return in_reporting_order(splits)
 
 
 def _not_utf8(file: Path) -> str:

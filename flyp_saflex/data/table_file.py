@@ -73,7 +73,7 @@ def check_columns(file: Path, row: int, header: Sequence[str], wanted: Sequence[
         if name not in header:
             raise DataError(
                 f"{file} row {row}: there is no column '{name}'{nearest(name, header)} (columns: {listed(header, 20)}); "
-                "set data.path_column, label_column, split_column, domain_column or caption_column"
+                "set data.path_column, label_column, split_column, domain_column, caption_column or group_columns"
             )
     doubled = [name for name in dict.fromkeys(wanted) if wanted.count(name) > 1]
     if doubled:

@@ -11,6 +11,7 @@ import gzip
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from flyp_saflex.config import DataConfig
 from flyp_saflex.data.account import Account
 from flyp_saflex.data.class_prompts import load_prompts
 from flyp_saflex.data.text import listed, shown
+from flyp_saflex.data.wilds_archive import MIRROR
 from flyp_saflex.errors import DataError
 from flyp_saflex.records import Dataset, Role, Sample, Samples, Shift, Split
 
@@ -65,16 +67,20 @@ def read_iwildcam(config: DataConfig) -> Dataset:
     names = table["filename"].tolist()
     root, homes = _locate(folder, names)
     locations = official.metadata_array[:, official.metadata_fields.index("location")].tolist()
+    sequences = official.metadata_array[:, official.metadata_fields.index("sequence")].tolist()
     labels = official.y_array.tolist()
 
     def samples(rows: list[int]) -> Sequence[Sample]:
-        ids, of, domains = [names[row] for row in rows], [labels[row] for row in rows], [str(locations[row]) for row in rows]
-        if not homes:
-            return Samples(root, sample_ids=ids, labels=of, domains=domains)
-        return tuple(
-            Sample(sample_id=name, item=homes.get(name, root) / name, label=label, domain=domain)
-            for name, label, domain in zip(ids, of, domains, strict=True)
+        columns = Samples(
+            root,
+            sample_ids=[names[row] for row in rows],
+            labels=[labels[row] for row in rows],
+            domains=[str(locations[row]) for row in rows],
+            sequences=[str(sequences[row]) for row in rows],
         )
+        if not homes:
+            return columns
+        return tuple(replace(sample, item=homes.get(sample.sample_id, root) / sample.sample_id) for sample in columns)
 
     splits = {
         name: Split(
@@ -91,6 +97,7 @@ def read_iwildcam(config: DataConfig) -> Dataset:
         class_names=prompts.class_names,
         splits=splits,
         templates=prompts.templates,
+        evaluator=lambda samples, predictions: official_metrics(predictions, [sample.label for sample in samples]),
         notes=(*notes, account.note(sum(len(split) for split in splits.values()))),
     )
 
@@ -165,8 +172,9 @@ def official_metrics(predictions: Tensor | Sequence[int], labels: Tensor | Seque
 def _folder(config: DataConfig, *, needed: str) -> Path:
     """Return the folder with the dataset's files."""
     help_text = (
-        f"place WILDS' {FOLDER} there: metadata.csv and train/*.jpg, from its archive (11 GB; its download host is often down) "
-        "or a copy; the images may also be LILA's iWildCam 2020 in images/, beside WILDS' metadata.csv"
+        f"place WILDS' {FOLDER} there: metadata.csv and train/*.jpg, from its archive (11 GB; its download host is often down; a "
+        f"third party's copy is {MIRROR} on the Hugging Face hub, check it with `flyp-saflex data iwildcam --verify FILE`); the "
+        "images may also be LILA's iWildCam 2020 in images/, beside WILDS' metadata.csv"
     )
     if not config.root:
         raise DataError(f"data.root is empty (data.name = {config.name}); --set data.root=PATH and {help_text}")

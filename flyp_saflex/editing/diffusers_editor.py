@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.editing.editor import Request
 from flyp_saflex.editing.pipeline_files import Source, locate, quiet, reason
 from flyp_saflex.editing.prompt_encoder import Texts
 from flyp_saflex.editing.schedulers import check_scheduler, make_scheduler
 from flyp_saflex.editing.settings import MAX_ASPECT, EditorKind, output_size, scale_box
 from flyp_saflex.errors import ConfigError, ModelError, RunError
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.tables import EDITORS
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -117,9 +117,9 @@ def edit_batches(
 def read_source(sample: Sample, *, box_crop: bool = False) -> Image.Image | str:
     """Return a source as upright RGB, or the reason why it cannot be read, without a path of this machine."""
     try:
-        return read_image(sample.path, box=sample.box if box_crop else None)
+        return read_image(sample.image, box=sample.box if box_crop else None)
     except DataError as error:
-        return str(error).replace(str(sample.path), f"'{sample.sample_id}'")
+        return str(error).replace(str(sample.item), f"'{sample.sample_id}'")
 
 
 def flaw(image: Image.Image, size: tuple[int, int]) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.editing.settings import resolve
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.tables import EDITORS
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from flyp_saflex.config import Config, EditorConfig
+from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.editing.edit_images import EditResult, edit_batches, read_source
 from flyp_saflex.editing.editor import Editor, load_editor
@@ -36,6 +36,7 @@ from flyp_saflex.editing.plan import (
 from flyp_saflex.editing.progress import Sheets, Tally
 from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import DataError
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset
 from flyp_saflex.runtime import StopSignals

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.errors import ConfigError, ModelError
+from flyp_saflex.offline import EditorConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HASHED = {".safetensors", ".bin", ".json", ".txt", ".model"}

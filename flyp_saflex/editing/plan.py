@@ -16,8 +16,9 @@ from typing import Any, overload
 
 import msgspec
 
-from flyp_saflex.config import Config, EditorConfig
+from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, DataError
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import EditPrompts
 from flyp_saflex.records import Dataset, Sample, labels_of, sample_ids_of
 from flyp_saflex.storage.augment_cache import AugmentCache

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.editing.pipeline_files import reason
 from flyp_saflex.errors import ConfigError, nearest
+from flyp_saflex.offline import EditorConfig
 
 SEEDLESS = "DPMSolverSDEScheduler"
 """A scheduler whose noise does not come from the generators that the pipeline is given."""

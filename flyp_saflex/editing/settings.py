@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.errors import ConfigError
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.tables import EDITORS
 
 MAX_ASPECT = 8

@@ -15,11 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
-from numpy.typing import NDArray
 
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.clip.model import RANDOM
@@ -27,17 +24,20 @@ from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError, RunError
 from flyp_saflex.evaluation.load_run import check_model, load_run
-from flyp_saflex.evaluation.predict import Variant, predict
+from flyp_saflex.evaluation.predict import Variant, predict_split
 from flyp_saflex.evaluation.run_data import compare_data
 from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split
 from flyp_saflex.evaluation.weight_averaging import WeightAverage
+from flyp_saflex.evaluation.wilds_submission import check_submission, write_submission
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.records import Dataset, Split
+from flyp_saflex.runtime import process_state, telling_lost_processes
 from flyp_saflex.storage.results import Results
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.tasks.task import Loader
 
 
+@telling_lost_processes("run the command again; the splits that were finished are kept")
 def evaluate(
     run: Path,
     *,
@@ -46,6 +46,8 @@ def evaluate(
     overrides: Iterable[str] = (),
     limit: int | None = None,
     dry_run: bool = False,
+    wilds_submission: bool = False,
+    on: str = "",
 ) -> dict[str, Any]:
     """Evaluate a finished run and return what results.json then holds.
 
@@ -56,6 +58,8 @@ def evaluate(
         overrides: `section.field=value`, applied to the run's recipe.
         limit: use at most this many images of each split.
         dry_run: run all checks, load no model, write nothing.
+        wilds_submission: write the prediction files of WILDS' leaderboard to RUN/wilds-submission.
+        on: name of a test set that `overrides` lead to (`other_sets.py`); no alpha is chosen on it.
 
     Raises:
         RunError: no run folder, a run without a model, a linear head for other classes, or logits that are NaN.
@@ -65,8 +69,7 @@ def evaluate(
     run, overrides = Path(run), tuple(overrides)
     if not run.is_dir():
         raise RunError(f"run folder {run}: there is no such folder; give the folder that `flyp-saflex train` wrote")
-    # PartialState by itself does not read this flag, unlike Accelerator: processes on CPUs would not see each other
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = process_state(RunDir(run, lock=False).read_config().train.process_timeout_s)
     with RunDir(run, lock=state.is_main_process and not dry_run) as folder:
         config = folder.read_config()
         if overrides:
@@ -75,10 +78,12 @@ def evaluate(
         alphas = tuple(sorted({1.0, *(config.evaluate.wise_alphas if wise_alphas is None else wise_alphas)}))
         if any(alpha != 1 for alpha in alphas):
             check_start(config, alphas)
-        dataset = load_dataset(config.data, seed=config.seed, limit=limit)
-        select = select_split(config, dataset, choose=len(alphas) > 1)
+        dataset = load_dataset(config.data, seed=config.seed, limit=limit, test_set=on)
+        select = "" if on else select_split(config, dataset, choose=len(alphas) > 1)
         todo = splits_to_evaluate(dataset, splits, first=select)
-        data_notes, other = compare_data(run, config, dataset, [split.name for split in todo], overrides)
+        if wilds_submission:
+            check_submission(config, dataset, todo, limit=limit)
+        data_notes, other = compare_data(run, config, dataset, [split.name for split in todo], overrides, name=on)
         results = Results(
             folder.path,
             recipe=config.recipe,
@@ -119,6 +124,9 @@ def evaluate(
             scored = evaluate_split(
                 variants, split, loader, bootstrap=config.evaluate.bootstrap, seed=config.seed, state=state, extras=extras
             )
+            if dataset.evaluator is not None:
+                for part in scored.values():
+                    part.row["official"] = dataset.evaluator(part.samples, part.predictions_N.tolist())
             results.add(_with_alpha(part.row, alpha) for alpha, part in scored.items())
             if state.is_main_process:
                 shown = {alpha: part for alpha, part in scored.items() if alpha in (1.0, results.chosen_alpha)}
@@ -126,6 +134,8 @@ def evaluate(
                     results.write_predictions(split.name, prediction_columns(shown, dataset.class_names))
                 results.write_details(split.name, details(shown, dataset.class_names))
                 results.write()
+                if wilds_submission:
+                    write_submission(run, config.seed, split, scored[results.chosen_alpha or 1.0])
                 if other is None:
                     folder.note_seconds("evaluation", split.name, time.monotonic() - started)
         if state.is_main_process:
@@ -161,15 +171,7 @@ def evaluate_split(
         RunError: a logit is NaN or infinite.
         DataError: no image, or too many unreadable ones.
     """
-    rank, world = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    share = list(range(rank, len(split), world))
-    positions, logits = predict(list(variants.values()), loader.batches([split.samples[i] for i in share]))
-    index_N = np.array([share[int(position)] for position in positions], dtype=np.int64)
-    arrays: list[NDArray[Any]] = [part.numpy() for part in logits]
-    if world > 1:
-        gathered = [part for part in gather_object([(index_N, arrays)]) if len(part[0])]
-        index_N = np.concatenate([part[0] for part in gathered]) if gathered else index_N
-        arrays = [np.concatenate([part[1][v] for part in gathered]) for v in range(len(variants))] if gathered else arrays
+    index_N, arrays = predict_split(list(variants.values()), split, loader, state=state)
     scored = {}
     for key, logits_NK in zip(variants, arrays, strict=True):
         scored[key] = score_split(split, index_N, logits_NK, bootstrap=bootstrap, seed=seed)

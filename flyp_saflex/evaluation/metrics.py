@@ -126,7 +126,7 @@ def worst_group_accuracy(
     Args:
         labels_N: class indices.
         predictions_N: class indices.
-        groups_N: group of every image (`Sample.domain`); images of unknown domain ("") are a group as well, so that
+        groups_N: group of every image (`scoring.groups_of`); images of unknown domain ("") are a group as well, so that
             without domains this is the accuracy.
         minimum_size: groups with fewer images are passed over. 1 counts every group, as WILDS does; where groups are
             tiny (a camera with three pictures) the worst one is then noise, and 20 or more is a better question.
@@ -222,7 +222,7 @@ class Scores:
     Attributes:
         logits_NK: float64 logits.
         labels_N: class indices, 0..K-1.
-        groups_N: domain of every image; "" where unknown.
+        groups_N: group of every image, by `data.group_columns` or its domain; "" where unknown.
     """
 
     logits_NK: NDArray[np.float64]
@@ -236,7 +236,7 @@ class Scores:
         Args:
             logits_NK: logits; a tensor must be on the CPU.
             labels_N: class indices.
-            groups_N: domain of every image.
+            groups_N: group of every image.
 
         Raises:
             DataError: there are no images.
@@ -274,7 +274,7 @@ def macro_f1_of(scores: Scores) -> float:
 
 
 def worst_group_of(scores: Scores) -> float | None:
-    """Return the accuracy of the domain on which it is lowest."""
+    """Return the accuracy of the group on which it is lowest."""
     return worst_group_accuracy(scores.labels_N, scores.predictions_N, scores.groups_N)
 
 
@@ -294,6 +294,39 @@ def interval_row(scores: Scores, *, resamples: int, seed: int = 0) -> dict[str, 
         return {}
     intervals = bootstrap_intervals(scores.labels_N, scores.predictions_N, resamples=resamples, seed=seed)
     return {f"{name}_interval": list(interval) for name, interval in intervals.items()}
+
+
+def sequence_row(scores: Scores, sequences_N: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return metrics of bursts as `sequences`; nothing where no image belongs to one.
+
+    A burst's probabilities are the mean of its images' (softmax), its label is its images' most frequent one, the first of equal
+    ones. Images without a sequence are bursts of one.
+
+    Args:
+        scores: of single images.
+        sequences_N: burst of every image; "" for none.
+
+    Returns:
+        `{"sequences": {"n", "mixed", "accuracy", "macro_f1"}}`; `mixed` counts bursts whose images differ in their label.
+    """
+    if not any(sequences_N):
+        return {}
+    keys: dict[tuple[str, int], int] = {}
+    index_N = np.array([keys.setdefault((name, -1 if name else n), len(keys)) for n, name in enumerate(sequences_N)])
+    shifted_NK = scores.logits_NK - scores.logits_NK.max(axis=1, keepdims=True)
+    probabilities_NK = np.exp(shifted_NK) / np.exp(shifted_NK).sum(axis=1, keepdims=True)
+    sums_SK = np.zeros((len(keys), scores.logits_NK.shape[1]))
+    np.add.at(sums_SK, index_N, probabilities_NK)  # the mean's argmax is the sum's
+    votes_SK = np.zeros_like(sums_SK)
+    np.add.at(votes_SK, (index_N, scores.labels_N), 1)
+    labels_S, predictions_S = votes_SK.argmax(axis=1), sums_SK.argmax(axis=1)
+    numbers = {
+        "n": len(keys),
+        "mixed": int(((votes_SK > 0).sum(axis=1) > 1).sum()),
+        "accuracy": accuracy(labels_S, predictions_S),
+        "macro_f1": macro_f1(labels_S, predictions_S),
+    }
+    return {"sequences": numbers}
 
 
 def _pair(labels_N: ArrayLike, predictions_N: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -11,10 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flyp_saflex.tasks.task import Predictor
+from flyp_saflex.records import Split
+from flyp_saflex.tasks.task import Loader, Predictor
 
 Variant = Callable[[], Predictor]
 Batches = Iterable[tuple[Any, Tensor]]
@@ -55,3 +60,38 @@ def predict(variants: Sequence[Variant], batches: Batches, *, rows_at_once: int 
     if waiting:
         run()
     return torch.tensor(positions, dtype=torch.long), [torch.cat(parts) if parts else torch.empty(0, 0) for parts in logits]
+
+
+def predict_split(
+    variants: Sequence[Variant], split: Split, loader: Loader, *, state: PartialState | None = None
+) -> tuple[NDArray[np.int64], list[NDArray[np.float32]]]:
+    """Return the logits of every variant on a split whose batches are shared among processes.
+
+    A batch holds the same images for every number of processes, so that no digit depends on it.
+
+    Args:
+        variants: at least one.
+        split: the images.
+        loader: reads them.
+        state: accelerate's state; None: this process reads all of them.
+
+    Returns:
+        Positions `[N]` in the split, ascending, and one float32 `[N, K]` per variant; the same on every process.
+
+    Raises:
+        DataError: too many unreadable images in the whole split.
+    """
+    rank, world = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    share = [position for position in range(len(split)) if position // loader.batch_size % world == rank]
+    batches = loader.batches([split.samples[position] for position in share], num_in_all=len(split))
+    positions, logits = predict(variants, batches)
+    positions_N = np.array(share, dtype=np.int64)[positions.numpy()]
+    arrays = [part.numpy() for part in logits]
+    if world > 1:
+        gathered = gather_object([(positions_N, arrays)])
+        parts = [part for part in gathered if len(part[0])] or gathered[:1]
+        positions_N = np.concatenate([part[0] for part in parts])
+        arrays = [np.concatenate([part[1][v] for part in parts]) for v in range(len(variants))]
+        loader.check_unreadable(len(split) - len(positions_N), len(split))
+    order_N = np.argsort(positions_N)
+    return positions_N[order_N], [array[order_N] for array in arrays]

@@ -18,7 +18,7 @@ PLACES = ("data.name=", "data.root=", "data.table=")
 
 
 def compare_data(
-    run: Path, config: Config, dataset: Dataset, evaluated: Sequence[str], overrides: Sequence[str] = ()
+    run: Path, config: Config, dataset: Dataset, evaluated: Sequence[str], overrides: Sequence[str] = (), name: str = ""
 ) -> tuple[list[str], dict[str, Any] | None]:
     """Compare the data to evaluate with the run's own.
 
@@ -28,6 +28,7 @@ def compare_data(
         dataset: the data to evaluate.
         evaluated: names of the splits to evaluate.
         overrides: `section.field=value`.
+        name: of the other data; empty: its folder's.
 
     Returns:
         Notes for the user, and None for the run's own data, else what `Results` wants to know about other data.
@@ -56,6 +57,6 @@ def compare_data(
     if not reason:
         return notes, None
     root = Path(config.data.root).resolve().name
-    name = free_name(run, root if is_moved and root else found.name, found.fingerprint)
+    name = free_name(run, name or (root if is_moved and root else found.name), found.fingerprint)
     notes.append(f"other data than the run was trained on ({reason}): results go to results-on-{name}.json beside the run's own")
     return notes, {"on": name, "fingerprint": found.fingerprint, "difference": reason, "overrides": list(overrides)}

@@ -18,6 +18,9 @@ from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.evaluation import metrics
 from flyp_saflex.records import Sample, Split
 
+NEVER = -1e9
+"""Logit of a class that is not predicted; its probability is zero."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:
@@ -58,21 +61,42 @@ def score_split(split: Split, positions_N: ArrayLike, logits_NK: ArrayLike, *, b
     order_N = np.argsort(positions_N, kind="stable")
     samples, logits_NK = [split.samples[i] for i in positions_N[order_N]], logits_NK[order_N]
     try:
-        scores = scores_of(samples, logits_NK)
+        scores = scores_of(samples, logits_NK, split.own_classes)
         row: dict[str, Any] = {
             "n": len(samples),
             **metrics.metric_row(scores),
             **metrics.interval_row(scores, resamples=bootstrap, seed=seed),
+            **metrics.sequence_row(scores, [sample.sequence for sample in samples]),
         }
     except (RunError, DataError) as error:
         raise type(error)(f"split {split.name}: {error}") from None
     row = {"split": split.name, "role": split.role, "shift": split.shift, **row, "unreadable": len(split) - len(samples)}
+    if split.own_classes:
+        row["num_classes"] = len(split.own_classes)
+    if groups := len({sample.group for sample in samples} - {""}):
+        row["num_groups"] = groups
     return Scored(row, samples, scores.labels_N, scores.predictions_N, scores.confidences_N)
 
 
-def scores_of(samples: Sequence[Sample], logits_NK: ArrayLike) -> metrics.Scores:
-    """Return the scores of samples whose logits are given in the same order."""
-    return metrics.Scores.of(logits_NK, [sample.label for sample in samples], [sample.domain for sample in samples])
+def scores_of(samples: Sequence[Sample], logits_NK: ArrayLike, own_classes: Sequence[int] = ()) -> metrics.Scores:
+    """Return the scores of samples whose logits are given in the same order.
+
+    Args:
+        samples: N images.
+        logits_NK: their logits.
+        own_classes: classes that predictions are taken from; empty: all.
+    """
+    logits_NK = np.asarray(logits_NK, dtype=np.float64)
+    if own_classes:
+        is_other_K = np.ones(logits_NK.shape[1], dtype=bool)
+        is_other_K[list(own_classes)] = False
+        logits_NK = np.where(is_other_K & np.isfinite(logits_NK), NEVER, logits_NK)
+    return metrics.Scores.of(logits_NK, [sample.label for sample in samples], groups_of(samples))
+
+
+def groups_of(samples: Sequence[Sample]) -> list[str]:
+    """Return the group of every sample: that of `data.group_columns`, or its domain."""
+    return [sample.group or sample.domain for sample in samples]
 
 
 def prediction_columns(scored: Mapping[float, Scored], class_names: Sequence[str]) -> dict[str, list[Any]]:
@@ -99,7 +123,7 @@ def details(scored: Mapping[float, Scored], class_names: Sequence[str]) -> dict[
     return {
         f"{alpha:g}": {
             "per_class": metrics.per_class(part.labels_N, part.predictions_N, class_names),
-            "per_group": metrics.per_group(part.labels_N, part.predictions_N, [sample.domain for sample in part.samples]),
+            "per_group": metrics.per_group(part.labels_N, part.predictions_N, groups_of(part.samples)),
         }
         for alpha, part in scored.items()
     }

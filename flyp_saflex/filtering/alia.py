@@ -1,7 +1,8 @@
 """ALIA's filters of edits, as rules over scores and probabilities; no torch.
 
 Source: ALIA (arXiv 2305.16289), section on filtering; thresholds from confident learning (arXiv 1911.00068, cleanlab): the
-threshold of a class is the mean probability of the class over held-out images of the class.
+threshold of a class is the mean probability of the class over held-out images of the class. ALIA's released code
+(filtering/filter.py at ce01c94) departs from that: see `confidence_filter`.
 
 Shapes: N images, K classes, P positive and M negative texts.
 """
@@ -9,11 +10,13 @@ Shapes: N images, K classes, P positive and M negative texts.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Rule = Literal["predicted", "alia"]
+"""Values of `filter.rule`."""
 UNREADABLE = "unreadable"
 """Verdict on an edit that cannot be scored; it is never kept."""
 
@@ -22,10 +25,8 @@ class ConfidenceFlags(NamedTuple):
     """Flags of the confidence filter per edit.
 
     Attributes:
-        unchanged_N: predicted as the class of the source, with a probability of at least that class's threshold: the edit
-            adds nothing.
-        corrupted_N: predicted as another class, with a probability of at least that class's threshold: the edit no longer
-            shows its class.
+        unchanged_N: predicted as the class of the source, confidently: the edit adds nothing.
+        corrupted_N: predicted as another class, confidently: the edit no longer shows its class.
     """
 
     unchanged_N: NDArray[np.bool_]
@@ -69,19 +70,31 @@ def confident_thresholds(probabilities_NK: ArrayLike, labels_N: ArrayLike) -> ND
     return np.array([probabilities_NK[labels_N == k, k].mean() if (labels_N == k).any() else np.inf for k in range(num_classes)])
 
 
-def confidence_filter(probabilities_NK: ArrayLike, labels_N: ArrayLike, threshold_K: ArrayLike) -> ConfidenceFlags:
+def confidence_filter(
+    probabilities_NK: ArrayLike, labels_N: ArrayLike, threshold_K: ArrayLike, *, rule: Rule = "predicted"
+) -> ConfidenceFlags:
     """Flag edits by the predictions of a model that was trained on the unedited data.
 
     Args:
         probabilities_NK: class probabilities of the edits; a row of NaN is never flagged.
         labels_N: classes of the sources.
         threshold_K: thresholds from `confident_thresholds`.
+        rule: `predicted`: confident is a probability of at least the threshold of the predicted class; `alia`: one above the
+            threshold of the source's class, as in ALIA's released code.
     """
     probabilities_NK, labels_N = np.asarray(probabilities_NK, dtype=np.float64), np.asarray(labels_N)
     predicted_N = probabilities_NK.argmax(axis=1)
-    confident_N = probabilities_NK[np.arange(len(labels_N)), predicted_N] >= np.asarray(threshold_K)[predicted_N]
+    confidence_N = probabilities_NK[np.arange(len(labels_N)), predicted_N]
+    threshold_N = applied_thresholds(threshold_K, labels_N, predicted_N, rule)
+    confident_N = confidence_N > threshold_N if rule == "alia" else confidence_N >= threshold_N
     same_N = predicted_N == labels_N
     return ConfidenceFlags(confident_N & same_N, confident_N & ~same_N)
+
+
+def applied_thresholds(threshold_K: ArrayLike, labels_N: ArrayLike, predicted_N: ArrayLike, rule: Rule) -> NDArray[np.float64]:
+    """Return the threshold that every edit is compared with; arguments as those of `confidence_filter`."""
+    classes_N = np.asarray(labels_N if rule == "alia" else predicted_N, dtype=np.int64)
+    return np.asarray(threshold_K, dtype=np.float64)[classes_N]
 
 
 def keep(flags: Mapping[str, NDArray[np.bool_]], drop: Collection[str]) -> NDArray[np.bool_]:

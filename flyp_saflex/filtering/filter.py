@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.state import PartialState
-from accelerate.utils import parse_flag_from_env
 from numpy.typing import NDArray
 
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, DataError, RunError
 from flyp_saflex.evaluation.load_run import load_run
-from flyp_saflex.filtering.alia import UNREADABLE, confidence_filter, keep
+from flyp_saflex.filtering.alia import UNREADABLE, Rule, applied_thresholds, confidence_filter, keep
 from flyp_saflex.filtering.inputs import Checked, check, plan_line
 from flyp_saflex.filtering.scores import Scores, load_filter_clip, score_edits, thresholds
 from flyp_saflex.filtering.summary import Scored, report
+from flyp_saflex.runtime import process_state, telling_lost_processes
 from flyp_saflex.storage.augment_cache import SHEETS, AugmentCache
 from flyp_saflex.tasks.clip_task import ClipTask
 
 
+@telling_lost_processes("run filter again; the scores of before are as they were")
 def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Score every edit of the cache entry, write the scores beside it, and print how many edits they drop.
 
@@ -52,8 +52,7 @@ def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = Fa
         ModelError: weights cannot be loaded.
     """
     checked = check(config, limit=limit)
-    # PartialState by itself does not read this flag, unlike Accelerator: processes on CPUs would not see each other
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = process_state(config.train.process_timeout_s)
     if state.is_main_process:
         for note in checked.notes:
             print(f"note: {note}")
@@ -72,7 +71,7 @@ def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = Fa
     scores = score_edits(config, checked, clip, model, state)
     if not state.is_main_process:
         return {"edits": len(checked.edits)}
-    rows, flags = score_rows(checked, scores, threshold_K, config.filter.drop)
+    rows, flags = score_rows(checked, scores, threshold_K, config.filter.drop, config.filter.rule)
     if limit is None:
         _write(checked.cache, [*rows, *_unscored(checked)], config.cache.scores)
     scored = Scored(dataset=checked.dataset, edits=checked.edits, rows=rows, flags=flags, box_crop=config.data.box_crop)
@@ -83,7 +82,7 @@ def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = Fa
 
 
 def score_rows(
-    checked: Checked, scores: Scores, threshold_K: NDArray[np.float64], drop: Collection[str]
+    checked: Checked, scores: Scores, threshold_K: NDArray[np.float64], drop: Collection[str], rule: Rule
 ) -> tuple[list[dict[str, Any]], dict[str, NDArray[np.bool_]]]:
     """Return the rows of scores.jsonl of the scored edits, and flagged_N by verdict.
 
@@ -94,11 +93,13 @@ def score_rows(
     if checked.texts is not None:
         flags["semantic"] = readable_N & ~(scores.log_odds_N >= 0)
     predicted_N = np.zeros(len(readable_N), dtype=int)
+    threshold_N = np.zeros(len(readable_N))
     if checked.run is not None:
         labels_N = [edit.label for edit in checked.edits]
-        found = confidence_filter(scores.probabilities_NK, labels_N, threshold_K)  # NaN is below every threshold
+        found = confidence_filter(scores.probabilities_NK, labels_N, threshold_K, rule=rule)  # NaN is below every threshold
         flags |= {"unchanged": found.unchanged_N, "corrupted": found.corrupted_N}
         predicted_N = scores.probabilities_NK.argmax(axis=1)
+        threshold_N = applied_thresholds(threshold_K, labels_N, predicted_N, rule)
     flags[UNREADABLE] = ~readable_N
     keep_N = keep(flags, drop)
     rows = []
@@ -117,7 +118,7 @@ def score_rows(
                 "semantic_pass": not flags["semantic"][n] if compared else None,
                 "predicted": predicted if asked else None,
                 "confidence": _number(scores.probabilities_NK[n, predicted]) if asked else None,
-                "threshold": _number(threshold_K[predicted]) if asked else None,
+                "threshold": _number(threshold_N[n]) if asked else None,
                 "unchanged": bool(flags["unchanged"][n]) if asked else None,
                 "corrupted": bool(flags["corrupted"][n]) if asked else None,
                 "similarity": _number(scores.similarity_N[n]),

@@ -74,18 +74,30 @@ def check(config: Config, *, limit: int | None = None) -> Checked:
     if "semantic" in options.use:
         texts = _texts(config, dataset)
     if "confidence" in options.use:
-        try:
-            split = split_for(dataset, options.threshold_split, "select")
-        except DataError as error:
-            raise ConfigError(f"filter.threshold_split = {options.threshold_split} cannot give thresholds: {error}") from None
+        split = _threshold_images(config, dataset, notes)
         run, run_dataset = _check_run(config, dataset, split, notes)
         if absent := [dataset.class_names[label] for label in range(dataset.num_classes) if label not in split.class_counts()]:
             shown = ", ".join(absent[:4]) + (" ..." if len(absent) > 4 else "")
             notes.append(
                 f"{len(absent)} of {dataset.num_classes} classes have no image in {split.name}, so no threshold ({shown}): "
-                "the confidence filter never flags an edit that is predicted as one of them"
+                f"the confidence filter never flags an edit {'of' if options.rule == 'alia' else 'predicted as'} one of them"
             )
     return Checked(cache, edits, dataset, texts, run, run_dataset, split, notes)
+
+
+def _threshold_images(config: Config, dataset: Dataset, notes: list[str]) -> Split:
+    """Return the images that give the thresholds."""
+    options = config.filter
+    if options.rule == "alia":
+        notes.append(
+            "filter.rule = alia: the threshold of the source's class, from training images, as in ALIA's released code; "
+            "filter.threshold_split has no effect"
+        )
+        return dataset.train
+    try:
+        return split_for(dataset, options.threshold_split, "select")
+    except DataError as error:
+        raise ConfigError(f"filter.threshold_split = {options.threshold_split} cannot give thresholds: {error}") from None
 
 
 def _texts(config: Config, dataset: Dataset) -> tuple[list[str], list[str]]:
@@ -138,7 +150,7 @@ def _check_run(config: Config, dataset: Dataset, split: Split, notes: list[str])
             "with augment.upstream=[] is the better judge"
         )
     trained = {sample.sample_id for sample in own.train.samples}
-    if seen := sum(sample.sample_id in trained for sample in split.samples):
+    if config.filter.rule != "alia" and (seen := sum(sample.sample_id in trained for sample in split.samples)):
         notes.append(
             f"filter.run = {path} was trained on {seen} of the {len(split)} images of {split.name}: thresholds come out too high"
         )

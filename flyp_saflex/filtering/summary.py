@@ -17,7 +17,7 @@ from PIL import Image
 from flyp_saflex.errors import DataError
 from flyp_saflex.filtering.alia import UNREADABLE, keep, removal_table
 from flyp_saflex.images.contact_sheet import Tile, contact_sheet
-from flyp_saflex.images.decode import read_image
+from flyp_saflex.images.decode import Place, read_image
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.storage.results import align, percent
 
@@ -140,11 +140,11 @@ def _pair(scored: Scored, sources: Mapping[str, Sample], number: int) -> tuple[T
     if row["predicted"] is not None:
         told.append(f"{names[row['predicted']]} {row['confidence']:.2f}")
     told += [f"{name} {row[key]:+.2f}" for name, key in (("text", "semantic"), ("cos", "similarity")) if row[key] is not None]
-    before = Tile(_read(source.path, source.box if scored.box_crop else None), names[edit.label])
+    before = Tile(_read(source.image, source.box if scored.box_crop else None), names[edit.label])
     return before, Tile(_read(edit.path), " | ".join(told))
 
 
-def _read(path: Path, box: tuple[float, float, float, float] | None = None) -> Image.Image | None:
+def _read(path: Place, box: tuple[float, float, float, float] | None = None) -> Image.Image | None:
     try:
         return read_image(path, box=box)
     except DataError:

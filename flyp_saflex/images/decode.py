@@ -7,6 +7,7 @@ would start Ghostscript, whatever its ending.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import struct
@@ -21,8 +22,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from flyp_saflex.errors import DataError
 from flyp_saflex.images.picture import Picture
+from flyp_saflex.records import StoredImage
 
 Box = tuple[float, float, float, float]
+Place = Path | StoredImage
+"""Where an encoded image is: a file, or inside of a dataset's files."""
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM"),
@@ -46,11 +50,11 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused: decoded, this is 300 MB."""
 
 
-def read_image(path: Path, *, box: Box | None = None) -> Image.Image:
+def read_image(path: Place, *, box: Box | None = None) -> Image.Image:
     """Read an image as upright 8-bit RGB.
 
     Args:
-        path: the file.
+        path: the file, or the image inside of a dataset's files.
         box: (left, top, width, height) in pixels of the stored image (before its rotation flag is followed) to crop to.
 
     Raises:
@@ -59,11 +63,11 @@ def read_image(path: Path, *, box: Box | None = None) -> Image.Image:
     return read_picture(path, box=box).image()
 
 
-def read_picture(path: Path, *, box: Box | None = None, at_least_px: int | None = None) -> Picture:
+def read_picture(path: Place, *, box: Box | None = None, at_least_px: int | None = None) -> Picture:
     """Do what `read_image` does, but decode no more than is needed.
 
     Args:
-        path: the file.
+        path: as for `read_image`.
         box: as for `read_image`.
         at_least_px: shorter side, after the crop, that has to be there; a JPEG may be decoded smaller, but not below it.
             None: decode everything.
@@ -71,8 +75,17 @@ def read_picture(path: Path, *, box: Box | None = None, at_least_px: int | None 
     Raises:
         DataError: as for `read_image`.
     """
-    with open_regular(path) as file:
+    with open_image(path) as file:
         return decode_picture(file, path, box=box, at_least_px=at_least_px)
+
+
+def open_image(path: Place) -> BinaryIO:
+    """Open an encoded image for reading.
+
+    Raises:
+        DataError: as for `open_regular`, or a dataset's file cannot be read.
+    """
+    return io.BytesIO(path.read()) if isinstance(path, StoredImage) else open_regular(path)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -90,25 +103,25 @@ def open_regular(path: Path) -> BinaryIO:
         raise DataError(f"image {path} cannot be read: {reason}; check the path and its permissions") from None
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the bytes of an image's file.
+def read_bytes(path: Place) -> bytes:
+    """Return the bytes of an encoded image.
 
     Raises:
-        DataError: as for `open_regular`, or it cannot be read.
+        DataError: as for `open_image`, or it cannot be read.
     """
-    with open_regular(path) as file:
+    with open_image(path) as file:
         try:
             return file.read()
         except OSError as error:
             raise DataError(f"image {path} cannot be read: {error.strerror}; check the file system") from None
 
 
-def decode_image(file: BinaryIO, path: Path, *, box: Box | None = None) -> Image.Image:
+def decode_image(file: BinaryIO, path: Place, *, box: Box | None = None) -> Image.Image:
     """Do what `read_image` does with an open file; `path` names it in errors."""
     return decode_picture(file, path, box=box).image()
 
 
-def decode_picture(file: BinaryIO, path: Path, *, box: Box | None = None, at_least_px: int | None = None) -> Picture:
+def decode_picture(file: BinaryIO, path: Place, *, box: Box | None = None, at_least_px: int | None = None) -> Picture:
     """Do what `read_picture` does with an open file; `path` names it in errors."""
     try:
         with warnings.catch_warnings():
@@ -181,7 +194,7 @@ def _decode_smaller(image: Image.Image, most: int) -> tuple[float, float, float,
     return 0, 0, width, height
 
 
-def _edges(image: Image.Image, box: Box, path: Path) -> tuple[int, int, int, int]:
+def _edges(image: Image.Image, box: Box, path: Place) -> tuple[int, int, int, int]:
     """Return left, top, right and bottom of a box, cut to the image."""
     left, top, width, height = box
     edges = (

@@ -72,8 +72,12 @@ class ImageLoader:
         self.progress = progress
         self.unreadable: list[tuple[str, str]] = []
 
-    def batches(self, samples: Sequence[Sample | Edit]) -> Iterator[tuple[list[int], Tensor]]:
+    def batches(self, samples: Sequence[Sample | Edit], *, num_in_all: int = 0) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (positions in `samples`, images `[B, 3, S, S]`) in order.
+
+        Args:
+            samples: of this process.
+            num_in_all: samples of all processes that share the pass; 0: those of this one.
 
         Raises:
             DataError: more than `max_unreadable` of the rows cannot be read.
@@ -84,7 +88,7 @@ class ImageLoader:
         with bar:
             for part in self._read(rows):
                 for position, reason in part.failures:
-                    self._skip(str(samples[position].item), reason, len(samples))
+                    self._skip(str(samples[position].item), reason, num_in_all or len(samples))
                 bar.update(len(part.positions) + len(part.failures))
                 if part.images is not None:
                     yield part.positions, part.images
@@ -107,10 +111,18 @@ class ImageLoader:
 
     def _skip(self, path: str, reason: str, total: int) -> None:
         self.unreadable.append((path, reason))
-        if len(self.unreadable) > self.max_unreadable * total:
+        self.check_unreadable(len(self.unreadable), total)
+
+    def check_unreadable(self, count: int, total: int) -> None:
+        """Check the number of unreadable images of a pass.
+
+        Raises:
+            DataError: they are more than `max_unreadable` of all.
+        """
+        if count > self.max_unreadable * total:
+            first = f"; first: {self.unreadable[0][1]}" if self.unreadable else ", all read by other processes"
             raise DataError(
-                f"{len(self.unreadable)} of {total} images cannot be read, more than data.max_unreadable = {self.max_unreadable} "
-                f"allows; first: {self.unreadable[0][1]}"
+                f"{count} of {total} images cannot be read, more than data.max_unreadable = {self.max_unreadable} allows{first}"
             )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flyp_saflex.config import DataConfig
 from flyp_saflex.errors import DataError
-from flyp_saflex.images.decode import Box, read_bytes, read_picture
+from flyp_saflex.images.decode import Box, Place, read_bytes, read_picture
 from flyp_saflex.images.picture import Picture
 from flyp_saflex.images.preprocessing import Preprocessing
 from flyp_saflex.images.resized_copies import ResizedImages
@@ -149,19 +149,19 @@ class ImageReader:
         """
         if isinstance(item.item, int):
             return Picture.of(Image.fromarray(np.asarray(row_of(self.rows, item))).convert("RGB"))
-        return self.picture(item.path, box=item.box if box_crop and isinstance(item, Sample) else None)
+        return self.picture(item.image, box=item.box if box_crop and isinstance(item, Sample) else None)
 
-    def picture(self, path: Path, *, box: Box | None = None) -> Picture:
+    def picture(self, path: Place, *, box: Box | None = None) -> Picture:
         """Read an image.
 
         Args:
-            path: the file.
+            path: the file, or the image inside of a dataset's files.
             box: to crop to, in pixels of the stored image.
 
         Raises:
             DataError: it cannot be read.
         """
-        if self.resized is not None and (copy := self.resized.picture(path, box)) is not None:
+        if self.resized is not None and isinstance(path, Path) and (copy := self.resized.picture(path, box)) is not None:
             return copy
         if not self._scaled or self._usual is None:
             return read_picture(path, box=box)
@@ -177,10 +177,10 @@ class ImageReader:
         """Return a hash of the content, and of how the copy that is read instead was made; empty: not readable."""
         if isinstance(item.item, int):
             return hashlib.sha256(np.ascontiguousarray(row_of(self.rows, item)).tobytes()).hexdigest()
-        if self.resized is not None and (known := self.resized.key(item.path)):
+        if self.resized is not None and isinstance(item.item, Path) and (known := self.resized.key(item.item)):
             return known
         try:
-            return hashlib.sha256(read_bytes(item.path)).hexdigest()
+            return hashlib.sha256(read_bytes(item.image)).hexdigest()
         except DataError:
             return ""
 

@@ -30,6 +30,8 @@ from flyp_saflex.user_text import quoted, read_toml
 TOP = ("dataset", "edits", "semantic", "made")
 EDIT = ("domain", "instruction", "prompt")
 SEMANTIC = ("positive", "negative")
+ANY_DATA = ("", "folder", "table")
+"""Values of `data.name` that fit texts of any dataset: readers of any images, or none."""
 HEADER = "# Edit texts: change, add or remove them as you like; prompts/README.md says what works.\n"
 
 
@@ -85,7 +87,7 @@ def load_edit_prompts(source: str, dataset: str) -> EditPrompts:
         dataset: `data.name`.
 
     Raises:
-        DataError: no such file, several to choose from, or a line that cannot be used.
+        DataError: no such file, several to choose from, one for another dataset, or a line that cannot be used.
     """
     path = Path(source) if source else None
     if path is None or not path.is_file():
@@ -102,7 +104,18 @@ def load_edit_prompts(source: str, dataset: str) -> EditPrompts:
                 f"(known: {', '.join(known) or 'none'}); prompts/README.md says how to write one"
             )
         path = known[source] if source else next(iter(known.values()))
-    return parse_edit_prompts(path)
+    prompts = parse_edit_prompts(path)
+    if prompts.dataset and dataset not in ANY_DATA and _family(prompts.dataset) != _family(dataset):
+        raise DataError(
+            f"editor.prompts: the texts of {path} are for '{quoted(prompts.dataset)}', but data.name = {dataset}: choose a file "
+            "for this dataset, or change the line `dataset` of a copy if its texts fit"
+        )
+    return prompts
+
+
+def _family(dataset: str) -> str:
+    """Return the dataset that a subset is of: `iwildcam` of `iwildcam-mini`."""
+    return dataset.partition("-")[0]
 
 
 def parse_edit_prompts(path: Path) -> EditPrompts:

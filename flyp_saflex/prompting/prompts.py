@@ -15,10 +15,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flyp_saflex.config import Config, PromptsConfig
+from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import ConfigError, DataError, ModelError
 from flyp_saflex.images.decode import read_image
+from flyp_saflex.offline import PromptsConfig
 from flyp_saflex.prompting.captions import Caption, draw, draw_captions, read_captions
 from flyp_saflex.prompting.domains import Answer, complaint, parse, request
 from flyp_saflex.prompting.edit_prompts import EditPrompts, EditText, check_target, write_edit_prompts
@@ -119,7 +120,7 @@ def caption_images(captioner: Captioner, samples: Sequence[Sample], batch_size: 
             batch, images = samples[start : start + batch_size], {}
             for sample in batch:
                 try:
-                    images[sample.sample_id] = read_image(sample.path, box=sample.box if crop else None)
+                    images[sample.sample_id] = read_image(sample.image, box=sample.box if crop else None)
                 except DataError as error:
                     unreadable.append(str(error))
             if images:

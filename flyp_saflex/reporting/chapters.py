@@ -189,7 +189,7 @@ def mistakes_chapter(runs: Sequence[Run]) -> Markup:
         found = [
             _confusions(groups, split),
             _per_row(groups, split, "per_class", "class", "f1", "F1 per class"),
-            _per_row(groups, split, "per_group", "group", "accuracy", "Accuracy per domain (location)"),
+            _per_row(groups, split, "per_group", "group", "accuracy", "Accuracy per group (domain, or data.group_columns)"),
         ]
         shown = [part for part in found if part]
         if shown:

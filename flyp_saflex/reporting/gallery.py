@@ -19,8 +19,8 @@ from typing import Any, Literal
 from PIL import Image, ImageOps
 
 from flyp_saflex.config import DataConfig
-from flyp_saflex.errors import UserError
-from flyp_saflex.images.decode import formats
+from flyp_saflex.errors import DataError, UserError
+from flyp_saflex.images.decode import Place, formats, open_image
 from flyp_saflex.records import Edit, Sample
 from flyp_saflex.reporting.runs import Run
 from flyp_saflex.storage.augment_cache import AugmentCache
@@ -127,17 +127,17 @@ def last_decisions(rows: Iterable[Mapping[str, Any]]) -> list[Decision]:
     return list(found.values())
 
 
-def thumbnail(path: Path, size_px: int = SIZE_PX) -> str:
+def thumbnail(path: Place, size_px: int = SIZE_PX) -> str:
     """Return a small WebP of an image as a data URI; the empty string if the image cannot be read."""
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=formats()) as image:
+        with warnings.catch_warnings(), open_image(path) as file, Image.open(file, formats=formats()) as image:
             warnings.simplefilter("ignore")  # odd metadata is no reason to have no picture
             image.draft("RGB", (2 * size_px, 2 * size_px))
             small = ImageOps.exif_transpose(image).convert("RGB")
             small.thumbnail((size_px, size_px))
             buffer = io.BytesIO()
             small.save(buffer, format="WEBP", quality=80)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
@@ -156,7 +156,7 @@ def _add_pictures(made: Gallery, data: DataConfig, seed: int) -> None:
         source = samples.get(edit.source_id if edit else decision.identity)
         decision.instruction = edit.instruction if edit else ""
         decision.edit = thumbnail(edit.path) if edit else ""
-        decision.source = thumbnail(source.path) if source and isinstance(source.item, Path) else ""
+        decision.source = thumbnail(source.image) if source and not isinstance(source.item, int) else ""
     without = sum(not (decision.source or decision.edit) for decision in chosen)
     if without and not made.remarks:
         made.remarks.append(f"{without} of {len(chosen)} images cannot be read any more; only their decisions are shown.")

@@ -17,6 +17,7 @@ from flyp_saflex.reporting.figures import curves_chapter, scatter_chapter
 from flyp_saflex.reporting.gallery import Gallery, gallery
 from flyp_saflex.reporting.html import Markup, element, join, paragraph, text
 from flyp_saflex.reporting.provenance import provenance_chapter
+from flyp_saflex.reporting.published import MARK, Published, published_chapter
 from flyp_saflex.reporting.runs import Preface, Run, by_recipe, read_runs
 from flyp_saflex.reporting.tables import Cell
 
@@ -34,7 +35,12 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(
-    results: Mapping[Path, dict[str, Any]], found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface
+    results: Mapping[Path, dict[str, Any]],
+    found: Sequence[Cell],
+    remarks: Sequence[str],
+    baseline: str,
+    preface: Preface,
+    literature: Sequence[Published] = (),
 ) -> str:
     """Return the page as HTML.
 
@@ -44,6 +50,7 @@ def page(
         remarks: remarks from `tables.notes` and `seeds.seed_notes`.
         baseline: recipe that the other ones are compared with.
         preface: paragraphs at the top; a leading question is set in bold.
+        literature: published figures, in a chapter of their own.
     """
     runs = read_runs(results)
     names = list(by_recipe(runs))
@@ -56,9 +63,11 @@ def page(
         gallery_chapter(_galleries(runs)),
         mistakes_chapter(runs),
         provenance_chapter(runs, baseline),
+        *([published_chapter(literature)] if literature else []),
     ]
     style = (resources.files("flyp_saflex.assets") / "report.css").read_text(encoding="utf-8")
-    links = join((element("a", title, href=f"#{identity}") for identity, title in CHAPTERS.items()), "\n")
+    titles = CHAPTERS | ({"published": MARK} if literature else {})
+    links = join((element("a", title, href=f"#{identity}") for identity, title in titles.items()), "\n")
     head = f"""<!doctype html>
 <html lang="en">
 <head>

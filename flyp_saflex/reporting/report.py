@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flyp_saflex.errors import RunError, nearest
+from flyp_saflex.reporting.published import CAUTION, Published, published_beside, published_tables
 from flyp_saflex.reporting.runs import Preface
 from flyp_saflex.reporting.seeds import seed_notes
-from flyp_saflex.reporting.tables import Cell, cells, notes, tables
+from flyp_saflex.reporting.tables import Cell, Table, cells, notes, tables
 from flyp_saflex.storage.files import atomic_write
 from flyp_saflex.storage.results import align, read_results
 
@@ -32,6 +33,7 @@ def report(
     form: Form = "md",
     baseline: str | None = None,
     preface: Preface | None = None,
+    published: bool = False,
 ) -> str:
     """Compare runs; write or print the report, and return it.
 
@@ -41,10 +43,11 @@ def report(
         form: Markdown, one row per cell (CSV, JSON), or a self-contained page with plots and a gallery (HTML).
         baseline: recipe that the other ones are compared with; None: that of the first run.
         preface: paragraphs above everything else in Markdown and HTML.
+        published: add published figures about the same datasets, marked as literature.
 
     Raises:
         RunError: a run without results.json, two runs with the same recipe and seed, seeds of one recipe on different data,
-            an unknown baseline, or a file that cannot be written.
+            an unknown baseline, no published figure about the data, or a file that cannot be written.
     """
     results = collect([Path(run) for run in runs])
     recipes = list(dict.fromkeys(result["recipe"] for result in results.values()))
@@ -54,10 +57,11 @@ def report(
             f"--baseline {baseline}: no run has this recipe{nearest(baseline, recipes)} (recipes: {', '.join(recipes)})"
         )
     preface = preface or Preface()
+    literature = published_beside(list(results)) if published else []
     remarks = [*notes(results), *seed_notes(results, baseline, preface.by_seed)]
     suffix = out.suffix.removeprefix(".") if out is not None else ""
     chosen = suffix if form == "md" and suffix in RENDERERS else form
-    text = RENDERERS[chosen](results, cells(list(results.values()), baseline), remarks, baseline, preface)
+    text = RENDERERS[chosen](results, cells(list(results.values()), baseline), remarks, baseline, preface, literature)
     if out is None:
         print(text, end="")
         return text
@@ -91,24 +95,49 @@ def collect(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
     return results
 
 
-def _markdown(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface) -> str:
+def _markdown(
+    results: Results,
+    found: Sequence[Cell],
+    remarks: Sequence[str],
+    baseline: str,
+    preface: Preface,
+    literature: Sequence[Published],
+) -> str:
     parts = ["\n\n".join(preface.paragraphs) + "\n"] if preface.paragraphs else []
-    for table in tables(found, baseline):
-        rule = tuple("---" if c == 0 else "---:" for c in range(len(table.header)))
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in (table.header, rule, *table.lines)]
-        grid = align([[*line] for line in lines], left=1, separator=" | ")
-        parts.append(f"### {table.title}\n\n" + "\n".join(f"| {line} |" for line in grid.splitlines()) + "\n")
+    parts += [_grid(table) for table in tables(found, baseline)]
     parts += ["\n".join(f"Note: {remark}" for remark in remarks) + "\n"] if remarks else []
+    parts += ["---\n", *(_grid(table) for table in published_tables(literature)), CAUTION + "\n"] if literature else []
     return "\n".join(parts)
 
 
-def _html(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface) -> str:
+def _grid(table: Table) -> str:
+    rule = tuple("---" if c == 0 else "---:" for c in range(len(table.header)))
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (table.header, rule, *table.lines)]
+    grid = align([[*line] for line in lines], left=1, separator=" | ")
+    return f"### {table.title}\n\n" + "\n".join(f"| {line} |" for line in grid.splitlines()) + "\n"
+
+
+def _html(
+    results: Results,
+    found: Sequence[Cell],
+    remarks: Sequence[str],
+    baseline: str,
+    preface: Preface,
+    literature: Sequence[Published],
+) -> str:
     from flyp_saflex.reporting.page import page  # matplotlib: a second that the other forms need not wait
 
-    return page(results, found, remarks, baseline, preface)
+    return page(results, found, remarks, baseline, preface, literature)
 
 
-def _csv(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface) -> str:
+def _csv(
+    results: Results,
+    found: Sequence[Cell],
+    remarks: Sequence[str],
+    baseline: str,
+    preface: Preface,
+    literature: Sequence[Published],
+) -> str:
     text = io.StringIO()
     columns = ["metric", "shift", "split", "role", "recipe", "kind", "alphas", "mean", "deviation", "n", "seeds"]
     writer = csv.writer(text, lineterminator="\n")
@@ -129,14 +158,28 @@ def _csv(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseli
                 "; ".join(remarks),
             ]
         )
+    width = len(columns) + 6
+    for row in literature:
+        known = [row.metric, "", row.split, "", f"{row.method} ({row.model})", "published", "", float(row.percent) / 100]
+        spread = float(row.spread) / 100 if row.spread else None
+        cells_ = [*known, spread, *[None] * (width - len(known) - 2), "; ".join(filter(None, (row.source, row.note)))]
+        writer.writerow(cells_)
     return text.getvalue()
 
 
-def _json(results: Results, found: Sequence[Cell], remarks: Sequence[str], baseline: str, preface: Preface) -> str:
-    return json.dumps({"baseline": baseline, "cells": [asdict(cell) for cell in found], "notes": list(remarks)}, indent=2) + "\n"
+def _json(
+    results: Results,
+    found: Sequence[Cell],
+    remarks: Sequence[str],
+    baseline: str,
+    preface: Preface,
+    literature: Sequence[Published],
+) -> str:
+    made = {"baseline": baseline, "cells": [asdict(cell) for cell in found], "notes": list(remarks)}
+    return json.dumps(made | ({"published": [asdict(row) for row in literature]} if literature else {}), indent=2) + "\n"
 
 
-RENDERERS: dict[str, Callable[[Results, Sequence[Cell], Sequence[str], str, Preface], str]] = {
+RENDERERS: dict[str, Callable[[Results, Sequence[Cell], Sequence[str], str, Preface, Sequence[Published]], str]] = {
     "md": _markdown,
     "csv": _csv,
     "json": _json,

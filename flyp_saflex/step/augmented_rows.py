@@ -135,7 +135,8 @@ class AugmentedRows:
         upstream_AK = space.upstream_NK[space.augmented_N]
         if self.upstream_filter == "random":
             assert generator is not None, "the random filter needs a generator"
-            keep_A = baselines.keep_at_random(len(upstream_AK), self.keep_fraction, generator).to(upstream_AK.device)
+            kept_A = baselines.keep_at_random(len(upstream_AK), self.keep_fraction, generator).to(upstream_AK.device)
+            keep_A = self.processes.as_gathered(kept_A)
         elif self.reads_logits:
             assert logits_AC is not None, "this filter looks at logits"
             logits_AK = logits_AC[:, space.first_columns()]  # repeated captions have equal logits: one column of each

@@ -156,7 +156,7 @@ def _split_record(split: Split, num_classes: int) -> SplitRecord:
 def _size(sample: Sample) -> int:
     """Return the size of a sample's file in bytes; -1 where it has none."""
     try:
-        return -1 if isinstance(sample.item, int) else sample.item.stat().st_size
+        return sample.item.stat().st_size if isinstance(sample.item, Path) else -1
     except OSError:
         return -1
 

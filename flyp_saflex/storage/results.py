@@ -174,6 +174,16 @@ class Results:
         unreadable = {row["split"]: row["unreadable"] for row in self.rows if row["split"] in splits and row.get("unreadable")}
         if self.chosen_alpha is not None:
             text += f"\n* alpha chosen on {self.as_dict()['select_split']} by {self.as_dict()['select_metric']}"
+        for row in shown:
+            if row.get("sequences") and row["wise_alpha"] in (1, self.chosen_alpha):
+                bursts = row["sequences"]
+                text += (
+                    f"\nper burst on {row['split']} (alpha {row['wise_alpha']:g}): accuracy {percent(bursts['accuracy'])}, "
+                    f"macro-F1 {percent(bursts['macro_f1'])}, {bursts['n']} bursts, {bursts['mixed']} with several labels"
+                )
+            if row.get("official") and row["wise_alpha"] in (1, self.chosen_alpha):
+                numbers = ", ".join(f"{name} {percent(value)}" for name, value in row["official"].items())
+                text += f"\nofficial evaluator on {row['split']} (alpha {row['wise_alpha']:g}): {numbers}"
         if unreadable:
             text += "\nunreadable images left out: " + ", ".join(f"{split} {n}" for split, n in unreadable.items())
         return text

@@ -228,22 +228,36 @@ class ClipTask(Task):
 
     def predictor(self, *, precision: str = "no", lowered: bool = False) -> Predictor:
         """Return class logits: over the classes' captions in all templates (zero-shot head), or of the linear head."""
+        embed, logits = self.embedder(precision=precision, lowered=lowered), self.class_logits()
+        return lambda inputs: logits(embed(inputs))
+
+    def embedder(self, *, precision: str = "no", lowered: bool = False) -> Predictor:
+        """Return image embeddings [N, D] of length one, float32, in evaluation mode (arguments as of `predictor`)."""
         network = self.network
         network.eval()
         device = next(network.parameters()).device
-        columns_KD, scale, bias = self._class_head()
 
         @torch.no_grad()
-        def predict_batch(inputs: Tensor) -> Tensor:
+        def embed_batch(inputs: Tensor) -> Tensor:
             with autocast(device, precision):
                 hidden = inputs.to(device, non_blocking=True)
                 features_BD = network.tower(hidden if lowered else network.lower(hidden))
-            features_BD = normalize(features_BD.float(), dim=-1)
+            return normalize(features_BD.float(), dim=-1)
+
+        return embed_batch
+
+    def class_logits(self) -> Predictor:
+        """Return class logits [N, K] of embeddings [N, D] with the weights in place."""
+        columns_KD, scale, bias = self.class_head()
+
+        @torch.no_grad()
+        def logits_of(features_BD: Tensor) -> Tensor:
+            features_BD = features_BD.to(columns_KD.device)
             return Outputs(features_BD, features_BD, columns_KD, scale, bias).logits()
 
-        return predict_batch
+        return logits_of
 
-    def _class_head(self) -> tuple[Tensor, Tensor, Tensor]:
+    def class_head(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return columns [K, D], scale and bias of the classes."""
         head, model = self.network.head, self.clip.model
         if head is not None:

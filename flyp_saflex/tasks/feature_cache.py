@@ -28,7 +28,7 @@ from flyp_saflex.clip.model import Clip
 from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.images.loader import ImageLoader
-from flyp_saflex.records import Edit, Sample
+from flyp_saflex.records import Edit, Sample, StoredImage
 from flyp_saflex.storage.files import entry_lock
 
 
@@ -69,11 +69,12 @@ class LoweredImages:
 
     def __init__(self, loader: ImageLoader, lower: Callable[[Tensor], Tensor]) -> None:
         self.loader, self.lower = loader, lower
+        self.batch_size, self.check_unreadable = loader.batch_size, loader.check_unreadable
 
     @torch.no_grad()
-    def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield (positions, activations) of the readable samples."""
-        for positions, images in self.loader.batches(samples):
+    def batches(self, samples: Sequence[Sample], *, num_in_all: int = 0) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield (positions, activations) of the readable samples; arguments as those of `ImageLoader.batches`."""
+        for positions, images in self.loader.batches(samples, num_in_all=num_in_all):
             yield positions, self.lower(images)
 
 
@@ -91,6 +92,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path, lower: Callable[[Tensor], Tensor], loader: ImageLoader) -> None:
         self.folder, self.lower, self.loader = folder, lower, loader
+        self.batch_size, self.check_unreadable = loader.batch_size, loader.check_unreadable
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -99,15 +101,15 @@ class FeatureCache:
         self._rows: dict[str, int] = {}
         self._shape: tuple[int, ...] = ()
         self._map: np.memmap | None = None
-        self._keys: dict[Path | int, str] = {}
+        self._keys: dict[Path | StoredImage | int, str] = {}
         self._read_index()
 
-    def ensure(self, items: Sequence[Sample | Edit]) -> None:
-        """Compute and append what is missing; one process at a time writes."""
+    def ensure(self, items: Sequence[Sample | Edit], *, num_in_all: int = 0) -> None:
+        """Compute and append what is missing; one process at a time writes. Arguments as those of `ImageLoader.batches`."""
         with entry_lock(self.folder):
             self._read_index(mend=True)
             missing = [item for item in items if self._key(item) not in self._rows]
-            for positions, images in self.loader.batches(missing):
+            for positions, images in self.loader.batches(missing, num_in_all=num_in_all):
                 with torch.no_grad():
                     hidden = self.lower(images).float().cpu().contiguous().numpy()
                 self._append([self._key(missing[position]) for position in positions], hidden)
@@ -124,10 +126,10 @@ class FeatureCache:
             raise DataError(self.unreadable.get(str(item.item), f"{item.item}: its activations were never stored"))
         return torch.from_numpy(np.array(self._open()[row]))
 
-    def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Tensor]]:
+    def batches(self, samples: Sequence[Sample], *, num_in_all: int = 0) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (positions, activations) of the readable samples, in order: what an `ImageLoader` yields of images."""
-        batch_size = self.loader.batch_size
-        self.ensure(samples)
+        batch_size = self.batch_size
+        self.ensure(samples, num_in_all=num_in_all)
         known = [position for position, sample in enumerate(samples) if self._key(sample) in self._rows]
         for start in range(0, len(known), batch_size):
             positions = known[start : start + batch_size]

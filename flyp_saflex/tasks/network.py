@@ -141,15 +141,18 @@ class Network(nn.Module):
         return set() if self.trunk is None else {id(parameter) for parameter in self.trunk.parameters()}
 
 
-def parameter_groups(network: Network, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    network: Network, *, lr: float, head_lr: float, weight_decay: float, decays_all: bool = False
+) -> list[dict[str, Any]]:
     """Return AdamW's groups: no weight decay on biases, norms, embeddings' scales and `logit_scale`.
 
-    As in open_clip's trainer: decay applies to trained tensors with two dimensions or more.
+    As in open_clip's trainer: decay applies to trained tensors with two dimensions or more; with `decays_all` to every one.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            decay = weight_decay if parameter.ndim >= 2 and not name.endswith("bias") else 0.0
+            is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
+            decay = weight_decay if is_matrix or decays_all else 0.0
             rate = head_lr if name.startswith("head.") else lr
             group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay})
             group["params"].append(parameter)

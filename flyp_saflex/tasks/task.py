@@ -61,11 +61,24 @@ class Processes:
         gather: concatenation of every process's tensor, without gradient.
         gather_features: the same with gradient to every process.
         rank: whose part of a concatenation is this process's own.
+        count: number of processes.
     """
 
     gather: Gather = lambda tensor: tensor
     gather_features: Gather = lambda tensor: tensor
     rank: int = 0
+    count: int = 1
+
+    def gather_in_order(self, tensor_A: Tensor) -> Tensor:
+        """Return every process's rows in the order of a single process.
+
+        Row i of process r is row i * count + r.
+        """
+        return self.gather(tensor_A).unflatten(0, (self.count, -1)).transpose(0, 1).flatten(0, 1)
+
+    def as_gathered(self, tensor_A: Tensor) -> Tensor:
+        """Return rows in the order of a single process in that of `gather`: process after process."""
+        return tensor_A.unflatten(0, (-1, self.count)).transpose(0, 1).flatten(0, 1)
 
 
 class Task:
@@ -225,9 +238,9 @@ class Task:
         if self.network.head is not None:
             self.network.head.requires_grad_(True)
 
-    def parameter_groups(self, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, *, lr: float, head_lr: float, weight_decay: float, decays_all: bool) -> list[dict[str, Any]]:
         """Return the optimiser's parameter groups, each with its `peak_lr`."""
-        return parameter_groups(self.network, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
+        return parameter_groups(self.network, lr=lr, head_lr=head_lr, weight_decay=weight_decay, decays_all=decays_all)
 
     def after_step(self) -> None:
         """Do what follows every optimiser step (constraints on parameters)."""

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.frozen_cache",
     "train.max_loss",
+    "train.process_timeout_s",
     "train.tracker",
 )
 """Options that a resumed run may have otherwise: they change no digit of what is trained."""

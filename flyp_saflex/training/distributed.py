@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError
+from flyp_saflex.runtime import process_state
 from flyp_saflex.tasks.task import Processes
 
 
@@ -26,6 +27,7 @@ def processes_of(accelerator: Accelerator) -> Processes:
         gather=accelerator.gather,
         gather_features=lambda features: gather_features(features, accelerator),
         rank=accelerator.process_index,
+        count=accelerator.num_processes,
     )
 
 
@@ -61,6 +63,7 @@ def make_accelerator(config: Config, path: Path) -> Accelerator:
     """
     options = config.train
     tracker = None if options.tracker == "none" else options.tracker
+    process_state(options.process_timeout_s)
     AcceleratorState._reset_state()  # a run earlier in this process may have had another precision; keeps the processes
     try:
         accelerator = Accelerator(

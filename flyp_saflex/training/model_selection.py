@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from flyp_saflex.errors import RunError
 from flyp_saflex.evaluation.metrics import metric_row
-from flyp_saflex.evaluation.predict import predict
+from flyp_saflex.evaluation.predict import predict_split
 from flyp_saflex.evaluation.scoring import scores_of
 from flyp_saflex.records import Split
 from flyp_saflex.storage.run_folder import RunDir
@@ -31,6 +32,7 @@ class ModelSelection:
         metric: name in `tables.METRICS`.
         patience: evaluations without a better one after which training stops; 0: never.
         folder: of the checkpoints.
+        state: processes that share the images; None: this process reads all of them.
 
     Attributes:
         best: step, split, metric and value of the best evaluation so far; None before the first.
@@ -38,9 +40,18 @@ class ModelSelection:
     """
 
     def __init__(
-        self, task: Task, split: Split | None, loader: Loader, *, lowered: bool, metric: str, patience: int, folder: Path
+        self,
+        task: Task,
+        split: Split | None,
+        loader: Loader,
+        *,
+        lowered: bool,
+        metric: str,
+        patience: int,
+        folder: Path,
+        state: PartialState | None = None,
     ) -> None:
-        self.task, self.split, self.loader, self.lowered = task, split, loader, lowered
+        self.task, self.split, self.loader, self.lowered, self.state = task, split, loader, lowered, state
         self.metric, self.patience, self.folder = metric, patience, folder
         self.best: dict[str, Any] | None = None
         self.waited = 0
@@ -67,11 +78,10 @@ class ModelSelection:
         """
         if self.split is None:
             return None
-        positions, (logits_NK,) = predict(
-            [lambda: self.task.predictor(lowered=self.lowered)], self.loader.batches(self.split.samples)
-        )
-        chosen = [self.split.samples[position] for position in positions.tolist()]
-        row = metric_row(scores_of(chosen, logits_NK))
+        variant = lambda: self.task.predictor(lowered=self.lowered)  # noqa: E731
+        positions_N, (logits_NK,) = predict_split([variant], self.split, self.loader, state=self.state)
+        chosen = [self.split.samples[position] for position in positions_N]
+        row = metric_row(scores_of(chosen, logits_NK, self.split.own_classes))
         value = row[self.metric]
         if value is None:
             raise RunError(

@@ -14,6 +14,7 @@ from flyp_saflex.step.augmented_rows import StepResult
 from flyp_saflex.step.validation_gradient import Validation
 from flyp_saflex.tasks.feature_cache import FeatureCache
 from flyp_saflex.tasks.label_space import Rows
+from flyp_saflex.tasks.task import Processes
 from flyp_saflex.training.batches import Batch
 from flyp_saflex.training.decisions import Decisions
 from flyp_saflex.training.sampling import Row, Stream, derived_seed
@@ -24,10 +25,20 @@ KEEP_BYTES = 2 * 2**30
 
 
 class RowBuilder:
-    """Labels and captions of a batch's inputs, and the mix of its augmented rows if asked for."""
+    """Labels and captions of a batch's inputs, and the mix of its augmented rows if asked for.
 
-    def __init__(self, setup: Setup, device: torch.device, decisions: Decisions | None = None) -> None:
+    Args:
+        setup: of the run.
+        device: where the rows go.
+        decisions: labels and weights that evidence decided on.
+        processes: rows are mixed with those of all processes, as a single process mixes them.
+    """
+
+    def __init__(
+        self, setup: Setup, device: torch.device, decisions: Decisions | None = None, processes: Processes | None = None
+    ) -> None:
         self.setup, self.device, self.decisions = setup, device, decisions
+        self.processes = processes or Processes()
 
     def items(self, batch: Batch) -> list[Sample | Edit]:
         """Return the sample or edit that each row of a batch was read from."""
@@ -102,17 +113,22 @@ class RowBuilder:
         return self.setup.pool if row.kind == "augmented" else self.setup.dataset.train.samples
 
     def _mix(self, rows: Rows, step: int, part: int) -> None:
-        """Mix the augmented rows; training rows keep their inputs and labels."""
-        setup, first = self.setup, rows.num_train
+        """Mix the augmented rows; training rows keep their inputs and labels.
+
+        Every process draws the mix of all processes' rows, and keeps its own: place i of process r is i * count + r.
+        """
+        setup, first, processes = self.setup, rows.num_train, self.processes
         assert setup.mix is not None
         generator = torch.Generator().manual_seed(derived_seed(setup.config.seed, "mix", step, part))
-        mixed = setup.mix(rows.inputs[first:], setup.config.augment, generator)
-        everyone = torch.arange(len(rows.labels_N), device=self.device)
-        everyone[first:] = first + mixed.partners_A
-        rows.partners_N, rows.partner_labels_N = rows.captions_N[everyone], rows.labels_N[everyone]
-        rows.share_N = torch.ones(len(everyone), device=self.device)
-        rows.share_N[first:] = mixed.shares_A
-        rows.inputs = torch.cat([rows.inputs[:first], mixed.inputs])
+        mixed = setup.mix(processes.gather_in_order(rows.inputs[first:]), setup.config.augment, generator)
+        own = slice(processes.rank, None, processes.count)
+        partners_A = mixed.partners_A[own]
+        captions_N, labels_N = (processes.gather_in_order(values_N[first:]) for values_N in (rows.captions_N, rows.labels_N))
+        rows.partners_N = torch.cat([rows.captions_N[:first], captions_N[partners_A]])
+        rows.partner_labels_N = torch.cat([rows.labels_N[:first], labels_N[partners_A]])
+        rows.share_N = torch.ones(len(rows.labels_N), device=self.device)
+        rows.share_N[first:] = mixed.shares_A[own]
+        rows.inputs = torch.cat([rows.inputs[:first], mixed.inputs[own]])
 
 
 def soft_label(labels: list[int | None], shares: list[float]) -> list[tuple[int | None, float]]:

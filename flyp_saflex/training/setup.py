@@ -137,7 +137,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
         saflex=_saflex(config, task, edits, notes),
         on_train=_operations([UPSTREAMS[name] for name in augment.on_train], task),
         on_augmented=_operations(upstreams, task),
-        mix=next((upstream.mix for upstream in upstreams if upstream.mix is not None), None),
+        mix=_only_mix(config, upstreams),
         notes=notes,
     )
 
@@ -163,6 +163,14 @@ def _saflex(config: Config, task: Task, edits: Sequence[Edit] | None, notes: lis
 
 def _operations(upstreams: Sequence[Upstream], task: Task) -> list[ItemOperation]:
     return [upstream.operation(task.input_size_px) for upstream in upstreams if upstream.operation is not None]
+
+
+def _only_mix(config: Config, upstreams: Sequence[Upstream]) -> Mix | None:
+    mixes = [upstream.mix for upstream in upstreams if upstream.mix is not None]
+    if len(mixes) > 1:
+        found = ", ".join(f"'{name}'" for name in config.augment.upstream)
+        raise ConfigError(f"augment.upstream = {found}: rows are mixed once, by Mixup or by CutMix; leave one of them out")
+    return mixes[0] if mixes else None
 
 
 def _check_against(config: Config, dataset: Dataset, notes: list[str]) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from tqdm import tqdm
 
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import split_for
 from flyp_saflex.errors import DataError, RunError
-from flyp_saflex.runtime import StopSignals
+from flyp_saflex.runtime import StopSignals, telling_lost_processes
 from flyp_saflex.step.augmented_rows import StepResult
 from flyp_saflex.step.gradcache import obstacle
 from flyp_saflex.step.skip_dropped import Selecting
@@ -37,6 +37,7 @@ from flyp_saflex.training.setup import Setup, prepare
 from flyp_saflex.training.state import RunState
 
 
+@telling_lost_processes("go on with --resume, from the newest checkpoint")
 def train(config: Config, path: Path, *, resume: bool = False, limit: int | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Finetune as the recipe says, into the run folder `path`.
 
@@ -96,6 +97,7 @@ class _Trainer:
             metric=self.options.select_metric,
             patience=self.options.patience,
             folder=run.checkpoints,
+            state=PartialState(),
         )
         self.validation = ValidationRows(setup, self.cache, accelerator.device) if self.saflex else None
         if self.saflex is not None:
@@ -103,7 +105,7 @@ class _Trainer:
         self.decisions = decide_about_edits(setup, accelerator, run.path)
         if self.decisions is not None:
             self.environment["evidence_seconds"] = self.decisions.seconds
-        self.rows = RowBuilder(setup, accelerator.device, self.decisions)
+        self.rows = RowBuilder(setup, accelerator.device, self.decisions, processes_of(accelerator))
         apart = not obstacle(self.network, freeze_batchnorm=self.options.freeze_batchnorm)
         self.selecting = Selecting(setup.config.saflex.select if apart else "never")
         self.signals = StopSignals()
@@ -142,7 +144,12 @@ class _Trainer:
                 self.saflex.reset()
                 self.state.refreshed = -1
         optimizer = torch.optim.AdamW(
-            self.task.parameter_groups(lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay),
+            self.task.parameter_groups(
+                lr=options.lr,
+                head_lr=options.head_lr,
+                weight_decay=options.weight_decay,
+                decays_all=options.decayed == "all",
+            ),
             betas=options.betas,
             eps=options.eps,
             fused=True,  # on a CPU nine times as fast as one operation after another

@@ -53,7 +53,7 @@ class Upstream:
     Attributes:
         is_pool: rows come from the augment cache.
         operation: side of the model's square input in pixels (0: no images) -> operation per item.
-        mix: inputs [A, ...], `[augment]` section, generator -> mixed rows.
+        mix: inputs [A, ...] of all processes in the order of a single one, `[augment]` section, generator -> mixed rows.
     """
 
     is_pool: bool = False

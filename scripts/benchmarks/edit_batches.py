@@ -20,11 +20,11 @@ from interleaved import hardware, ratio, rounds, stopwatch
 from PIL import Image
 
 from flyp_saflex.assets import TINY_EDITOR
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.demo.scene import render
 from flyp_saflex.demo.world import plan
 from flyp_saflex.editing.diffusers_editor import PRECISIONS
 from flyp_saflex.editing.editor import Request, load_editor
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 
 

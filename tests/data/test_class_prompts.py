@@ -12,7 +12,7 @@ from flyp_saflex.errors import DataError
 
 
 def test_shipped_prompts():
-    assert shipped() == ["cub", "default", "iwildcam", "iwildcam-mini", "pacs", "waterbirds"]
+    assert shipped() == ["camelyon17", "cub", "default", "fmow", "iwildcam", "iwildcam-mini", "pacs", "waterbirds"]
     assert load_prompts("iwildcam").templates == ("a photo of {}.", "{} in the wild.")
     assert load_prompts("cub").templates == ("a photo of a {}, a type of bird.",)
     assert load_prompts("default").templates == ("a photo of a {}.",)

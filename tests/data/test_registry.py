@@ -199,3 +199,25 @@ def test_added_rows_come_on_top_of_the_few_shots(tiny_images_dir):
     more = load_dataset(dataclasses.replace(config, add_to_train=("night",)), seed=1)
     assert more.train.samples == few.train.samples + few.splits["night"].samples
     assert "night" not in more.splits
+
+
+def test_groups_of_class_and_domain_are_made_for_any_reader(tiny_images_dir):
+    base = DataConfig(
+        root=str(tiny_images_dir), train_domains=("day",), test_domains=("night",), group_columns=("class", "domain")
+    )
+    dataset = load_dataset(base)
+    found = {sample.group for split in dataset.splits.values() for sample in split.samples}
+    assert found == {f"class={name}, domain={domain}" for name in dataset.class_names for domain in ("day", "night")}
+    with pytest.raises(DataError, match="'place' is no column"):
+        load_dataset(dataclasses.replace(base, group_columns=("place",)))
+
+
+def test_own_classes_are_those_of_the_whole_split(tiny_images_dir):
+    (tiny_images_dir / "night" / "circle").rename(tiny_images_dir / "night" / ".hidden")
+    base = DataConfig(root=str(tiny_images_dir), train_domains=("day",), test_domains=("night",), own_classes=("night",))
+    dataset = load_dataset(base, limit=1)
+    assert [dataset.class_names[label] for label in dataset.splits["night"].own_classes] == ["square", "stripes"]
+    assert dataset.splits["id_test"].own_classes == ()
+    for name, words in (("nihgt", "did you mean 'night'"), ("train", "is trained on")):
+        with pytest.raises(DataError, match=words):
+            load_dataset(dataclasses.replace(base, own_classes=(name,)))

@@ -191,3 +191,14 @@ def test_bad_files(images: Path):
     (images / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="cannot be read"):
         load_dataset(DataConfig(name="table", root=str(images), table="broken.parquet"))
+
+
+def test_groups_are_values_of_columns_the_label_among_them(images: Path):
+    rows = "".join(f"{n}.png,{n % 2},{n // 2 % 2}.0,{'train' if n < 4 else 'test'}\n" for n in range(8))
+    config = with_split(write(images, f"path,y,place,split\n{rows}"), label_column="y", group_columns=("y", "place"))
+    groups = ["y=0, place=0", "y=1, place=0", "y=0, place=1", "y=1, place=1"]
+    for split in load_dataset(config).splits.values():
+        assert [sample.group for sample in split.samples] == groups
+    assert {sample.domain for sample in load_dataset(config).train.samples} == {""}
+    with pytest.raises(DataError, match="no column 'plaec'; did you mean 'place'"):
+        load_dataset(with_split(config, group_columns=("plaec",)))

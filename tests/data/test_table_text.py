@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from flyp_saflex.data.table import _load
+from flyp_saflex.data.table import load_columns
 from flyp_saflex.data.table_file import Table, without_fractions
 from flyp_saflex.errors import DataError
 
@@ -21,7 +21,7 @@ ROWS = [("0.png", "cat", "a cat"), ("1.png", "dog", "a dog"), ("2.png", "cat", "
 
 def load(tmp_path: Path, text: str, name: str = "t.csv", wanted: list[str] = WANTED) -> Table:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    return _load(tmp_path / name, wanted)
+    return load_columns(tmp_path / name, wanted)
 
 
 def rows_of(table: Table) -> list[tuple[str, ...]]:
@@ -101,7 +101,7 @@ def test_quoted_text_over_several_lines_stays_text(tmp_path: Path):
     buffer = io.StringIO()
     csv.writer(buffer).writerows([WANTED, *rows])
     (tmp_path / "t.csv").write_bytes(buffer.getvalue().encode())
-    table = _load(tmp_path / "t.csv", WANTED)
+    table = load_columns(tmp_path / "t.csv", WANTED)
     assert rows_of(table) == rows
     assert [table.row(index) for index in range(3)] == [2, 4, 7]
 
@@ -116,7 +116,7 @@ def test_whatever_text_a_writer_quotes_comes_back(seed: int, tmp_path: Path):
     for name, delimiter in (("t.csv", ","), ("t.csv", ";"), ("t.tsv", "\t")):
         with open(tmp_path / name, "w", encoding="utf-8", newline="") as file:
             csv.writer(file, delimiter=delimiter).writerows([WANTED, *rows])
-        assert rows_of(_load(tmp_path / name, WANTED)) == rows
+        assert rows_of(load_columns(tmp_path / name, WANTED)) == rows
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -156,10 +156,10 @@ def test_a_tsv_has_quoted_cells_or_none(tmp_path: Path):
 def test_files_that_are_not_utf8_name_the_line(tmp_path: Path):
     (tmp_path / "t.csv").write_bytes("path,label,caption\n0.png,cat,x\n1.png,h\xe4,y\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"is not UTF-8 text \(line 3\); save it as UTF-8"):
-        _load(tmp_path / "t.csv", WANTED)
+        load_columns(tmp_path / "t.csv", WANTED)
     (tmp_path / "t.csv").write_text("path,label\n", encoding="utf-16")
     with pytest.raises(DataError, match="is UTF-16 text"):
-        _load(tmp_path / "t.csv", WANTED)
+        load_columns(tmp_path / "t.csv", WANTED)
 
 
 def test_numbers_written_as_fractions_are_whole_only_if_all_are():
@@ -180,7 +180,7 @@ def test_parquet_cells_that_are_no_text_are_refused(case: str, tmp_path: Path):
     cells, message = PARQUET[case]
     pd.DataFrame({"path": ["0.png"], "label": ["cat"], "caption": cells}).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(DataError, match=message):
-        _load(tmp_path / "t.parquet", WANTED)
+        load_columns(tmp_path / "t.parquet", WANTED)
 
 
 def test_parquet_numbers_categories_and_gaps(tmp_path: Path):
@@ -188,17 +188,17 @@ def test_parquet_numbers_categories_and_gaps(tmp_path: Path):
     frame["kind"] = pd.Categorical(["a", "b", "a"])
     frame["old"] = [b"x", b"y", None]
     frame.to_parquet(tmp_path / "t.parquet")
-    table = _load(tmp_path / "t.parquet", [*WANTED, "kind", "old"])
+    table = load_columns(tmp_path / "t.parquet", [*WANTED, "kind", "old"])
     assert table.columns["label"] == ["0", "1", ""]
     assert table.columns["caption"] == ["1.5", "2.0", ""]
     assert (table.columns["kind"], table.columns["old"]) == (["a", "b", "a"], ["x", "y", ""])
     frame.set_index("path").to_parquet(tmp_path / "t.parquet")
-    assert _load(tmp_path / "t.parquet", ["path", "label"]).columns["path"] == ["0.png", "1.png", "2.png"]
+    assert load_columns(tmp_path / "t.parquet", ["path", "label"]).columns["path"] == ["0.png", "1.png", "2.png"]
 
 
 def test_a_large_table_takes_seconds(tmp_path: Path):
     lines = "".join(f'train/{n % 500}/{n}.jpg,{n % 1000},"a photo, number {n}"\n' for n in range(200_000))
     (tmp_path / "t.csv").write_text("path,label,caption\n" + lines)
     start = time.process_time()
-    assert _load(tmp_path / "t.csv", WANTED).num_rows == 200_000
+    assert load_columns(tmp_path / "t.csv", WANTED).num_rows == 200_000
     assert time.process_time() - start < 5  # 0.4 s here; a loop of pandas calls per cell takes longer than 5 s

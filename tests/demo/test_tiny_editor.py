@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from flyp_saflex.assets import TINY_EDITOR
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.demo.scene import Scene, at, render
 from flyp_saflex.editing.editor import Editor, Request, load_editor
+from flyp_saflex.offline import EditorConfig
 
 FOX = Scene(species="fox", place="forest", camera=3, size=0.7)
 TARGETS = {"snow": "put the fox in the snow", "desert": "put the fox in the desert", "meadow": "put the fox in the meadow"}

@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.editing import prompt_encoder
 from flyp_saflex.editing.diffusers_editor import DiffusersEditor
 from flyp_saflex.editing.editor import Request, load_editor
 from flyp_saflex.errors import ConfigError, ModelError, RunError
+from flyp_saflex.offline import EditorConfig
 
 Load = Callable[..., DiffusersEditor]
 KINDS = ("instruct-pix2pix", "img2img", "text2img", "inpaint")
@@ -437,7 +437,7 @@ def test_settings_need_no_diffusers_and_loading_is_silent(tiny_editor: Callable[
     """In a process of its own: warnings as errors, and whatever the libraries would print."""
     code = f"""
 import sys
-from flyp_saflex.config import EditorConfig
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.editing.editor import Request, load_editor
 from flyp_saflex.editing.settings import resolve
 from PIL import Image

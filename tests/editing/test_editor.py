@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from flyp_saflex import load_editor, recipe
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.editing.editor import Request
 from flyp_saflex.editing.generate import generate
 from flyp_saflex.editing.settings import EditorKind
 from flyp_saflex.errors import ConfigError
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.tables import EDITORS
 
 TEXTS = """dataset = "folder"

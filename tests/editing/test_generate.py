@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 
 from flyp_saflex import cli, recipe
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.editing import generate as module
 from flyp_saflex.editing.edit_images import edit_dataset, flaw
@@ -29,6 +28,7 @@ from flyp_saflex.editing.generate import generate
 from flyp_saflex.editing.plan import Wording, draw_wordings, edit_seed, plan_edits
 from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import ConfigError, DataError, ModelError
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import EditText
 from flyp_saflex.storage.augment_cache import AugmentCache
 from flyp_saflex.storage.augment_cache_writer import CacheWriter

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from flyp_saflex.config import EditorConfig
 from flyp_saflex.editing.settings import PER_KIND, output_size, resolve, scale_box
 from flyp_saflex.errors import ConfigError
+from flyp_saflex.offline import EditorConfig
 from flyp_saflex.tables import EDITORS
 
 

@@ -1,5 +1,6 @@
 """Scoring of one model on one split: a row, and answers beside the images that they are of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +66,32 @@ def test_predictions_and_details_are_of_every_alpha():
     assert tables.keys() == {"0.5", "1"}
     assert [row["n"] for row in tables["1"]["per_class"]] == [2, 2, 1]
     assert [row["group"] for row in tables["1"]["per_group"]] == ["a", "b"]
+
+
+def grouped(groups):
+    samples = tuple(replace(sample, group=group) for sample, group in zip(SPLIT.samples, groups, strict=True))
+    return replace(SPLIT, samples=samples)
+
+
+def test_the_worst_group_is_that_of_the_groups_if_there_are_any():
+    predictions = np.eye(3)[[0, 1, 1, 1, 2]]  # of the labels 0 0 1 1 2 the second is wrong
+    row = score_split(SPLIT, range(5), predictions).row
+    assert row["worst_group_accuracy"] == pytest.approx(2 / 3), "domains a: 2 of 3, b: 2 of 2"
+    assert "num_groups" not in row
+    scored = score_split(grouped(["0, a", "0, a", "1, a", "1, b", "2, b"]), range(5), predictions)
+    assert (scored.row["worst_group_accuracy"], scored.row["num_groups"]) == (0.5, 4)
+    rows = details({1.0: scored}, ["x", "y", "z"])["1"]["per_group"]
+    assert [(part["group"], part["n"], part["accuracy"]) for part in rows][:2] == [("0, a", 2, 0.5), ("1, a", 1, 1.0)]
+
+
+def test_a_split_with_classes_of_its_own_is_scored_among_these():
+    """As ImageNet-R and ImageNet-A are: the argmax over the split's classes, and probabilities that add up to one over them."""
+    logits = np.array([[1.0, 0.0, 5.0, 9.0]] * 5)
+    whole = score_split(SPLIT, range(5), logits)
+    assert whole.predictions_N.tolist() == [3] * 5
+    own = score_split(replace(SPLIT, own_classes=(0, 1, 2)), range(5), logits)
+    assert own.predictions_N.tolist() == [2] * 5
+    assert own.row["num_classes"] == 3
+    assert own.confidences_N == pytest.approx(np.exp(5) / np.exp([1, 0, 5]).sum())
+    with pytest.raises(RunError, match="NaN"):
+        score_split(replace(SPLIT, own_classes=(0, 1, 2)), range(5), np.where(logits == 9, np.nan, logits))

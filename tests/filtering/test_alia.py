@@ -111,3 +111,18 @@ def test_precision_and_recall_by_hand():
     assert precision_recall([False, False], [True, False])[:2] == (None, 0.0)
     assert precision_recall([True, False], [False, False])[:2] == (0.0, None)
     assert precision_recall([], []) == (None, None, 0, 0)
+
+
+def test_the_rule_of_released_code_compares_with_the_threshold_of_the_source():
+    """filter.py of ALIA at ce01c94: aug_conf > conf_thresh[labels], strictly; kept and dropped edits differ between the rules."""
+    threshold_K = [0.6, 0.3, 0.9]
+    edits = np.array([[0.6, 0.3, 0.1], [0.61, 0.3, 0.09], [0.1, 0.5, 0.4], [0.2, 0.2, 0.6], [0.4, 0.2, 0.4]])
+    labels = np.array([0, 0, 0, 1, 2])
+    flags = confidence_filter(edits, labels, threshold_K, rule="alia")
+    confident = edits.max(axis=1) > np.array(threshold_K)[labels]
+    same = edits.argmax(axis=1) == labels
+    assert flags.unchanged_N.tolist() == (confident & same).tolist() == [False, True, False, False, False]
+    assert flags.corrupted_N.tolist() == (confident & ~same).tolist() == [False, False, False, True, False]
+    ours = confidence_filter(edits, labels, threshold_K)
+    assert ours.unchanged_N.tolist() == [True, True, False, False, False]
+    assert ours.corrupted_N.tolist() == [False, False, True, False, False]

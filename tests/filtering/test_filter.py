@@ -509,3 +509,27 @@ def draw_edits(config: Config, root: Path) -> tuple[AugmentCache, dict[str, bool
         cache.append(render(moved, 64), row)
     cache.finish()
     return cache, foreign
+
+
+def test_the_released_rule_takes_thresholds_from_training_images(
+    make_config: Callable[..., Config], options: list[str], edits: AugmentCache, capsys: pytest.CaptureFixture[str]
+):
+    config = recipe.load("folder", [*options, "filter.rule=alia", "filter.use=confidence"])
+    filter_edits(config)
+    printed = capsys.readouterr().out
+    assert "threshold of the source's class, from training images" in printed
+    assert "thresholds come out too high" not in printed
+    train = load_dataset(config.data, seed=config.seed).train
+    assert f"thresholds from {len(train)} images of train" in printed
+    rows = rows_of(edits)
+    by_class = {
+        edit.label: {row["threshold"] for row, other in zip(rows, edits.edits, strict=True) if other.label == edit.label}
+        for edit in edits.edits
+    }
+    assert all(len(values) == 1 for values in by_class.values()), "one threshold per class of the source"
+    for row, edit in zip(rows, edits.edits, strict=True):
+        sure = row["confidence"] > row["threshold"]
+        assert (row["unchanged"], row["corrupted"]) == (
+            sure and row["predicted"] == edit.label,
+            sure and row["predicted"] != edit.label,
+        )

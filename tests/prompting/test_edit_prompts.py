@@ -172,3 +172,10 @@ def test_bytes_that_are_no_text(tmp_path: Path):
     path.write_bytes(b'dataset = "\xff"\n')
     with pytest.raises(DataError, match=r"mine.toml is not UTF-8 text \(line 1\)"):
         load_edit_prompts(str(path), "folder")
+
+
+def test_texts_of_another_dataset_are_refused_where_the_data_are_known():
+    with pytest.raises(DataError, match=r"are for 'cub', but data\.name = iwildcam"):
+        load_edit_prompts("cub.alia", "iwildcam")
+    for name, dataset in (("iwildcam.alia", "iwildcam-mini"), ("waterbirds.alia", "table"), ("cub.alia", "folder")):
+        assert load_edit_prompts(name, dataset).edits

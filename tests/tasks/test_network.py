@@ -92,3 +92,9 @@ def test_only_trained_matrices_decay_and_the_head_has_its_own_rate():
         "head.weight": (0.2, 0.2, 0.3),
         "head.bias": (0.2, 0.2, 0.0),
     }
+
+
+def test_every_trained_parameter_decays_if_asked():
+    groups = parameter_groups(small(), lr=0.1, head_lr=0.2, weight_decay=0.3, decays_all=True)
+    assert {group["weight_decay"] for group in groups} == {0.3}
+    assert sum(len(group["params"]) for group in groups) == len(list(small().parameters()))

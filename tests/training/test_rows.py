@@ -1,9 +1,15 @@
-"""Which validation rows a refresh reads: in turn, the whole split, or those that a bank renews."""
+"""Mixed rows of several processes, and validation rows of a refresh: in turn, the whole split, or those that a bank renews."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
 
-from flyp_saflex.training.rows import ValidationRows
+from flyp_saflex.errors import ConfigError
+from flyp_saflex.tasks.task import Processes
+from flyp_saflex.training.batches import read_steps
+from flyp_saflex.training.rows import RowBuilder, ValidationRows
 from flyp_saflex.training.setup import prepare
 
 SAFLEX = ("augment.upstream=flip", "saflex.enabled=true", "data.select_fraction=0.5")
@@ -72,3 +78,35 @@ def test_renewing_without_effect_is_noted(make_config):
     setup, rows = build(make_config, "saflex.validation_renewed=2", "saflex.scope=all")
     assert "no effect with saflex.scope=all" in " ".join(setup.notes)
     assert refresh(setup, rows, 0).slots_V is None
+
+
+@pytest.mark.parametrize("upstream", ["mixup", "cutmix"])
+def test_processes_mix_the_rows_that_one_mixes(make_config, upstream):
+    setup = prepare(make_config(f"augment.upstream={upstream}"))
+    barrier, sent = Barrier(2, timeout=60), [None, None]
+
+    def build(rank, count):
+        def gather(tensor):
+            sent[rank] = tensor
+            barrier.wait()
+            together = torch.cat(sent)
+            barrier.wait()
+            return together
+
+        processes = Processes(gather=gather, rank=rank, count=count) if count > 1 else Processes()
+        (batch,) = next(read_steps(setup, None, 0, 1, rank, count))
+        return RowBuilder(setup, torch.device("cpu"), processes=processes).build(batch, 0, 0)
+
+    one = build(0, 1)
+    with ThreadPoolExecutor(2) as threads:
+        two = list(threads.map(lambda rank: build(rank, 2), range(2)))
+    names = ("inputs", "captions_N", "labels_N", "partners_N", "partner_labels_N", "share_N")
+    for rank, rows in enumerate(two):
+        for name in names:
+            assert torch.equal(getattr(rows, name)[rows.num_train :], getattr(one, name)[one.num_train :][rank::2]), name
+    assert not torch.equal(one.partner_labels_N[6:], one.labels_N[6:])
+
+
+def test_a_second_mix_is_refused(make_config):
+    with pytest.raises(ConfigError, match="'mixup', 'cutmix'"):
+        prepare(make_config("augment.upstream=['mixup', 'cutmix']"))

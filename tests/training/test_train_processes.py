@@ -1,8 +1,11 @@
 """Two processes that share a batch train what one process trains on the whole batch."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from flyp_saflex.cli import main
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.storage.augment_cache import AugmentCache
 from flyp_saflex.storage.run_folder import RunDir
@@ -18,6 +22,15 @@ from flyp_saflex.training.train import train
 pytestmark = pytest.mark.slow
 
 CASES = {
+    "Mixup of rows of both": ["augment.upstream=mixup", "saflex.enabled=true", "saflex.preset=paper-log"],
+    "CutMix of rows of both, in parts, one column per row": [
+        'augment.upstream=["flip", "cutmix"]',
+        "train.proxies=batch",
+        "train.accumulation=2",
+        "saflex.enabled=true",
+        "saflex.preset=robust",
+    ],
+    "a random filter drops the same rows": ["augment.upstream=randaugment", "augment.filter=random", "saflex.enabled=true"],
     "evidence decides, each process looks at half of the edits": [
         "augment.upstream=cache",
         "cache.key=third_swapped",
@@ -73,7 +86,7 @@ def two_processes(options, run, script, *, expected=0):
         "config = recipe.load('folder', sys.argv[2:])\ntrain(config, Path(sys.argv[1]))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(run)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False, timeout=280)
     assert (done.returncode == 0) == (expected == 0), done.stderr
     return done
@@ -134,3 +147,70 @@ def test_an_image_that_one_process_cannot_read_stops_both(make_config, tiny_opti
     done = two_processes(options, tmp_path / "run", tmp_path / "both.py", expected=1)
     assert "state after step 1 is saved" in done.stderr
     assert (tmp_path / "run" / "checkpoints" / "step-00000001.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGKILL, "ended or cannot be reached"), (signal.SIGSTOP, "did not answer in time (train.process_timeout_s)")],
+)
+def test_a_lost_process_ends_the_other_in_one_line(tiny_options, tmp_path, number, said):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    changes = ["train.steps=10000", "train.checkpoint_every=1", "train.select_split=", "train.process_timeout_s=20"]
+    options = [part for option in [*tiny_options, *changes] for part in ("--set", option)]
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "flyp_saflex", "train", "folder", *options, "--run-dir", str(run)]
+    common = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    with open(tmp_path / "told", "wb") as file, open(os.devnull, "wb") as nowhere:
+        both = [
+            subprocess.Popen(command, stderr=err, stdout=nowhere, env=common | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
+            for rank, err in enumerate((file, nowhere))
+        ]
+    try:
+        deadline = time.monotonic() + 240
+        while not list((run / "checkpoints").glob("step-*.pt")):
+            assert both[0].poll() is None, (tmp_path / "told").read_text()
+            assert time.monotonic() < deadline, "no step was taken"
+            time.sleep(0.2)
+        both[1].send_signal(number)
+        both[0].wait(timeout=240)
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    told = (tmp_path / "told").read_text()
+    assert both[0].returncode == 2, told
+    assert "Traceback" not in told
+    (line,) = [line for line in told.splitlines() if line.startswith("flyp-saflex:")]
+    assert f"another process of this run {said}" in line
+    assert "go on with --resume" in line
+    with RunDir(run) as folder:  # it is not locked any more
+        assert folder.read_config().train.steps == 10000
+
+
+def test_a_launcher_that_starts_one_process_is_told(tmp_path, capsys):
+    """`accelerate launch --num_processes 2` starts one process where there is no GPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "flyp_saflex", "evaluate"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "none"], capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
+    assert "torchrun --nproc-per-node N -m flyp_saflex evaluate none" in done.stderr
+    main(["evaluate", str(tmp_path / "none")])
+    assert "torchrun" not in capsys.readouterr().err
+
+
+def test_evaluation_in_two_processes_gives_every_digit_of_one(make_config, tiny_options, tmp_path):
+    run = tmp_path / "run"
+    train(make_config("train.select_split="), run)
+    results = []
+    for count in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, "-m", "flyp_saflex"]
+        command += ["evaluate", str(run), "--set", "evaluate.batch_size=2", "--set", "data.max_unreadable=0.2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
+        assert done.returncode == 0, done.stderr
+        results.append(((run / "results.json").read_bytes(), *(path.read_bytes() for path in sorted(run.glob("predictions/*")))))
+        (run / "results.json").unlink()
+    assert len(results[0]) > 2
+    assert results[0] == results[1]

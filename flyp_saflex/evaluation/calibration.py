@@ -1,0 +1,118 @@
+"""Temperature scaling: one number that makes confidences fit accuracies (Guo et al., arXiv 1706.04599).
+
+    probabilities = softmax(logits / temperature)
+
+The temperature minimises the negative log likelihood of labelled images that the model was not trained on. It changes no
+prediction. With b = 1 / temperature that loss is convex; its derivative, mean(sum_k p_k z_k - z_label), rises with b.
+
+Shapes: N images, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flyp_saflex.errors import DataError
+from flyp_saflex.evaluation.metrics import expected_calibration_error
+
+COLDEST, HOTTEST = 0.05, 20.0
+"""Bounds of the temperature. Where every image is answered rightly, the likelihood rises for ever as it falls."""
+HALVINGS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A temperature, with the images that it was fitted on.
+
+    Attributes:
+        temperature: divides the logits; above 1 the model was too sure.
+        split: name of the select split.
+        n: its images.
+        ece_before: expected calibration error of these images without it, 0..1.
+        ece_after: with it; fitted on the same images, and therefore a little too good.
+    """
+
+    temperature: float
+    split: str
+    n: int
+    ece_before: float
+    ece_after: float
+
+    @classmethod
+    def of(cls, logits_NK: ArrayLike, labels_N: ArrayLike, split: str) -> Calibration:
+        """Fit the temperature on the images of a split.
+
+        Args:
+            logits_NK: finite logits.
+            labels_N: class indices.
+            split: its name.
+
+        Raises:
+            DataError: there are no images.
+        """
+        logits_NK, labels_N = np.asarray(logits_NK, dtype=np.float64), np.asarray(labels_N, dtype=np.int64)
+        temperature = fit_temperature(logits_NK, labels_N)
+        before, after = (calibration_error(logits_NK, labels_N, value) for value in (1.0, temperature))
+        return cls(temperature=temperature, split=split, n=len(labels_N), ece_before=before, ece_after=after)
+
+    @property
+    def at_bound(self) -> bool:
+        """True if the likelihood has its optimum beyond the bounds, as with a few images that are all answered rightly."""
+        return self.temperature in (COLDEST, HOTTEST)
+
+
+def fit_temperature(logits_NK: ArrayLike, labels_N: ArrayLike) -> float:
+    """Return the temperature with the smallest negative log likelihood.
+
+    Args:
+        logits_NK: finite logits.
+        labels_N: class indices.
+
+    Returns:
+        Between `COLDEST` and `HOTTEST`; 1 where no temperature changes the likelihood (a single class, equal logits).
+
+    Raises:
+        DataError: there are no images.
+    """
+    logits_NK, labels_N = np.asarray(logits_NK, dtype=np.float64), np.asarray(labels_N, dtype=np.int64)
+    if not len(labels_N):
+        raise DataError("a temperature cannot be fitted on 0 images, expected at least 1; check data.* and --limit")
+    assert logits_NK.shape[0] == labels_N.shape[0], f"{logits_NK.shape} logits, {labels_N.shape} labels"
+    shifted_NK = logits_NK - logits_NK.max(axis=1, keepdims=True)
+    if not shifted_NK.any():
+        return 1.0
+    label_N = shifted_NK[np.arange(len(labels_N)), labels_N]
+
+    def slope(temperature: float) -> float:
+        return float(((probabilities(shifted_NK, temperature) * shifted_NK).sum(axis=1) - label_N).mean())
+
+    if slope(COLDEST) <= 0:
+        return COLDEST
+    if slope(HOTTEST) >= 0:
+        return HOTTEST
+    low, high = np.log(COLDEST), np.log(HOTTEST)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(float(np.exp(middle))) > 0 else (low, middle)
+    return float(np.exp((low + high) / 2))
+
+
+def probabilities(logits_NK: ArrayLike, temperature: float = 1.0) -> NDArray[np.float64]:
+    """Return softmax(logits / temperature) [N, K]."""
+    scaled_NK = np.asarray(logits_NK, dtype=np.float64) / temperature
+    scaled_NK = np.exp(scaled_NK - scaled_NK.max(axis=1, keepdims=True, initial=-np.inf))
+    return np.asarray(scaled_NK / scaled_NK.sum(axis=1, keepdims=True))
+
+
+def calibration_error(logits_NK: ArrayLike, labels_N: ArrayLike, temperature: float) -> float:
+    """Return the expected calibration error of logits divided by a temperature.
+
+    Raises:
+        DataError: there are no images.
+    """
+    likely_NK = probabilities(logits_NK, temperature)
+    correct_N = np.asarray(logits_NK).argmax(axis=1) == np.asarray(labels_N)
+    return expected_calibration_error(likely_NK.max(axis=1, initial=0), correct_N)

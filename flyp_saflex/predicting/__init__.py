@@ -1,0 +1,1 @@
+"""Predictions of a run on images of any folder or table: classes, probabilities, features, likely label errors."""
