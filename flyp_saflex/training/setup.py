@@ -20,6 +20,7 @@ from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step.gradcache import obstacle
 from flyp_saflex.storage.augment_cache import AugmentCache
+from flyp_saflex.storage.edits import aug_ids_of, select_edits
 from flyp_saflex.tables import METHODS, OBJECTIVES, TASKS, UPSTREAMS
 from flyp_saflex.tasks.task import Task, TaskInputs
 from flyp_saflex.training.sampling import Plan, derived_seed
@@ -51,7 +52,7 @@ class Setup:
     task: Task
     objective: Objective
     source: Source
-    edits: tuple[Edit, ...] | None
+    edits: Sequence[Edit] | None
     plan: Plan
     saflex: Saflex | None
     on_train: list[ItemOperation]
@@ -111,7 +112,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
             f"train.method = {train.method} needs captions, but its task '{method.task}' has none: give the method "
             "an objective over classes (tables.METHODS)"
         )
-    source = task.source(config.data, [sample for split in dataset.splits.values() for sample in split.samples])
+    source = task.source(config.data, _copied(config, dataset))
     notes += [*task.notes, *source.notes]
     _check_two_passes(config, task, notes)
     plan = Plan(
@@ -141,7 +142,12 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
     )
 
 
-def _saflex(config: Config, task: Task, edits: tuple[Edit, ...] | None, notes: list[str]) -> Saflex | None:
+def _copied(config: Config, dataset: Dataset) -> list[Sample]:
+    """Return the images that may be read from resized copies."""
+    return [sample for split in dataset.splits.values() for sample in split.samples] if config.data.materialised else []
+
+
+def _saflex(config: Config, task: Task, edits: Sequence[Edit] | None, notes: list[str]) -> Saflex | None:
     """Return SAFLEX with the settings that can be used here."""
     settings = config.saflex.settings
     if not config.saflex.enabled:
@@ -202,13 +208,13 @@ def _check_two_passes(config: Config, task: Task, notes: list[str]) -> None:
         )
 
 
-def _edits(config: Config, dataset: Dataset, notes: list[str], *, partial: bool) -> tuple[Edit, ...]:
+def _edits(config: Config, dataset: Dataset, notes: list[str], *, partial: bool) -> Sequence[Edit]:
     cache = AugmentCache.open(Path(config.cache.root), dataset.name, config.cache.key)
     usable = cache.check_against(dataset, partial=partial)
     notes += cache.notes
     if config.augment.filter == "scores":
-        kept = {edit.aug_id for edit in cache.kept(config.cache.scores)}
-        usable = tuple(edit for edit in usable if edit.aug_id in kept)
+        kept = set(aug_ids_of(cache.kept(config.cache.scores)))
+        usable = select_edits(usable, [place for place, aug_id in enumerate(aug_ids_of(usable)) if aug_id in kept])
     notes.append(f"{len(usable)} of the {len(cache)} edits in {cache.folder} are used")
     if not usable:
         filtered = " and passes the filter" if config.augment.filter == "scores" else ""
