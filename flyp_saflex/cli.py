@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import select
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from flyp_saflex import __version__, recipe, runtime
@@ -23,7 +25,9 @@ from flyp_saflex.user_text import quoted
 
 CLOSED_PIPE = 141
 """Exit code of a program whose output nobody reads any more, as a shell tells SIGPIPE."""
-EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex train RECIPE --print-config"
+EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex options [SECTION | WORD]; options by section: {}."
+VERSIONS = {"torch": "torch", "open_clip": "open_clip_torch", "diffusers": "diffusers"}
+"""Libraries that `--version` tells the versions of, with the names of their packages."""
 
 
 def data(arguments: argparse.Namespace, config: Config) -> None:
@@ -110,6 +114,30 @@ def demo(arguments: argparse.Namespace) -> None:
     run(arguments.out, seeds=arguments.seeds)
 
 
+def options(arguments: argparse.Namespace) -> None:
+    """Explain options: name, type, default and meaning. Without SECTION or WORD, list the sections and their options."""
+    from flyp_saflex.option_docs import describe
+
+    print(describe(arguments.word))
+
+
+class VersionAction(argparse.Action):
+    """Flag that prints the versions of this package and of its main libraries, none of which it imports, and stops."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print one line and exit."""
+        found = [f"{name} {_version(package)}" for name, package in VERSIONS.items()]
+        print(f"flyp-saflex {__version__} (Python {platform.python_version()}, {', '.join(found)})")
+        parser.exit()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def parse_alphas(text: str) -> tuple[float, ...]:
     """Parse comma-separated alphas such as `0,0.5,1`.
 
@@ -156,12 +184,13 @@ class Folder:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the argument parser of all commands."""
+    epilog = EPILOG.format(", ".join(recipe.shipped()), ", ".join(recipe.SECTIONS))
     parser = argparse.ArgumentParser(
         prog="flyp-saflex",
         description="Finetune CLIP with FLYP, make augmented data safe with SAFLEX, evaluate out of distribution.",
-        epilog=EPILOG.format(", ".join(recipe.shipped())),
+        epilog=epilog,
     )
-    parser.add_argument("--version", action="version", version=f"flyp-saflex {__version__}")
+    parser.add_argument("--version", action=VersionAction, nargs=0, help="print the versions of flyp-saflex and its libraries")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     shared = argparse.ArgumentParser(add_help=False)
@@ -179,7 +208,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(handler: object, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         name, doc = handler.__name__, (handler.__doc__ or "").strip()  # type: ignore[attr-defined]
-        command = commands.add_parser(name, parents=parents, help=doc, description=doc)
+        end = epilog if with_recipe in parents else None
+        command = commands.add_parser(name, parents=parents, help=doc, description=doc, epilog=end)
         command.set_defaults(handler=handler)
         return command
 
@@ -208,6 +238,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Folder("--out"), metavar="FILE", help="output file; FILE.html is a self-contained page")
     command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, or md")
     command.add_argument("--baseline", metavar="NAME", help="recipe to compare the others with, paired by seed")
+    command = add(options, [])
+    command.add_argument("word", nargs="?", default="", metavar="SECTION | WORD", help="section, option, or word to look for")
     return parser
 
 
