@@ -36,6 +36,7 @@ SMALL = (
     "train.evaluate_every=0",
     "evaluate.bootstrap=0",
     "compare.seeds=[0]",
+    "filter.drop=semantic",  # thresholds from two images would drop every edit
 )
 """Overrides that make every command a matter of seconds: tiny models, two steps."""
 
