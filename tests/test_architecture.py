@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flyp_saflex"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "user_text", "ranges", "tables", "presets", "comparing", "offline", "config",
+    "errors", "user_text", "ranges", "tables", "presets", "comparing", "offline", "config", "option_docs",
     "records", "runtime", "recipe",  # the ground
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets

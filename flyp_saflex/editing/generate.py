@@ -39,7 +39,7 @@ from flyp_saflex.errors import DataError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset
-from flyp_saflex.runtime import StopSignals
+from flyp_saflex.runtime import ProgressLines, StopSignals
 from flyp_saflex.storage.augment_cache import DONE, FORMATS, SHEETS, AugmentCache
 from flyp_saflex.storage.augment_cache_files import read_rejected, state_settings
 from flyp_saflex.storage.augment_cache_writer import CacheWriter
@@ -172,6 +172,7 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
     allowed = work.max_unreadable
     sheets = Sheets(work.folder, config.editor.sheet_every, index=work.index, count=work.count, done=len(done_before))
     quiet = None if work.is_main else True
+    lines, count = ProgressLines("editing", total=total, done=0, unit="edits", shown=work.is_main), 0
     with tqdm(total=total, unit="edit", desc="editing", disable=quiet, smoothing=0.05) as bar:
         for results in edit_batches(editor, batches, box_crop=config.data.box_crop):
             new = [result for result in results if result.planned.file_name not in done_before]
@@ -188,6 +189,8 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
             tally.add(new)
             sheets.add(new)
             bar.update(len(new))
+            count += len(new)
+            lines.update(count, f"{tally.rejected.total()} rejected")
             if len(tally.unreadable) > allowed:
                 raise DataError(
                     f"{len(tally.unreadable)} sources cannot be read, more than data.max_unreadable = "
