@@ -114,6 +114,7 @@ class Dataset:
         templates: caption templates, each with one `{}`.
         notes: what the reader wants a person to know (rows skipped, classes without images ...).
         rows: images or features of samples that are no files, by row; array-like.
+        fields: field of the table that each column of `rows` comes from (one-hot columns share one); empty: no table.
         whole: the splits before `data.shots`, `data.add_to_train` and `--limit` cut them; None: nothing was cut.
     """
 
@@ -124,6 +125,7 @@ class Dataset:
     templates: tuple[str, ...]
     notes: tuple[str, ...] = ()
     rows: Sequence[Any] | None = None
+    fields: tuple[str, ...] = ()
     whole: Mapping[str, Split] | None = None
 
     @property

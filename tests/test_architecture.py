@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flyp_saflex"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "user_text", "ranges", "tables", "presets", "comparing", "config", "records", "runtime", "recipe",  # the ground
+    "errors", "user_text", "ranges", "tables", "presets", "comparing",
+    "prompt_options", "network_options", "config", "records", "runtime", "recipe",  # the ground
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets
     "tasks", "step", "evaluation", "training",  # a model's step, its scores, the loop
@@ -32,7 +33,7 @@ HOMES = {
     "transformers": {"clip.foreign_code", "editing.diffusers_editor", "prompting.language_models"},
     "matplotlib": {"reporting.plots"},
     "wilds": {"data.wilds", "evaluation.metrics"},
-    "pandas": {"data.wilds", "data.cub", "data.table"},
+    "pandas": {"data.wilds", "data.cub", "data.table", "data.tabular_encoding"},
 }
 """Where a library may be imported: in one place, so that it can be exchanged."""
 

@@ -48,6 +48,8 @@ class RowBuilder:
         rows = Rows(inputs, captions_N, labels_N, batch.indices.to(device), batch.num_train)
         if self.decisions is not None:
             self._decide(rows, self.decisions, seeds)
+        if setup.confidences:
+            self._soften(rows, [row.seed for row in batch.rows])
         if setup.mix is not None and len(items) > batch.num_train:
             self._mix(rows, step, part)
         if task.network.num_frozen and not setup.config.train.frozen_cache:
@@ -74,6 +76,16 @@ class RowBuilder:
             if share < 1:
                 partners_N[place] = task.caption_of_class(second, seeds[place])
         rows.partners_N, rows.partner_labels_N = partners_N, partner_labels_N
+
+    def _soften(self, rows: Rows, seeds: list[int]) -> None:
+        """Note how much of their labels the augmented rows keep, and their weights, by the draws of their operations."""
+        options, num_classes = self.setup.config.augment, self.setup.dataset.num_classes
+        rows.confidence_N = torch.ones(len(seeds), device=self.device)
+        for place in range(rows.num_train, len(seeds)):
+            for number, confidence in self.setup.confidences.items():
+                rows.confidence_N[place] *= confidence(options, derived_seed(seeds[place], number), num_classes)
+        if options.soft_weights:
+            rows.prior_N = rows.confidence_N if rows.prior_N is None else rows.prior_N * rows.confidence_N
 
     def describe(self, step: int, results: list[StepResult]) -> list[dict[str, Any]]:
         """Return one record per augmented row of a step: identity, weight, gain of its label, learned (soft) label."""
@@ -106,7 +118,7 @@ class RowBuilder:
         setup, first = self.setup, rows.num_train
         assert setup.mix is not None
         generator = torch.Generator().manual_seed(derived_seed(setup.config.seed, "mix", step, part))
-        mixed = setup.mix(rows.inputs[first:], setup.config.augment, generator)
+        mixed = setup.mix(rows.inputs[first:], setup.config.augment, generator, setup.dataset.fields)
         everyone = torch.arange(len(rows.labels_N), device=self.device)
         everyone[first:] = first + mixed.partners_A
         rows.partners_N, rows.partner_labels_N = rows.captions_N[everyone], rows.labels_N[everyone]
