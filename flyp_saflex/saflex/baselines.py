@@ -44,7 +44,9 @@ def smooth_by_strength(
 
 
 def soft_confidence(visible: float, num_classes: int, power: float) -> float:
-    """Return p = 1 - (1 - 1/K) (1 - v)^k, the own class's share of a cropped image's label (Soft-Augmentation, arXiv 2211.04625).
+    """Return the own class's share of a cropped image's label: p = 1 - (1 - 1/K) (1 - v)^k.
+
+    That is Soft-Augmentation's label (arXiv 2211.04625): 1 for the whole image, chance for none of it.
 
     Args:
         visible: v, the visible fraction of the image.

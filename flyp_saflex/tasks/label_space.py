@@ -138,7 +138,7 @@ def augmented_rows(rows: Rows, gather: Gather) -> Tensor:
 
 
 def upstream_labels(rows: Rows, own_N: Tensor, partner_N: Tensor | None, labels_K: Tensor, gather: Gather) -> Tensor:
-    """Return the labels that rows came with [N, K]: one-hot, two shares where rows were mixed, softened where they are unsure."""
+    """Return the labels that rows came with [N, K]: one-hot, shared where rows were mixed, softened where unsure."""
     upstream_NK = assignment(own_N, labels_K)
     if partner_N is not None:
         assert rows.share_N is not None, "mixed rows say how much of their label is their own"
