@@ -272,6 +272,7 @@ class Dataset:
         notes: what the reader wants a person to know (rows skipped, classes without images ...).
         rows: images or features of samples that are no files, by row; array-like.
         evaluator: the dataset's official evaluator: samples and predictions to numbers by name; None: there is none.
+        fields: field of the table that each column of `rows` comes from (one-hot columns share one); empty: no table.
         whole: the splits before `data.shots`, `data.add_to_train` and `--limit` cut them; None: nothing was cut.
     """
 
@@ -283,6 +284,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     rows: Sequence[Any] | None = None
     evaluator: Evaluator | None = None
+    fields: tuple[str, ...] = ()
     whole: Mapping[str, Split] | None = None
 
     @property

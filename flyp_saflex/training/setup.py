@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from flyp_saflex.config import AugmentConfig, Config
 from flyp_saflex.data.registry import load_dataset, split_for
@@ -24,9 +23,7 @@ from flyp_saflex.storage.edits import aug_ids_of, select_edits
 from flyp_saflex.tables import METHODS, OBJECTIVES, TASKS, UPSTREAMS
 from flyp_saflex.tasks.task import Task, TaskInputs
 from flyp_saflex.training.sampling import Plan, derived_seed
-from flyp_saflex.training.upstreams import ItemOperation, Mixed, Upstream
-
-Mix = Callable[[Tensor, AugmentConfig, torch.Generator], Mixed]
+from flyp_saflex.training.upstreams import Confidence, ItemOperation, Mix, Upstream
 
 
 @dataclass
@@ -43,6 +40,7 @@ class Setup:
         plan: rows of every step.
         saflex: None: not enabled.
         on_train, on_augmented: operations per item.
+        confidences: functions that soften labels, by the place of their operation in `on_augmented`.
         mix: mix of the augmented rows of a batch.
         notes: lines for a person.
     """
@@ -57,6 +55,7 @@ class Setup:
     saflex: Saflex | None
     on_train: list[ItemOperation]
     on_augmented: list[ItemOperation]
+    confidences: dict[int, Confidence]
     mix: Mix | None
     notes: list[str]
 
@@ -135,8 +134,9 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
         edits=edits,
         plan=plan,
         saflex=_saflex(config, task, edits, notes),
-        on_train=_operations([UPSTREAMS[name] for name in augment.on_train], task),
-        on_augmented=_operations(upstreams, task),
+        on_train=_operations([UPSTREAMS[name] for name in augment.on_train], task, augment),
+        on_augmented=_operations(upstreams, task, augment),
+        confidences=_confidences(upstreams, task, augment),
         mix=_only_mix(config, upstreams),
         notes=notes,
     )
@@ -161,8 +161,15 @@ def _saflex(config: Config, task: Task, edits: Sequence[Edit] | None, notes: lis
     return Saflex(settings)
 
 
-def _operations(upstreams: Sequence[Upstream], task: Task) -> list[ItemOperation]:
-    return [upstream.operation(task.input_size_px) for upstream in upstreams if upstream.operation is not None]
+def _operations(upstreams: Sequence[Upstream], task: Task, options: AugmentConfig) -> list[ItemOperation]:
+    found = [upstream.operation_for(task.input_size_px, options) for upstream in upstreams]
+    return [operation for operation in found if operation is not None]
+
+
+def _confidences(upstreams: Sequence[Upstream], task: Task, options: AugmentConfig) -> dict[int, Confidence]:
+    """Return what softens labels, by the place of its operation among those of the augmented rows."""
+    drawing = [upstream for upstream in upstreams if upstream.operation_for(task.input_size_px, options) is not None]
+    return {place: upstream.confidence for place, upstream in enumerate(drawing) if upstream.confidence is not None}
 
 
 def _only_mix(config: Config, upstreams: Sequence[Upstream]) -> Mix | None:

@@ -30,6 +30,7 @@ from flyp_saflex.training.batches import Batch, UnreadableFiles, read_steps
 from flyp_saflex.training.decisions import decide_about_edits
 from flyp_saflex.training.distributed import device_name, make_accelerator, processes_of, synchronised
 from flyp_saflex.training.model_selection import ModelSelection, save_model
+from flyp_saflex.training.optimizers import optimizer_of
 from flyp_saflex.training.rows import RowBuilder, ValidationRows
 from flyp_saflex.training.sampling import derived_seed
 from flyp_saflex.training.schedule import Phase, phases_of, plan_line
@@ -145,18 +146,13 @@ class _Trainer:
             if self.saflex is not None:
                 self.saflex.reset()
                 self.state.refreshed = -1
-        optimizer = torch.optim.AdamW(
-            self.task.parameter_groups(
-                lr=options.lr,
-                head_lr=options.head_lr,
-                weight_decay=options.weight_decay,
-                decays_all=options.decayed == "all",
-            ),
-            betas=options.betas,
-            eps=options.eps,
-            fused=True,  # on a CPU nine times as fast as one operation after another
+        groups = self.task.parameter_groups(
+            lr=options.lr,
+            head_lr=options.head_lr,
+            weight_decay=options.weight_decay,
+            decays_all=options.decayed == "all",
         )
-        model, optimizer = accelerator.prepare(self.network, optimizer)
+        model, optimizer = accelerator.prepare(self.network, optimizer_of(groups, options))
         if optimizer_state is not None:
             optimizer.load_state_dict(optimizer_state)
         step_loss = self._step_loss(model)
