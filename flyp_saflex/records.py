@@ -159,7 +159,9 @@ class Samples(Sequence[Sample]):
         """Return the rows at these places, in this order."""
         places = list(places)
         columns = {name: getattr(self, name) for name in self.__slots__ if name != "root"}
-        chosen = {name: None if cells is None else [cells[place] for place in places] for name, cells in columns.items()}
+        chosen: dict[str, Any] = {
+            name: None if cells is None else [cells[place] for place in places] for name, cells in columns.items()
+        }
         return Samples(self.root, **chosen)
 
 
@@ -282,7 +284,7 @@ class Dataset:
     splits: Mapping[str, Split]
     templates: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    rows: Sequence[Any] | None = None
+    rows: Any = None
     evaluator: Evaluator | None = None
     fields: tuple[str, ...] = ()
     whole: Mapping[str, Split] | None = None

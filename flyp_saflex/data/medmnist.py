@@ -66,20 +66,23 @@ def read_medmnist(config: DataConfig) -> Dataset:
     if (digest := _md5(path)) != known.md5:
         problems.found(f"{path} has the md5 {digest}, expected {known.md5}: other bytes than medmnist's '{known.name}'")
     arrays = _arrays(path, problems)
-    parts, rows, start = [], [], 0
+    parts: list[str] = []
+    samples: list[Sample] = []
+    rows, start = [], 0
     for part, size in zip(PARTS, known.sizes, strict=True):
         images = _images(path, part, arrays[f"{part}_images"], known.channels)
         labels = _labels(path, part, arrays[f"{part}_labels"], len(images), known)
         if len(images) != size:
             problems.found(f"{path}: {part} has {len(images):,} images, expected {size:,}")
-        parts += [(part, sample) for sample in _samples(part, images, labels, start)]
+        parts += [part] * len(images)
+        samples += _samples(part, images, labels, start)
         rows.append(images)
         start += len(images)
     if len({images.shape[1:] for images in rows}) > 1:
         shapes = listed([str(images.shape[1:]) for images in rows])
         raise DataError(f"{path}: images of train, val and test have the shapes {shapes}, expected one; get the published file")
     everything = np.concatenate(rows)
-    splits = split_by_name(parts)
+    splits = split_by_name(parts, samples)
     notes = [*problems.notes, *few_notes(splits, known.class_names)]
     notes += duplicate_notes(splits, lambda sample: everything[sample.item].tobytes(), "images")  # type: ignore[index]
     return Dataset(

@@ -175,7 +175,7 @@ def without_head(model: nn.Module, name: str) -> tuple[nn.Module, int]:
     """
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if linear:
-        width = model.get_submodule(linear[-1]).in_features
+        width = int(model.get_submodule(linear[-1]).in_features)
         owner, _, last = linear[-1].rpartition(".")
         parent = model.get_submodule(owner)
         setattr(parent, last, nn.Identity())
