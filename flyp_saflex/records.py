@@ -244,7 +244,7 @@ class Split:
         return labels_of(self.samples)
 
     def files(self) -> Iterator[str]:
-        """Yield the paths of the rows as text with forward slashes; empty for rows that are no files of their own."""
+        """Yield the paths of the rows as text with forward slashes; empty for rows without a file."""
         rows = self.samples
         if isinstance(rows, Samples):
             root = rows.root.as_posix()

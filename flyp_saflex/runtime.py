@@ -130,7 +130,7 @@ class StopSignals:
 
 
 class ProgressLines:
-    """Progress of a long loop in a log file: lines on stderr at intervals. On a terminal there are none: a bar moves there.
+    """Progress of a long loop in a log file: lines on stderr at intervals, none on a terminal.
 
     Args:
         name: name of the work, with which a line begins.

@@ -42,7 +42,7 @@ def test_no_line_is_wider_than_a_terminal() -> None:
         ("train.betas", "list of numbers from 0 to below 1", "[0.9, 0.98]"),
         ("data.box_crop", "true or false", "false"),
         ("data.root", "text", '""'),
-        ("data.name", "one of folder, table, iwildcam, iwildcam-mini, cub", '"folder"'),
+        ("augment.filter", "one of none, scores, argmax, lowest-loss, random", '"none"'),
         ("augment.on_train", "list of random-crop, flip", '["random-crop"]'),
         ("editor.steps", "integer of 1 or more or unset", "unset"),
         ("compare.seeds", "list of integers, not empty", "[0, 1, 2, 3, 4]"),

@@ -16,7 +16,7 @@ CLIP_ONLY = (
 
 
 def notes_without_clip(options: TrainConfig) -> list[str]:
-    """Return a note on the set options that have no effect on a model that is no CLIP; nothing if none is set."""
+    """Return a note on the set options that only a CLIP follows; nothing if none is set."""
     usual = TrainConfig()
     unused = [f"train.{name}" for name in CLIP_ONLY if getattr(options, name) != getattr(usual, name)]
     return [f"{', '.join(unused)} has no effect with train.method={options.method}: only CLIP has it"] if unused else []

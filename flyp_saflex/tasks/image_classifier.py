@@ -173,11 +173,10 @@ def without_head(model: nn.Module, name: str) -> tuple[nn.Module, int]:
     Raises:
         ConfigError: the model does not end in a linear layer.
     """
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if linear:
-        width = int(model.get_submodule(linear[-1]).in_features)
-        owner, _, last = linear[-1].rpartition(".")
-        parent = model.get_submodule(owner)
-        setattr(parent, last, nn.Identity())
-        return model, width
+        path, head = linear[-1]
+        owner, _, last = path.rpartition(".")
+        setattr(model.get_submodule(owner), last, nn.Identity())
+        return model, head.in_features
     raise ConfigError(f"model.name = {quoted(name)} does not end in a linear layer: use another model, such as resnet18")

@@ -59,7 +59,7 @@ class MlpTask(Task):
 
     def _encoding(self) -> dict[str, Tensor]:
         whole = (self.dataset.whole or self.dataset.splits)["train"]
-        rows_NF = np.stack([np.asarray(self.dataset.rows[sample.item]) for sample in whole.samples])  # type: ignore[index]
+        rows_NF = np.stack([np.asarray(self.dataset.rows[sample.item]) for sample in whole.samples])
         return {"mean": torch.from_numpy(rows_NF.mean(axis=0)), "std": torch.from_numpy(rows_NF.std(axis=0))}
 
     def _check_encoding(self, path: Path) -> None:
