@@ -1,10 +1,17 @@
-"""Types of command-line arguments: alphas, shards, folders."""
+"""Types and actions of command-line arguments: alphas, shards, folders, versions."""
 
 from __future__ import annotations
 
+import argparse
+import platform
+from importlib import metadata
 from pathlib import Path
 
+from flyp_saflex import __version__
 from flyp_saflex.errors import UserError
+
+VERSIONS = {"torch": "torch", "open_clip": "open_clip_torch", "diffusers": "diffusers"}
+"""Libraries that `--version` tells the versions of, with the names of their packages."""
 
 
 def parse_alphas(text: str) -> tuple[float, ...]:
@@ -49,3 +56,20 @@ class Folder:
         if not text.strip():
             raise UserError(f"{self.argument} '{text}': found an empty name, expected a folder: name one, for example runs/first")
         return Path(text)
+
+
+class VersionAction(argparse.Action):
+    """Flag that prints the versions of this package and of its main libraries, none of which it imports, and stops."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print one line and exit."""
+        found = [f"{name} {_version(package)}" for name, package in VERSIONS.items()]
+        print(f"flyp-saflex {__version__} (Python {platform.python_version()}, {', '.join(found)})")
+        parser.exit()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

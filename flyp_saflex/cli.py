@@ -16,15 +16,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flyp_saflex import __version__, recipe, runtime
-from flyp_saflex.arguments import Folder, parse_alphas, parse_shard
+from flyp_saflex import recipe, runtime
+from flyp_saflex.arguments import Folder, VersionAction, parse_alphas, parse_shard
 from flyp_saflex.config import Config
 from flyp_saflex.errors import UserError
 from flyp_saflex.user_text import quoted
 
 CLOSED_PIPE = 141
 """Exit code of a program whose output nobody reads any more, as a shell tells SIGPIPE."""
-EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex train RECIPE --print-config"
+EPILOG = "Recipes: {}. Documentation of every option: flyp-saflex options [SECTION | WORD]; options by section: {}."
 
 
 def data(arguments: argparse.Namespace, config: Config) -> None:
@@ -164,14 +164,22 @@ def demo(arguments: argparse.Namespace) -> None:
     run(arguments.out, seeds=arguments.seeds)
 
 
+def options(arguments: argparse.Namespace) -> None:
+    """Explain options: name, type, default and meaning. Without SECTION or WORD, list the sections and their options."""
+    from flyp_saflex.option_docs import describe
+
+    print(describe(arguments.word))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the argument parser of all commands."""
+    epilog = EPILOG.format(", ".join(recipe.shipped()), ", ".join(recipe.SECTIONS))
     parser = argparse.ArgumentParser(
         prog="flyp-saflex",
         description="Finetune CLIP with FLYP, make augmented data safe with SAFLEX, evaluate out of distribution.",
-        epilog=EPILOG.format(", ".join(recipe.shipped())),
+        epilog=epilog,
     )
-    parser.add_argument("--version", action="version", version=f"flyp-saflex {__version__}")
+    parser.add_argument("--version", action=VersionAction, nargs=0, help="print the versions of flyp-saflex and its libraries")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     shared = argparse.ArgumentParser(add_help=False)
@@ -189,7 +197,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(handler: object, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         name, doc = handler.__name__, (handler.__doc__ or "").strip()  # type: ignore[attr-defined]
-        command = commands.add_parser(name, parents=parents, help=doc, description=doc)
+        end = epilog if with_recipe in parents else None
+        command = commands.add_parser(name, parents=parents, help=doc, description=doc, epilog=end)
         command.set_defaults(handler=handler)
         return command
 
@@ -268,6 +277,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, or md")
     command.add_argument("--baseline", metavar="NAME", help="recipe to compare the others with, paired by seed")
     command.add_argument("--published", action="store_true", help="add published figures on the same data, marked as literature")
+    command = add(options, [])
+    command.add_argument("word", nargs="?", default="", metavar="SECTION | WORD", help="section, option, or word to look for")
     return parser
 
 

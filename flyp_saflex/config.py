@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from flyp_saflex.comparing import CompareConfig
+from flyp_saflex.network_options import NetworkConfig
 from flyp_saflex.offline import EditorConfig, FilterConfig, PromptsConfig
 from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings
 from flyp_saflex.ranges import BelowOne, Count, Fraction, Natural, NonNegative, Positive
@@ -21,11 +22,16 @@ class DataConfig:
 
     name: str = "folder"
     """Reader, a name in `tables.DATASETS`: `folder` (root/<domain>/<class>/* or root/<split>/<class>/*), `table` (a CSV, TSV or
-    Parquet file), `hf` (Hugging Face `datasets`), `iwildcam`, `iwildcam-mini`, `cub`, WILDS'
-    `waterbirds`, `fmow`, `camelyon17`; DomainBed's `pacs`,
-    `vlcs`, `office-home`, `terra-incognita`, `domain-net`."""
+    Parquet file), `hf` (Hugging Face `datasets`), `iwildcam`, `iwildcam-mini`, `cub`, WILDS' `waterbirds`, `fmow`,
+    `camelyon17`; DomainBed's `pacs`, `vlcs`, `office-home`, `terra-incognita`, `domain-net`; `tabular` (rows of numbers and
+    categories), `medmnist` (an npz file)."""
     root: str = ""
-    """Folder of the dataset (`iwildcam`: the folder `iwildcam_v2.0` or its parent; `hf`: a folder or a hub id `owner/name`)."""
+    """Folder of the dataset (`iwildcam`: the folder `iwildcam_v2.0` or its parent; `hf`: a folder or a hub id `owner/name`;
+    `tabular` and `medmnist`: or the file)."""
+    card: str = ""
+    """`tabular`: description of the table, a shipped name (`qsar`, `my-table`) or a TOML file; `medmnist`: the set (`breast`)."""
+    accept_altered: bool = False
+    """`tabular` and `medmnist`: go on where counts or bytes are not the published ones; every difference becomes a note."""
     train_domains: tuple[str, ...] = ()
     """`folder` and `table` with domains: training domains. Held-out parts of them are `id_val` and `id_test`."""
     select_domains: tuple[str, ...] = ()
@@ -89,10 +95,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Pretrained CLIP model."""
+    """Model that training starts from."""
 
     name: str = "ViT-B-16"
-    """open_clip model: `ViT-B-16`, `hf-hub:org/name`, or `local-dir:/path`, a folder with `open_clip_config.json`."""
+    """open_clip model: `ViT-B-16`, `hf-hub:org/name`, or `local-dir:/path`, a folder with `open_clip_config.json`.
+    `image-classifier`: a torchvision model (`resnet18`), or `timm:NAME`."""
     pretrained: str = "openai"
     """Pretrained tag or checkpoint file; empty for `hf-hub:` and `local-dir:`, which include their weights."""
 
@@ -128,6 +135,12 @@ class AugmentConfig:
     """Fraction of rows that `lowest-loss` and `random` keep."""
     mixup_alpha: Positive = 0.2
     """`mixup`: both parameters of the Beta distribution of the mixing weight lambda."""
+    crop_sigma: Positive = 0.3
+    """`translate` and `soft-crop`: standard deviation of the shift, as a fraction of the image's side."""
+    soft_power: Positive = 2.0
+    """`soft-crop`: k of Soft-Augmentation's label 1 - (1 - 1/K)(1 - v)^k, with v the visible fraction of the image."""
+    soft_weights: bool = True
+    """`soft-crop`: weigh a row by its softened label's share as well."""
     cutmix_alpha: Positive = 1.0
     """`cutmix`: both parameters of the Beta distribution of the mixing weight lambda."""
 
@@ -138,7 +151,8 @@ class TrainConfig:
 
     method: str = "flyp"
     """`flyp`: contrastive loss between image and caption. `ce-text`: cross entropy over the class captions. `ce-linear`:
-    cross entropy with a linear head. `linear-probe`: trains only that head. `lp-ft`: `linear-probe`, then `ce-linear`."""
+    cross entropy with a linear head. `linear-probe`: trains only that head. `lp-ft`: `linear-probe`, then `ce-linear`.
+    Without CLIP, cross entropy: `mlp` (rows of numbers), `image-classifier` (ResNet and others)."""
     objective: str = ""
     """Loss, a name in `tables.OBJECTIVES` over the same labels as the method's: `contrastive` or `sigmoid` (SigLIP's, with
     `logit_bias` trained) for `flyp`. Empty: the method's; `sigmoid` for `flyp` with a model that has `logit_bias`."""
@@ -154,8 +168,10 @@ class TrainConfig:
     """Training rows per optimiser step, summed over processes and accumulated parts."""
     accumulation: Count = 1
     """Parts of a batch for gradient accumulation; the contrastive loss of a part has the negatives of that part only."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser; `sgd` has Nesterov's momentum."""
     lr: Positive = 1e-5
-    """Peak learning rate (AdamW)."""
+    """Peak learning rate."""
     head_lr: Positive = 1e-3
     """Peak learning rate of a linear head."""
     min_lr: NonNegative = 0.0
@@ -163,11 +179,13 @@ class TrainConfig:
     warmup_steps: Natural = 500
     """Steps of linear warm-up, at most a tenth of the run."""
     weight_decay: NonNegative = 0.1
-    """AdamW's weight decay."""
+    """Weight decay."""
     decayed: Literal["matrices", "all"] = "matrices"
     """Parameters that decay: `matrices`: not biases, norms and `logit_scale` (open_clip); `all`: every one (FLYP's code)."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.98)
     """AdamW's moment decays (open_clip's for ViT)."""
+    momentum: BelowOne = 0.9
+    """Momentum of `sgd`."""
     eps: Positive = 1e-6
     """AdamW's epsilon."""
     clip_norm: NonNegative = 1.0
@@ -264,6 +282,7 @@ class Config:
     """Seed of all randomness of the run: few-shot draw, order, augmentation, linear heads."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     editor: EditorConfig = field(default_factory=EditorConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -32,7 +32,9 @@ class SaflexSettings:
     penalty: NonNegative = 1e6
     """beta of Eq. (10): pull of the learned label towards the upstream label."""
     weight_rule: str = "upstream"
-    """Rule that turns the gains into weights; see the README's table of rules."""
+    """Rule that turns the gains into weights: `evidence` (decided before training), `upstream` (keep rows whose own label has
+    a gain >= 0), `sum` (Eq. 11 as printed), `label` (the main text's: the learned label has one), `soft` (weigh by
+    the own label's gain), `all` (keep every row)."""
     gain_scale: Literal["none", "std"] = "std"
     """Unit of the gains in the softmax of the labels: `none`: raw, as printed in the paper; `std`: their standard deviation."""
     validation_loss: Literal["ce", "margin", "train"] = "margin"

@@ -6,14 +6,11 @@ across options, and TOML output with the documentation of each option as a comme
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import tomli_w
 
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, nearest
+from flyp_saflex.option_docs import field_docs
 from flyp_saflex.presets import DEFAULT, PRESETS, SaflexSettings, with_preset
 from flyp_saflex.tables import CHOICES, METRICS
 from flyp_saflex.user_text import check_values, is_file_name, parse_toml, quoted, read_toml, tomllib
@@ -117,7 +115,7 @@ def dumps(config: Config, *, comments: bool = False) -> str:
     text = tomli_w.dumps(_stated(config))
     if not comments:
         return text
-    docs, section, lines = _field_docs(), "Config", []
+    docs, section, lines = field_docs(), "Config", []
     for line in text.splitlines():
         if header := re.match(r"\[(\w+)(?:\.(\w+))?\]", line):
             section = "" if header[2] else type(getattr(config, header[1])).__name__  # the keys of a table are the user's names
@@ -334,17 +332,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
     return flat
-
-
-@cache
-def _field_docs() -> dict[tuple[str, str], str]:
-    """Return the string below each field by (class, field); a section's class has those of the classes it extends."""
-    docs = {}
-    sections: list[type] = [Config, *(type(getattr(Config(), name)) for name in SECTIONS)]
-    for section in sections:
-        for cls in reversed(section.__mro__[:-1]):
-            body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
-            for field, string in pairwise(body):
-                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(string, ast.Expr):
-                    docs[section.__name__, field.target.id] = " ".join(str(ast.literal_eval(string.value)).split())
-    return docs

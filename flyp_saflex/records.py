@@ -7,10 +7,10 @@ never by a row number: adding one image must not rename the others. The role of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 from flyp_saflex.errors import DataError
 
@@ -100,6 +100,86 @@ class Sample:
         return self.item
 
 
+class Samples(Sequence[Sample]):
+    """Image files held as columns, for splits of a million rows; a `Sample` is made when it is asked for.
+
+    Args:
+        root: folder that the ids are relative to.
+        sample_ids: identities of the rows.
+        labels: class indices of the rows.
+        domains, groups, captions, sequences: further fields of the rows, in columns as long; None: those of a `Sample` without.
+    """
+
+    __slots__ = ("captions", "domains", "groups", "labels", "root", "sample_ids", "sequences")
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        sample_ids: Sequence[str],
+        labels: Sequence[int],
+        domains: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
+        captions: Sequence[str | None] | None = None,
+        sequences: Sequence[str] | None = None,
+    ) -> None:
+        self.root, self.sample_ids, self.labels = root, sample_ids, labels
+        self.domains, self.groups, self.captions, self.sequences = domains, groups, captions, sequences
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> Samples: ...
+    def __getitem__(self, place: int | slice) -> Sample | Samples:
+        if isinstance(place, slice):
+            return self.select(range(len(self))[place])
+        sample_id = self.sample_ids[place]
+        return Sample(
+            sample_id=sample_id,
+            item=self.root / sample_id,
+            label=self.labels[place],
+            domain="" if self.domains is None else self.domains[place],
+            group="" if self.groups is None else self.groups[place],
+            caption=None if self.captions is None else self.captions[place],
+            sequence="" if self.sequences is None else self.sequences[place],
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, (tuple, Samples)):
+            return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def select(self, places: Iterable[int]) -> Samples:
+        """Return the rows at these places, in this order."""
+        places = list(places)
+        columns = {name: getattr(self, name) for name in self.__slots__ if name != "root"}
+        chosen: dict[str, Any] = {
+            name: None if cells is None else [cells[place] for place in places] for name, cells in columns.items()
+        }
+        return Samples(self.root, **chosen)
+
+
+def rows_at(samples: Sequence[Sample], places: Iterable[int]) -> Sequence[Sample]:
+    """Return the rows at these places, in this order: columns of columns, else a tuple."""
+    return samples.select(places) if isinstance(samples, Samples) else tuple(samples[place] for place in places)
+
+
+def sample_ids_of(samples: Sequence[Sample]) -> Sequence[str]:
+    """Return the identities of rows."""
+    return samples.sample_ids if isinstance(samples, Samples) else [sample.sample_id for sample in samples]
+
+
+def labels_of(samples: Sequence[Sample]) -> Sequence[int]:
+    """Return the class indices of rows."""
+    return samples.labels if isinstance(samples, Samples) else [sample.label for sample in samples]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
     """Augmented image of the cache: its file, its upstream label and its provenance.
@@ -140,22 +220,45 @@ class Split:
         role: `train`: the model is fitted to its rows; `select`: model selection and SAFLEX's validation gradient; `test`:
             evaluation only.
         shift: `id` if the split shares the domains of the training split, else `ood`.
-        samples: rows in the order of the source file.
+        samples: rows in the order of the source file: a tuple, or columns of many.
         own_classes: classes that predictions are taken from (`data.own_classes`); empty: all.
     """
 
     name: str
     role: Role
     shift: Shift
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     own_classes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """Identities of the rows."""
+        return sample_ids_of(self.samples)
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Class indices of the rows."""
+        return labels_of(self.samples)
+
+    def files(self) -> Iterator[str]:
+        """Yield the paths of the rows as text with forward slashes; empty for rows without a file."""
+        rows = self.samples
+        if isinstance(rows, Samples):
+            root = rows.root.as_posix()
+            prefix = "" if root == "." else root.rstrip("/") + "/"
+            return (prefix + sample_id for sample_id in rows.sample_ids)
+        return (sample.item.as_posix() if isinstance(sample.item, Path) else "" for sample in rows)
+
     def class_counts(self) -> Counter[int]:
         """Return the number of images per class index; classes without images are absent."""
-        return Counter(sample.label for sample in self.samples)
+        return Counter(self.labels)
+
+    def keep(self, sample_ids: Collection[str]) -> Sequence[Sample]:
+        """Return the rows with these identities, in their order."""
+        return rows_at(self.samples, (place for place, name in enumerate(self.sample_ids) if name in sample_ids))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +274,7 @@ class Dataset:
         notes: what the reader wants a person to know (rows skipped, classes without images ...).
         rows: images or features of samples that are no files, by row; array-like.
         evaluator: the dataset's official evaluator: samples and predictions to numbers by name; None: there is none.
+        fields: field of the table that each column of `rows` comes from (one-hot columns share one); empty: no table.
         whole: the splits before `data.shots`, `data.add_to_train` and `--limit` cut them; None: nothing was cut.
     """
 
@@ -180,8 +284,9 @@ class Dataset:
     splits: Mapping[str, Split]
     templates: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    rows: Sequence[Any] | None = None
+    rows: Any = None
     evaluator: Evaluator | None = None
+    fields: tuple[str, ...] = ()
     whole: Mapping[str, Split] | None = None
 
     @property

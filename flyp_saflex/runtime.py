@@ -1,4 +1,4 @@
-"""The process and the others of its run: memory that stays, signals after a step, lost processes."""
+"""The process and the others of its run: memory that stays, signals, lost processes, progress in log files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -126,3 +127,44 @@ class StopSignals:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+
+class ProgressLines:
+    """Progress of a long loop in a log file: lines on stderr at intervals, none on a terminal.
+
+    Args:
+        name: name of the work, with which a line begins.
+        total: items of the whole work.
+        done: items that were done before.
+        unit: name of the items, in the plural.
+        shown: false on processes that stay silent.
+        every: seconds between lines.
+    """
+
+    def __init__(self, name: str, *, total: int, done: int, unit: str, shown: bool = True, every: float = 30.0) -> None:
+        self.name, self.total, self.unit, self.every = name, total, unit, every
+        self.shown = shown and not sys.stderr.isatty()
+        self.started = self.told = time.monotonic()
+        self.first = done
+
+    def update(self, done: int, detail: str = "") -> None:
+        """Write a line if one is due; the rate is that since the start, evaluations and checkpoints included."""
+        now = time.monotonic()
+        if not self.shown or now - self.told < self.every:
+            return
+        self.told = now
+        rate = (done - self.first) / max(now - self.started, 1e-9)
+        left = f", {duration((self.total - done) / rate)} left" if rate else ""
+        self.say(f"{done} of {self.total} {self.unit}{detail and ', '}{detail}, {rate:.3g} {self.unit} a second{left}")
+
+    def say(self, text: str) -> None:
+        """Write a line now."""
+        if self.shown:
+            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds, `1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -179,6 +179,8 @@ DATASETS: Table[Callable[[DataConfig], Dataset]] = Table(
         "waterbirds": "data.wilds_sets:WATERBIRDS",
         "fmow": "data.wilds_sets:FMOW",
         "camelyon17": "data.wilds_sets:CAMELYON17",
+        "tabular": "data.tabular:read_tabular",
+        "medmnist": "data.medmnist:read_medmnist",
     },
 )
 TEST_SETS: Table[Callable[[DataConfig], Dataset]] = Table(
@@ -197,6 +199,8 @@ TASKS: Table[type[Task]] = Table(
     {
         "clip": "tasks.clip_task:ClipTask",
         "clip-linear": "tasks.clip_task:LinearClipTask",
+        "mlp": "tasks.mlp_task:MlpTask",
+        "image-classifier": "tasks.image_classifier:ImageClassifierTask",
     },
 )
 OBJECTIVES: Table[Objective] = Table(
@@ -216,6 +220,8 @@ METHODS: Table[Method] = Table(
         "ce-linear": Method(task="clip-linear", objective="cross-entropy"),
         "linear-probe": Method(task="clip-linear", objective="cross-entropy", phases=(PhasePlan(name="train", only_head=True),)),
         "lp-ft": Method(task="clip-linear", objective="cross-entropy", phases=(_PROBE, PhasePlan(name="finetune"))),
+        "mlp": Method(task="mlp", objective="cross-entropy"),
+        "image-classifier": Method(task="image-classifier", objective="cross-entropy"),
     },
 )
 UPSTREAMS: Table[Upstream] = Table(
@@ -228,6 +234,8 @@ UPSTREAMS: Table[Upstream] = Table(
         "trivialaugment": "training.upstreams:TRIVIALAUGMENT",
         "random-crop": "training.upstreams:RANDOM_CROP",
         "flip": "training.upstreams:FLIP",
+        "translate": "training.upstreams:TRANSLATE",
+        "soft-crop": "training.upstreams:SOFT_CROP",
         "mixup": "training.upstreams:MIXUP",
         "cutmix": "training.upstreams:CUTMIX",
     },
@@ -259,6 +267,10 @@ METRICS: Table[Metric] = Table(
         "macro_f1": Metric(title="Macro-F1", short="macro-F1", compute="evaluation.metrics:macro_f1_of"),
         "worst_group_accuracy": Metric(
             title="Worst-group accuracy", short="worst group", compute="evaluation.metrics:worst_group_of"
+        ),
+        "auroc": Metric(title="AUROC", short="AUROC", compute="evaluation.ranking:auroc_of"),
+        "average_precision": Metric(
+            title="Average precision", short="AP", compute="evaluation.ranking:average_precision_of", in_report=False
         ),
         "ece": Metric(
             title="Calibration error",

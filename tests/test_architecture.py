@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flyp_saflex"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "user_text", "ranges", "tables", "presets", "comparing", "offline", "config",
+    "errors", "user_text", "ranges", "tables", "presets", "comparing", "offline", "network_options", "config", "option_docs",
     "records", "runtime", "recipe",  # the ground
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets
@@ -40,7 +40,7 @@ HOMES = {
     "matplotlib": {"reporting.plots"},
     "wilds": {"data.wilds", "data.wilds_sets", "evaluation.metrics"},
     "datasets": {"data.hf"},
-    "pandas": {"data.wilds", "data.cub", "data.table"},
+    "pandas": {"data.wilds", "data.cub", "data.table", "data.tabular_encoding"},
     "cleanlab": {"predicting.label_issues"},
 }
 """Where a library may be imported: in one place, so that it can be exchanged."""

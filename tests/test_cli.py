@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from flyp_saflex import __version__, cli, errors
+from flyp_saflex import __version__, arguments, cli, errors, recipe
 
 COMMANDS = sorted(cli.build_parser()._subparsers._group_actions[0].choices)  # type: ignore[union-attr]
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pandas", "numpy", "open_clip", "wilds", "PIL"}
@@ -32,7 +33,13 @@ def imported(*argv: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "argv",
-    [["-m", "flyp_saflex", "--help"], ["-m", "flyp_saflex", "train", "folder", "--print-config"], ["-c", "import flyp_saflex"]],
+    [
+        ["-m", "flyp_saflex", "--help"],
+        ["-m", "flyp_saflex", "--version"],
+        ["-m", "flyp_saflex", "options"],
+        ["-m", "flyp_saflex", "train", "folder", "--print-config"],
+        ["-c", "import flyp_saflex"],
+    ],
 )
 def test_help_and_import_load_nothing_heavy(argv: list[str]) -> None:
     modules = imported(*argv)
@@ -53,13 +60,38 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "--version") == (0, f"flyp-saflex {__version__}\n", "")
+    code, out, err = run(capsys, "--version")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"flyp-saflex {__version__} (Python ")
+    for name, package in arguments.VERSIONS.items():
+        assert f"{name} {metadata.version(package)}" in out
+
+
+def test_version_of_a_missing_library_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(arguments.VERSIONS, "other", "no-such-package")
+    assert "other not installed" in run(capsys, "--version")[1]
+
+
+def test_options_of_a_section_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "options", "train")
+    assert (code, err) == (0, "")
+    assert "train.lr\n    number above 0; default: 1e-05\n    Peak learning rate.\n" in out
+    code, out, err = run(capsys, "options", "trian")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "did you mean 'train'?" in err
+
+
+def test_help_of_a_command_with_a_recipe_names_the_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "generate"):
+        text = " ".join(run(capsys, command, "--help")[1].split())
+        assert f"options by section: {', '.join(recipe.SECTIONS)}" in text
 
 
 def test_print_config_prints_toml_that_loads_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = run(capsys, "train", "folder", "--print-config", "--set", "train.lr=3e-6", "--set", "seed=4")
     assert code == 0
-    assert "# Peak learning rate (AdamW)." in out
+    assert "# Peak learning rate." in out
     (tmp_path / "again.toml").write_text(out, encoding="utf-8")
     _, again, _ = run(capsys, "train", str(tmp_path / "again.toml"), "--print-config")
     assert again == out

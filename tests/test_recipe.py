@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flyp_saflex import recipe
+from flyp_saflex import option_docs, recipe
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError
 from flyp_saflex.presets import PRESETS, SaflexSettings, preset
@@ -151,7 +151,7 @@ def test_broken_toml_names_the_line(tmp_path: Path) -> None:
 
 
 def test_every_option_is_documented() -> None:
-    documented = recipe._field_docs()
+    documented = option_docs.field_docs()
     for section in dataclasses.fields(Config):
         value = getattr(Config(), section.name)
         for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():

@@ -9,7 +9,9 @@ Shapes: K classes, M templates, C distinct captions, D embedding width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,17 @@ def class_captions(class_names: Sequence[str], templates: Sequence[str]) -> list
                 f"caption template '{template}' has no {{}} for the class name: write for example 'a photo of a {{}}.'"
             )
     return [[template.replace("{}", name) for template in templates] for name in class_names]
+
+
+def text_digest(model: Any) -> str:
+    """Return a digest of all weights but those of the image tower: equal digests give equal zero-shot heads."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not name.startswith("visual.") and name not in ("logit_scale", "logit_bias"):
+            data = value.detach().cpu().contiguous()
+            digest.update(f"{name} {data.dtype} {tuple(data.shape)} {value.device}".encode())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -59,6 +59,11 @@ class Condition:
         return any(KEPT in text for text in self.overrides)
 
     @property
+    def short_name(self) -> str:
+        """Name without the set of edits."""
+        return self.name.partition(SET_MARK)[0]
+
+    @property
     def slug(self) -> str:
         """Name of its run folders, without the seed."""
         return "-".join("".join(c if c.isalnum() or c in "._" else " " for c in self.name.lower()).split())

@@ -73,7 +73,7 @@ def compare_pair(better: Outcome, worse: Outcome) -> Finding | None:
         spread = summarise(better.test[seed] - worse.test[seed] for seed in better.test if seed in worse.test).deviation or 0.0
         needed = seeds_to_settle(found.mean, spread, most=MOST_SEEDS)
         missing = None if needed is None else max(needed - found.n, 1)
-    return Finding(better.condition.name, worse.condition.name, found, metric, missing)
+    return Finding(better.condition.short_name, worse.condition.short_name, found, metric, missing)
 
 
 def best(outcomes: Sequence[Outcome]) -> Outcome | None:
@@ -121,7 +121,7 @@ def worth_having(outcomes: Sequence[Outcome], select: str) -> str:
     budget = "as many rows per step" if same_rows is not None else "as many steps, fewer rows"
     found = compare_pair(use, against)
     if found is None:
-        return f"{question} Not asked: {use.condition.name} and {against.condition.name} share no seed."
+        return f"{question} Not asked: {use.condition.short_name} and {against.condition.short_name} share no seed."
     picked = f", the best of {len(uses)} uses of them on {select}," if len(uses) > 1 else ""
     text = f"{question} {_answer([found])}: {found.better}{picked} against {found.worse} ({budget}): {found.text}"
     other = compare_pair(use, same_steps) if same_steps is not None and same_rows is not None else None
@@ -161,7 +161,7 @@ def cost(outcomes: Sequence[Outcome]) -> str:
         return f"{question} Not known: {reason}."
     ratio = statistics.median(ours.step_seconds[seed] / trusted.step_seconds[seed] for seed in alike)
     seeds = f"{len(alike)} seed{'s' if len(alike) > 1 else ''}"
-    names = ours.condition.name, trusted.condition.name
+    names = ours.condition.short_name, trusted.condition.short_name
     text = f"{question} A step of {names[0]} takes {ratio:.2f} times as long as one of {names[1]} (median over {seeds})"
     once = [ours.evidence_seconds[seed] / trusted.step_seconds[seed] for seed in alike if seed in ours.evidence_seconds]
     return (
@@ -180,9 +180,23 @@ def remarks(outcomes: Sequence[Outcome], edits: str) -> list[str]:
         rival = _first(outcomes, role)
         if ours is not None and rival is not None and (found := compare_pair(ours, rival)):
             lines.append(f"{title}SAFLEX against {name} ({found.worse}): {found.answer}, {found.text}.")
+    if ours is not None and (share := recovered(ours, _first(outcomes, "trusted"), _first(outcomes, "oracle"))):
+        lines.append(f"{title}{share}")
     if max((len(outcome.test) for outcome in outcomes), default=0) == 1:
         lines.append(f"{title}One seed has no interval, so nothing is shown: set compare.seeds to five or more.")
     return lines
+
+
+def recovered(ours: Outcome, trusted: Outcome | None, oracle: Outcome | None) -> str:
+    """Tell how much of the oracle's gain over trusting SAFLEX reaches; empty where that gain is not shown."""
+    if trusted is None or oracle is None or (gap := compare_pair(oracle, trusted)) is None or gap.answer != "yes":
+        return ""
+    seeds = [seed for seed in ours.test if seed in trusted.test and seed in oracle.test]
+    gains = [[outcome.test[seed] - trusted.test[seed] for seed in seeds] for outcome in (ours, oracle)]
+    if not seeds or not sum(gains[1]):
+        return ""
+    share = sum(gains[0]) / sum(gains[1])
+    return f"SAFLEX reaches {share:.0%} of what the oracle gains over trusting ({gap.text}; means over {len(seeds)} seeds)."
 
 
 def _answer(findings: Sequence[Finding]) -> str:

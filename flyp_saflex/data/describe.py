@@ -65,6 +65,8 @@ def describe(config: Config, *, limit: int | None = None, dry_run: bool = False,
     _print_counts(dataset, numbers["splits"])
     if materialise:
         numbers["materialised"] = _materialise(dataset, config.data, dry_run=dry_run)
+    elif dataset.rows is not None:
+        print("\nrows of an array: checked while they were read, there are no image files")
     elif not dry_run:
         numbers |= _read_all(dataset, threads=max(1, config.data.workers))
         _print_files(numbers, config.data.max_unreadable)

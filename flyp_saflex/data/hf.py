@@ -261,9 +261,10 @@ def _parts(config: DataConfig, splits: Sequence[str], domains: Sequence[str], na
 def _splits(
     rows: list[tuple[str, Sample]], config: DataConfig, class_names: tuple[str, ...], notes: list[str]
 ) -> dict[str, Split]:
-    if names_domains(config) or any(part == POOL for part, _ in rows):
-        return pooled_splits(rows, config, class_names)
-    splits = split_by_name(rows)
+    parts, samples = [part for part, _ in rows], tuple(sample for _, sample in rows)
+    if names_domains(config) or POOL in parts:
+        return pooled_splits(parts, samples, config, class_names)
+    splits = split_by_name(parts, samples)
     if any(split.role == "select" for split in splits.values()) or not (config.select_fraction or config.select_per_class):
         return splits
     held = hold_out(

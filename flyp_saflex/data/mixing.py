@@ -1,8 +1,9 @@
-"""Mixup and CutMix: mixing of rows and of their labels."""
+"""Mixup and CutMix: mixing of rows, images or of numbers, and of their labels."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -40,7 +41,15 @@ def cutmix(
 
     The box has the proportions of the image, area fraction 1 - lam and a uniform centre. It is clipped at the border, so that
     its area can be smaller than 1 - lam; the labels are mixed by the clipped area.
+
+    Raises:
+        ConfigError: the rows are no images.
     """
+    if images_NCHW.ndim < 3:
+        raise ConfigError(
+            f"CutMix pastes boxes of images, but the rows have the shape {list(images_NCHW.shape)}: use `cutmix_fields` "
+            "for rows of numbers"
+        )
     height, width = images_NCHW.shape[-2:]
     box_height, box_width = round(height * math.sqrt(1 - lam)), round(width * math.sqrt(1 - lam))
     y, x = (int(torch.randint(size, (), generator=generator, device=generator.device)) for size in (height, width))
@@ -50,3 +59,33 @@ def cutmix(
     mixed_NCHW[..., top:bottom, left:right] = images_NCHW[partner_N][..., top:bottom, left:right]
     kept = 1 - (bottom - top) * (right - left) / (height * width)
     return mixed_NCHW, kept * labels_NK + (1 - kept) * labels_NK[partner_N]
+
+
+def cutmix_fields(
+    rows_NF: Tensor,
+    labels_NK: Tensor,
+    lam: float,
+    partner_N: Tensor,
+    generator: torch.Generator,
+    fields: Sequence[Hashable] = (),
+) -> tuple[Tensor, Tensor]:
+    """Take fields of the partner into every row, and mix labels by their share: CutMix of tables (SAINT, arXiv 2106.01342).
+
+    Every field of every row is the partner's with probability 1 - lam; the label is mixed by the share of fields that stayed.
+
+    Args:
+        rows_NF: rows of numbers.
+        labels_NK: their labels.
+        lam: probability that a field stays.
+        partner_N: row that each is mixed with.
+        generator: of the draw.
+        fields: field of every column, which is exchanged as a whole; empty: every column is one.
+    """
+    names = {name: place for place, name in enumerate(dict.fromkeys(fields))}
+    field_F = torch.tensor([names[name] for name in fields] or range(rows_NF.shape[1]), device=rows_NF.device)
+    num_fields = len(names) or rows_NF.shape[1]
+    drawn_NM = torch.rand(len(rows_NF), num_fields, generator=generator, device=generator.device).to(rows_NF.device)
+    stays_NM = drawn_NM < lam
+    kept_N1 = stays_NM.float().mean(dim=1, keepdim=True)
+    mixed_NF = torch.where(stays_NM[:, field_F], rows_NF, rows_NF[partner_N])
+    return mixed_NF, kept_N1 * labels_NK + (1 - kept_N1) * labels_NK[partner_N]

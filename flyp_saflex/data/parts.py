@@ -8,7 +8,7 @@ from flyp_saflex.config import DataConfig
 from flyp_saflex.data.splitting import check_domain_names, hold_out, in_reporting_order
 from flyp_saflex.data.text import listed, nfc_all
 from flyp_saflex.errors import DataError, nearest
-from flyp_saflex.records import Sample, Split
+from flyp_saflex.records import Sample, Split, rows_at
 
 Part = str | None
 """Split of a row by name; the empty string for the pool that is split further, None for a row that is left out."""
@@ -51,20 +51,27 @@ def domain_parts(config: DataConfig, domains: Sequence[str], source: str) -> lis
     return [part_of.get(domain) for domain in domains]
 
 
-def pooled_splits(rows: Sequence[tuple[str, Sample]], config: DataConfig, class_names: Sequence[str]) -> dict[str, Split]:
+def pooled_splits(
+    parts: Sequence[str], samples: Sequence[Sample], config: DataConfig, class_names: Sequence[str]
+) -> dict[str, Split]:
     """Hold parts of the pool out, and make one split of every select and test domain.
 
     Args:
-        rows: (part, sample) of the rows that are used.
+        parts: part of every row.
+        samples: the rows that are used.
         config: fractions and domains.
         class_names: by class index, for messages.
 
     Raises:
         DataError: a class has too few images to hold some out.
     """
+
+    def of(name: str) -> Sequence[Sample]:
+        return rows_at(samples, (place for place, part in enumerate(parts) if part == name))
+
     splits = list(
         hold_out(
-            [sample for part, sample in rows if part == POOL],
+            of(POOL),
             select_fraction=config.select_fraction,
             select_per_class=config.select_per_class,
             test_fraction=config.test_fraction,
@@ -74,6 +81,5 @@ def pooled_splits(rows: Sequence[tuple[str, Sample]], config: DataConfig, class_
     )
     for domains, role in ((config.select_domains, "select"), (config.test_domains, "test")):
         for domain in nfc_all(domains):
-            samples = tuple(sample for part, sample in rows if part == domain)
-            splits.append(Split(name=domain, role=role, shift="ood", samples=samples))  # type: ignore[arg-type]
+            splits.append(Split(name=domain, role=role, shift="ood", samples=of(domain)))  # type: ignore[arg-type]
     return in_reporting_order(splits)

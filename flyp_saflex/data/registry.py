@@ -61,7 +61,7 @@ def load_dataset(
             )
     for name in config.add_to_train:
         added = _addable(dataset, name)
-        splits["train"] = replace(splits["train"], samples=splits["train"].samples + added.samples)
+        splits["train"] = replace(splits["train"], samples=(*splits["train"].samples, *added.samples))
         splits.pop(added.name)
         notes.append(f"{len(added)} images of '{name}' are trained on (data.add_to_train)")
     notes += [] if test_set else _check_classes(replace(dataset, splits=splits), strict=config.name not in PUBLISHED)
@@ -172,10 +172,13 @@ def _check_splits(dataset: Dataset, *, needs_train: bool) -> None:
             f"dataset '{dataset.name}' in {dataset.root} has no split 'train' (found: {', '.join(dataset.splits) or 'none'}); "
             "call one of the splits train"
         )
-    homes: dict[str, str] = {}
     for split in dataset.splits.values():
         if not split.samples:
             raise DataError(f"split '{split.name}' of '{dataset.name}' is empty: put images into it or remove it from the data")
+    if _are_regular(dataset):
+        return
+    homes: dict[str, str] = {}
+    for split in dataset.splits.values():
         for sample in split.samples:
             if not 0 <= sample.label < dataset.num_classes:
                 raise DataError(
@@ -194,19 +197,28 @@ def _check_splits(dataset: Dataset, *, needs_train: bool) -> None:
             homes[sample.sample_id] = split.name
 
 
+def _are_regular(dataset: Dataset) -> bool:
+    """Return whether all labels are those of a class and no image is there twice."""
+    splits = dataset.splits.values()
+    if any(min(split.labels) < 0 or max(split.labels) >= dataset.num_classes for split in splits):
+        return False
+    return len({sample_id for split in splits for sample_id in split.sample_ids}) == sum(map(len, splits))
+
+
 def _check_files(dataset: Dataset) -> None:
-    """Look every file up in its folder's listing: one call per folder, not per image."""
-    listings: dict[Path, frozenset[str]] = {}
+    """Look every file up in its folder's listing: one call per folder, not per image, and paths as text."""
+    listings: dict[str, frozenset[str]] = {}
     missing: dict[str, list[Sample]] = defaultdict(list)
     for split in dataset.splits.values():
-        for sample in split.samples:
-            if not isinstance(sample.item, Path):
+        for place, file in enumerate(split.files()):
+            if not file:
                 continue
-            folder = sample.path.parent
+            folder, slash, name = file.rpartition("/")
             if folder not in listings:
-                listings[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-            if sample.path.name not in listings[folder]:
-                missing[split.name].append(sample)
+                home = folder or slash or "."
+                listings[folder] = frozenset(os.listdir(home)) if os.path.isdir(home) else frozenset()
+            if name not in listings[folder]:
+                missing[split.name].append(split.samples[place])
     if missing:
         lost = [sample for samples in missing.values() for sample in samples]
         counts = ", ".join(f"{len(samples)} of {len(dataset.splits[name])} in {name}" for name, samples in missing.items())
@@ -217,10 +229,10 @@ def _check_files(dataset: Dataset) -> None:
         )
 
 
-def _other_spelling(path: Path, listings: Mapping[Path, frozenset[str]]) -> str:
+def _other_spelling(path: Path, listings: Mapping[str, frozenset[str]]) -> str:
     """Return a hint if a file of this name is there in another case or another Unicode form."""
     wanted = nfc(path.name).casefold()
-    other = next((name for name in sorted(listings[path.parent]) if nfc(name).casefold() == wanted), None)
+    other = next((name for name in sorted(listings[path.as_posix().rpartition("/")[0]]) if nfc(name).casefold() == wanted), None)
     if other is None:
         return ""
     how = "another Unicode form" if nfc(other) == nfc(path.name) else "another case"

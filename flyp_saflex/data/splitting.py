@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from flyp_saflex.data.text import listed, nfc, shown
 from flyp_saflex.errors import DataError
-from flyp_saflex.records import Role, Sample, Shift, Split
+from flyp_saflex.records import Role, Sample, Shift, Split, rows_at
 
 TRAIN_NAMES = ("train", "training")
 SELECT_NAMES = ("id_val", "val", "valid", "validation", "dev", "development")
@@ -97,15 +97,20 @@ def check_domain_names(option: str, domain: str, *, fix: str) -> None:
         raise DataError(f"{option}: a domain called '{shown(domain)}' is taken for a split; {fix}")
 
 
-def split_by_name(rows: Iterable[tuple[str, Sample]]) -> dict[str, Split]:
-    """Group (split name, sample) rows into splits: train first, then those that select, then those that test."""
-    groups: dict[str, list[Sample]] = defaultdict(list)
-    for name, sample in rows:
-        groups[name].append(sample)
+def split_by_name(names: Sequence[str], samples: Sequence[Sample]) -> dict[str, Split]:
+    """Group rows into splits: train first, then those that select, then those that test.
+
+    Args:
+        names: name of every row's split.
+        samples: the rows.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, name in enumerate(names):
+        groups[name].append(place)
     splits = []
-    for name, samples in groups.items():
+    for name, places in groups.items():
         role, shift = role_and_shift(name, groups)
-        splits.append(Split(name=name, role=role, shift=shift, samples=tuple(samples)))
+        splits.append(Split(name=name, role=role, shift=shift, samples=rows_at(samples, places)))
     return in_reporting_order(splits)
 
 
@@ -150,8 +155,9 @@ def hold_out(
     Raises:
         DataError: a class has too few images to leave one for training.
     """
+    pool = Split(name="train", role="train", shift="id", samples=samples)
     parts: dict[str, list[str]] = {"id_val": [], "id_test": []}
-    for label, ranked in _ranked_by_class(samples, seed).items():
+    for label, ranked in _ranked_by_class(pool, seed).items():
         num_test = max(1, round(test_fraction * len(ranked))) if test_fraction else 0
         num_select = select_per_class or (max(1, round(select_fraction * len(ranked))) if select_fraction else 0)
         if num_test + num_select >= len(ranked):
@@ -160,12 +166,13 @@ def hold_out(
                 f"{num_test} for id_test are held out, which leaves none to train on: add images or lower data.select_per_class, "
                 "data.select_fraction or data.test_fraction"
             )
-        parts["id_test"] += [sample.sample_id for sample in ranked[:num_test]]
-        parts["id_val"] += [sample.sample_id for sample in ranked[num_test : num_test + num_select]]
+        parts["id_test"] += ranked[:num_test]
+        parts["id_val"] += ranked[num_test : num_test + num_select]
     held = {name: set(ids) for name, ids in parts.items()}
-    splits = [Split(name="train", role="train", shift="id", samples=_without(samples, held["id_val"] | held["id_test"]))]
+    trained = set(pool.sample_ids) - held["id_val"] - held["id_test"]
+    splits = [replace(pool, samples=pool.keep(trained))]
     for name, role in (("id_val", "select"), ("id_test", "test")):
-        chosen = tuple(sample for sample in samples if sample.sample_id in held[name])
+        chosen = pool.keep(held[name])
         if chosen:
             splits.append(Split(name=name, role=role, shift="id", samples=chosen))  # type: ignore[arg-type]
     return {split.name: split for split in splits}
@@ -173,36 +180,31 @@ def hold_out(
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:
     """Keep `shots` images per class, drawn with `seed`; a class that has fewer keeps all."""
-    kept = {sample.sample_id for ranked in _ranked_by_class(split.samples, seed).values() for sample in ranked[:shots]}
-    return replace(split, samples=tuple(sample for sample in split.samples if sample.sample_id in kept))
+    kept = {sample_id for ranked in _ranked_by_class(split, seed).values() for sample_id in ranked[:shots]}
+    return replace(split, samples=split.keep(kept))
 
 
 def quick_look(split: Split, limit: int, seed: int) -> Split:
     """Keep at most `limit` images, spread over classes as evenly as they go."""
     if len(split) <= limit:
         return split
-    by_class = _ranked_by_class(split.samples, seed)
     turns = [
-        (turn, _hash(seed, f"class {label}"), sample.sample_id)
-        for label, ranked in by_class.items()
-        for turn, sample in enumerate(ranked)
+        (turn, _hash(seed, f"class {label}"), sample_id)
+        for label, ranked in _ranked_by_class(split, seed).items()
+        for turn, sample_id in enumerate(ranked)
     ]
     kept = {sample_id for _, _, sample_id in sorted(turns)[:limit]}
-    return replace(split, samples=tuple(sample for sample in split.samples if sample.sample_id in kept))
+    return replace(split, samples=split.keep(kept))
 
 
-def _ranked_by_class(samples: Iterable[Sample], seed: int) -> dict[int, list[Sample]]:
-    by_class: dict[int, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_class[sample.label].append(sample)
+def _ranked_by_class(split: Split, seed: int) -> dict[int, list[str]]:
+    """Return the identities of every class, in the order of their hashes."""
+    by_class: dict[int, list[str]] = defaultdict(list)
+    for sample_id, label in zip(split.sample_ids, split.labels, strict=True):
+        by_class[label].append(sample_id)
     return {
-        label: sorted(by_class[label], key=lambda sample: (_hash(seed, sample.sample_id), sample.sample_id))
-        for label in sorted(by_class)
+        label: sorted(by_class[label], key=lambda sample_id: (_hash(seed, sample_id), sample_id)) for label in sorted(by_class)
     }
-
-
-def _without(samples: Iterable[Sample], ids: set[str]) -> tuple[Sample, ...]:
-    return tuple(sample for sample in samples if sample.sample_id not in ids)
 
 
 def _hash(seed: int, text: str) -> bytes:

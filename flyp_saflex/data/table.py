@@ -24,7 +24,7 @@ from flyp_saflex.data.table_parquet import load_parquet
 from flyp_saflex.data.table_text import load_delimited
 from flyp_saflex.data.text import listed, nfc, nfc_all, not_utf8, shown
 from flyp_saflex.errors import DataError, nearest
-from flyp_saflex.records import Dataset, Sample
+from flyp_saflex.records import Dataset, Samples
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 UNUSUAL = re.compile(r"^[/.]|\\|//|/\.|/$")
@@ -68,24 +68,21 @@ def read_table(config: DataConfig) -> Dataset:
     account.leave_out("of domains that no data.*_domains names", used.count(False))
     for reason, count in table.left_out.items():
         account.leave_out(reason, count)
-    rows = [
-        (
-            part or POOL,
-            Sample(
-                sample_id=name,
-                item=root / name,
-                label=label,
-                domain=domain,
-                group=group,
-                caption=caption or None,
-                sequence=sequence,
-            ),
-        )
-        for part, name, label, domain, group, caption, sequence in compress(
-            zip(parts, sample_ids, labels, domains, groups, captions, sequences, strict=True), used
-        )
-    ]
-    splits = split_by_name(rows) if config.split_column else pooled_splits(rows, config, prompts.class_names)
+
+    def column(cells: Sequence[str], name: object) -> list[str] | None:
+        return list(compress(cells, used)) if name else None
+
+    samples = Samples(
+        root,
+        sample_ids=list(compress(sample_ids, used)),
+        labels=list(compress(labels, used)),
+        domains=list(compress(domains, used)),
+        groups=column(groups, config.group_columns),
+        captions=[caption or None for caption in compress(captions, used)] if config.caption_column else None,
+        sequences=column(sequences, config.sequence_column),
+    )
+    names = [part for part in parts if part is not None]
+    splits = split_by_name(names, samples) if config.split_column else pooled_splits(names, samples, config, prompts.class_names)
     return Dataset(
         name="table",
         root=root,

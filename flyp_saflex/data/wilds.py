@@ -11,6 +11,7 @@ import gzip
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from flyp_saflex.data.class_prompts import load_prompts
 from flyp_saflex.data.text import listed, shown
 from flyp_saflex.data.wilds_archive import MIRROR
 from flyp_saflex.errors import DataError
-from flyp_saflex.records import Dataset, Role, Sample, Shift, Split
+from flyp_saflex.records import Dataset, Role, Sample, Samples, Shift, Split
 
 FOLDER = "iwildcam_v2.0"
 RELEASE = "RELEASE_v2.0.txt"
@@ -64,23 +65,29 @@ def read_iwildcam(config: DataConfig) -> Dataset:
     official, notes = _open(folder)
     account = Account(f"rows of {folder / 'metadata.csv'}", found=len(table))
     names = table["filename"].tolist()
-    root, paths = _locate(folder, names)
+    root, homes = _locate(folder, names)
     locations = official.metadata_array[:, official.metadata_fields.index("location")].tolist()
     sequences = official.metadata_array[:, official.metadata_fields.index("sequence")].tolist()
     labels = official.y_array.tolist()
 
-    def sample(row: int) -> Sample:
-        name = names[row]
-        return Sample(
-            sample_id=name, item=paths[name], label=labels[row], domain=str(locations[row]), sequence=str(sequences[row])
+    def samples(rows: list[int]) -> Sequence[Sample]:
+        columns = Samples(
+            root,
+            sample_ids=[names[row] for row in rows],
+            labels=[labels[row] for row in rows],
+            domains=[str(locations[row]) for row in rows],
+            sequences=[str(sequences[row]) for row in rows],
         )
+        if not homes:
+            return columns
+        return tuple(replace(sample, item=homes.get(sample.sample_id, root) / sample.sample_id) for sample in columns)
 
     splits = {
         name: Split(
             name=name,
             role=role,
             shift=shift,
-            samples=tuple(sample(row) for row in official.get_subset(name).indices.tolist()),
+            samples=samples(official.get_subset(name).indices.tolist()),
         )
         for name, (role, shift) in OFFICIAL.items()
     }
@@ -113,10 +120,10 @@ def read_iwildcam_mini(config: DataConfig) -> Dataset:
             f"{prompts.folder / 'classes.txt'} has {len(prompts.class_names)} classes, but iwildcam-mini has {len(label_of)}; "
             "correct the file or leave data.prompts empty"
         )
-    root, paths = _locate(folder, [name for name, *_ in rows])
+    root, homes = _locate(folder, [name for name, *_ in rows])
     samples: dict[str, list[Sample]] = {name: [] for name in MINI}
     for name, y, split, location in rows:
-        samples[split].append(Sample(sample_id=name, item=paths[name], label=label_of[y], domain=location))
+        samples[split].append(Sample(sample_id=name, item=homes.get(name, root) / name, label=label_of[y], domain=location))
     splits = {
         name: Split(name=name, role=role, shift=shift, samples=tuple(samples[name])) for name, (role, shift) in MINI.items()
     }
@@ -246,10 +253,11 @@ def _open(folder: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _locate(folder: Path, names: Sequence[str]) -> tuple[Path, dict[str, Path]]:
-    """Return the folder of the images and the path of every name; names that are not found are where WILDS puts them."""
+    """Return the folder of the images, and the subfolder of every name that lies in one."""
+    wanted = frozenset(names)
     for base in (folder / "train", folder / "images", folder):
         if base.is_dir():
-            homes = {name: home for current, _, files in os.walk(base) for home in [Path(current)] for name in files}
-            if any(name in homes for name in names):
-                return base, {name: homes.get(name, base) / name for name in names}
-    return folder / "train", {name: folder / "train" / name for name in names}
+            found = {current: wanted.intersection(files) for current, _, files in os.walk(base)}
+            if any(found.values()):
+                return base, {name: Path(home) for home, here in found.items() if home != str(base) for name in here}
+    return folder / "train", {}

@@ -23,14 +23,23 @@ from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.editing.edit_images import EditResult, edit_batches, read_source
 from flyp_saflex.editing.editor import Editor, load_editor
-from flyp_saflex.editing.plan import PlannedEdit, batches_of, check_plan, entry_key, plan_edits, stated_settings, wordings_for
+from flyp_saflex.editing.plan import (
+    EditPlan,
+    PlannedEdit,
+    batches_of,
+    check_plan,
+    entry_key,
+    plan_edits,
+    stated_settings,
+    wordings_for,
+)
 from flyp_saflex.editing.progress import Sheets, Tally
 from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import DataError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset
-from flyp_saflex.runtime import StopSignals
+from flyp_saflex.runtime import ProgressLines, StopSignals
 from flyp_saflex.storage.augment_cache import DONE, FORMATS, SHEETS, AugmentCache
 from flyp_saflex.storage.augment_cache_files import read_rejected, state_settings
 from flyp_saflex.storage.augment_cache_writer import CacheWriter
@@ -49,7 +58,7 @@ class _Work:
     settings: EditorConfig
     stated: dict[str, Any]
     folder: Path
-    plan: list[PlannedEdit]
+    plan: EditPlan
     index: int
     count: int
     is_main: bool
@@ -57,7 +66,7 @@ class _Work:
     @property
     def max_unreadable(self) -> int:
         """Number of sources that may be unreadable."""
-        return int(self.config.data.max_unreadable * len({edit.sample.sample_id for edit in self.plan}))
+        return int(self.config.data.max_unreadable * self.plan.num_sources)
 
     def pending(self, made: set[str], rejected: set[str], *, whole: bool = False) -> list[list[PlannedEdit]]:
         """Return the batches of this writer (`whole`: of all writers) with an edit to make.
@@ -65,8 +74,7 @@ class _Work:
         Such a batch is made as a whole, so that its edits are rounded as before.
         """
         index, count = (0, 1) if whole else (self.index, self.count)
-        batches = batches_of(self.plan, self.config.editor.batch_size, index=index, count=count)
-        return [batch for batch in batches if any(_is_open(edit, made, rejected) for edit in batch)]
+        return batches_of(self.plan, self.config.editor.batch_size, index=index, count=count, done=made | rejected)
 
     def say(self, text: str) -> None:
         """Print a line on the main process."""
@@ -110,7 +118,7 @@ def generate(config: Config, *, shard: tuple[int, int] = (0, 1), limit: int | No
         tally = Tally()
         if editor is not None:
             _edit(work, editor, writer, signals, tally)
-        done = writer.finish([(edit.file_name, edit.sample.sample_id) for edit in work.plan], work.max_unreadable)
+        done = writer.finish(work.plan.named(), work.max_unreadable)
     if counts := tally.line():
         work.say(counts)
     if done:
@@ -164,6 +172,7 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
     allowed = work.max_unreadable
     sheets = Sheets(work.folder, config.editor.sheet_every, index=work.index, count=work.count, done=len(done_before))
     quiet = None if work.is_main else True
+    lines, count = ProgressLines("editing", total=total, done=0, unit="edits", shown=work.is_main), 0
     with tqdm(total=total, unit="edit", desc="editing", disable=quiet, smoothing=0.05) as bar:
         for results in edit_batches(editor, batches, box_crop=config.data.box_crop):
             new = [result for result in results if result.planned.file_name not in done_before]
@@ -180,6 +189,8 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
             tally.add(new)
             sheets.add(new)
             bar.update(len(new))
+            count += len(new)
+            lines.update(count, f"{tally.rejected.total()} rejected")
             if len(tally.unreadable) > allowed:
                 raise DataError(
                     f"{len(tally.unreadable)} sources cannot be read, more than data.max_unreadable = "
@@ -234,7 +245,7 @@ def _held(folder: Path) -> tuple[set[str], set[str], set[str]]:
     if not (folder / MANIFEST).is_file():
         return set(), set(), set()
     rejected, unreadable = read_rejected(folder)
-    return {edit.aug_id for edit in AugmentCache.at(folder).checked()}, set(rejected), set(unreadable)
+    return set(AugmentCache.at(folder).aug_ids), set(rejected), set(unreadable)
 
 
 def _worth_another_try(
@@ -249,12 +260,12 @@ def _worth_another_try(
 
 
 def _plan_line(work: _Work, made: set[str], rejected: set[str]) -> str:
-    done = sum(edit.file_name in made for edit in work.plan)
-    refused = sum(edit.file_name in rejected and edit.file_name not in made for edit in work.plan)
+    done = sum(name in made for name in work.plan.file_names)
+    refused = sum(name in rejected and name not in made for name in work.plan.file_names)
     part = f", this is part {work.index} of {work.count}" if work.count > 1 else ""
     model = f" ({work.stated['model']})" if work.stated["model"] else ""
     return (
-        f"{work.folder}: {len(work.plan)} edits of {len({edit.sample.sample_id for edit in work.plan})} images with "
+        f"{work.folder}: {len(work.plan)} edits of {work.plan.num_sources} images with "
         f"{len(work.stated['texts'])} texts by {work.settings.kind}{model}; {done} made, {refused} rejected, "
         f"{len(work.plan) - done - refused} to do{part}"
     )

@@ -8,10 +8,11 @@ Names, seeds and draws are SHA-256 hashes of sample, text and number: they depen
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import msgspec
 
@@ -19,7 +20,7 @@ from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import EditPrompts
-from flyp_saflex.records import Dataset, Sample
+from flyp_saflex.records import Dataset, Sample, labels_of, sample_ids_of
 from flyp_saflex.storage.augment_cache import AugmentCache
 from flyp_saflex.tables import EDITORS
 
@@ -59,6 +60,66 @@ class PlannedEdit:
     file_name: str
 
 
+class EditPlan(Sequence[PlannedEdit]):
+    """All edits to make, held as columns; a `PlannedEdit` is made when it is asked for.
+
+    Args:
+        samples: the sources.
+        wordings: the texts before the class name is filled in.
+        seed: of the noise.
+
+    Attributes:
+        file_names: names of the edits in the cache entry, also their aug_ids.
+        sources: places of their sources in `samples`.
+    """
+
+    def __init__(self, samples: Sequence[Sample], wordings: Sequence[Wording], seed: int) -> None:
+        self.samples, self.wordings, self.seed = samples, wordings, seed
+        self.file_names: list[str] = []
+        self.sources = array("q")
+        self._texts: list[str] = []
+        self._numbers = array("q")
+        self._ks = array("q")
+
+    def add(self, source: int, number: int, text: str, k: int, file_name: str) -> None:
+        """Add edit `k` of a source with the wording of this number, whose text is given."""
+        self.file_names.append(file_name)
+        self.sources.append(source)
+        self._texts.append(text)
+        self._numbers.append(number)
+        self._ks.append(k)
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    @overload
+    def __getitem__(self, place: int) -> PlannedEdit: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PlannedEdit]: ...
+    def __getitem__(self, place: int | slice) -> PlannedEdit | list[PlannedEdit]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        sample, text, k = self.samples[self.sources[place]], self._texts[place], self._ks[place]
+        return PlannedEdit(
+            sample=sample,
+            text=text,
+            domain=self.wordings[self._numbers[place]].domain,
+            k=k,
+            seed=edit_seed(self.seed, sample.sample_id, text, k),
+            file_name=self.file_names[place],
+        )
+
+    @property
+    def num_sources(self) -> int:
+        """Number of images that are edited."""
+        return len(set(self.sources))
+
+    def named(self) -> list[tuple[str, str]]:
+        """Return the name of every edit and the `sample_id` of its source."""
+        sample_ids = sample_ids_of(self.samples)
+        return [(name, sample_ids[source]) for name, source in zip(self.file_names, self.sources, strict=True)]
+
+
 def edit_seed(seed: int, sample_id: str, text: str, k: int) -> int:
     """Return the seed of one edit's noise, 0 .. 2**63 - 1: a hash of the arguments."""
     return _hash(seed, sample_id, text, k) >> 1
@@ -84,35 +145,34 @@ def plan_edits(
     per_text: int = 1,
     texts_per_image: int = 0,
     suffix: str = ".png",
-) -> list[PlannedEdit]:
+) -> EditPlan:
     """Return all edits, image by image, so that each source is read only once.
 
     Raises:
         DataError: a text has a `{}` but there is no name for the class.
     """
-    plan = []
-    for sample in samples:
-        for wording in draw_wordings(wordings, sample.sample_id, seed=seed, number=texts_per_image):
-            text = wording.text
-            if "{}" in text:
-                if not 0 <= sample.label < len(class_names):
-                    raise DataError(
-                        f"the text '{text}' needs the name of class {sample.label} of '{sample.sample_id}', but there are "
-                        f"{len(class_names)} class names; give class_names"
-                    )
-                text = text.replace("{}", class_names[sample.label])
-            plan += [
-                PlannedEdit(
-                    sample=sample,
-                    text=text,
-                    domain=wording.domain,
-                    k=k,
-                    seed=edit_seed(seed, sample.sample_id, text, k),
-                    file_name=AugmentCache.file_name(sample.sample_id, text, k, suffix),
-                )
-                for k in range(per_text)
-            ]
+    plan = EditPlan(samples, wordings, seed)
+    texts: dict[tuple[int, str], str] = {}
+    number_of = {id(wording): number for number, wording in enumerate(wordings)}
+    for source, (sample_id, label) in enumerate(zip(sample_ids_of(samples), labels_of(samples), strict=True)):
+        for wording in draw_wordings(wordings, sample_id, seed=seed, number=texts_per_image):
+            if (label, wording.text) not in texts:
+                texts[label, wording.text] = _text(wording, sample_id, label, class_names)
+            text = texts[label, wording.text]
+            for k in range(per_text):
+                plan.add(source, number_of[id(wording)], text, k, AugmentCache.file_name(sample_id, text, k, suffix))
     return plan
+
+
+def _text(wording: Wording, sample_id: str, label: int, class_names: Sequence[str]) -> str:
+    if "{}" not in wording.text:
+        return wording.text
+    if not 0 <= label < len(class_names):
+        raise DataError(
+            f"the text '{wording.text}' needs the name of class {label} of '{sample_id}', but there are "
+            f"{len(class_names)} class names; give class_names"
+        )
+    return wording.text.replace("{}", class_names[label])
 
 
 def wordings_for(prompts: EditPrompts, kind: str) -> tuple[Wording, ...]:
@@ -133,14 +193,27 @@ def wordings_for(prompts: EditPrompts, kind: str) -> tuple[Wording, ...]:
     return tuple(Wording(edit.domain, getattr(edit, name)) for edit in prompts.edits)
 
 
-def batches_of(plan: Sequence[PlannedEdit], batch_size: int, *, index: int = 0, count: int = 1) -> list[list[PlannedEdit]]:
-    """Return the batches of writer `index` of `count`.
+def batches_of(
+    plan: EditPlan, batch_size: int, *, index: int = 0, count: int = 1, done: Container[str] = frozenset()
+) -> list[list[PlannedEdit]]:
+    """Return the batches of writer `index` of `count` that hold an edit to make.
 
     Batches are cut from the whole plan, done or not. So an edit always shares its batch with the same edits, after a kill and
     with any number of writers; its rounding depends on them.
+
+    Args:
+        plan: all edits.
+        batch_size: edits of a batch.
+        index: number of the writer, 0 .. count - 1.
+        count: number of writers.
+        done: names of edits that need not be made.
     """
     starts = range(0, len(plan), batch_size)
-    return [list(plan[start : start + batch_size]) for start in starts[index::count]]
+    return [
+        plan[start : start + batch_size]
+        for start in starts[index::count]
+        if not all(name in done for name in plan.file_names[start : start + batch_size])
+    ]
 
 
 def check_plan(config: Config, dataset: Dataset) -> None:

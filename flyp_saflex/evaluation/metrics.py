@@ -8,7 +8,7 @@ Shapes: N images, K classes, R resamples, C occupied cells of the confusion matr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,8 @@ from flyp_saflex.tables import METRICS
 
 CALIBRATION_BINS = 15
 RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap to 100 x C counts
+MOST_CELLS = 4096
+"""Occupied cells of a confusion matrix up to which a bootstrap draws cells; with more, drawing the images is cheaper."""
 
 
 def predictions_and_confidences(logits_NK: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -159,9 +161,9 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Return percentile intervals of `accuracy` and `macro_f1` over resampled images.
 
-    Drawing N images with replacement is drawing the occupied cells of the confusion matrix from a multinomial, so no
-    resample touches the images again. Macro-F1 of a resample is over the classes among *its* labels, by the same rule
-    as the value itself; with rare classes its interval can therefore lie above the value.
+    Drawing N images with replacement is drawing the occupied cells of the confusion matrix from a multinomial, so with few
+    cells no resample touches the images again. Macro-F1 of a resample is over the classes among *its* labels, by the same
+    rule as the value itself; with rare classes its interval can therefore lie above the value.
 
     Args:
         labels_N: class indices.
@@ -179,15 +181,16 @@ def bootstrap_intervals(
     num_classes = len(classes)
     cells_C, counts_C = np.unique(compact[:n] * num_classes + compact[n:], return_counts=True)
     truth_C, guess_C = np.divmod(cells_C, num_classes)
-    truth_CK, guess_CK = np.eye(num_classes)[truth_C], np.eye(num_classes)[guess_C]
-    correct_CK = truth_CK * (truth_C == guess_C)[:, None]
-
-    generator, accuracies, scores = np.random.default_rng(seed), [], []
-    for start in range(0, resamples, RESAMPLES_AT_ONCE):
-        size = min(RESAMPLES_AT_ONCE, resamples - start)
-        draws_RC = generator.multinomial(n, counts_C / n, size=size).astype(np.float64)
-        support_RK, correct_RK = draws_RC @ truth_CK, draws_RC @ correct_CK
-        both_RK = support_RK + draws_RC @ guess_CK
+    order_C, (right_H,) = np.argsort(guess_C, kind="stable"), np.nonzero(truth_C == guess_C)
+    truths, truth_starts = np.unique(truth_C, return_index=True)  # the cells are in the order of their truth
+    guesses, guess_starts = np.unique(guess_C[order_C], return_index=True)
+    accuracies, scores = [], []
+    for draws_RC in _draws(counts_C, resamples, np.random.default_rng(seed)):
+        support_RK, correct_RK = np.zeros((2, len(draws_RC), num_classes), dtype=np.int64)
+        support_RK[:, truths] = np.add.reduceat(draws_RC, truth_starts, axis=1)
+        both_RK = support_RK.copy()
+        both_RK[:, guesses] += np.add.reduceat(draws_RC[:, order_C], guess_starts, axis=1)
+        correct_RK[:, truth_C[right_H]] = draws_RC[:, right_H]
         f1_RK = 2 * correct_RK / np.maximum(both_RK, 1)
         present_RK = support_RK > 0
         scores.append((f1_RK * present_RK).sum(axis=1) / present_RK.sum(axis=1))
@@ -197,6 +200,19 @@ def bootstrap_intervals(
         name: tuple(float(edge) for edge in np.percentile(np.concatenate(values), tails))  # type: ignore[misc]
         for name, values in (("accuracy", accuracies), ("macro_f1", scores))
     }
+
+
+def _draws(counts_C: NDArray[np.int64], resamples: int, generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Yield the cells' counts [R, C] of resampled images, some resamples at a time."""
+    n = int(counts_C.sum())
+    if len(counts_C) <= MOST_CELLS:
+        for start in range(0, resamples, RESAMPLES_AT_ONCE):
+            yield generator.multinomial(n, counts_C / n, size=min(RESAMPLES_AT_ONCE, resamples - start))
+        return
+    starts_C = np.cumsum(counts_C) - counts_C  # of the images in the order of their cells
+    for _ in range(resamples):
+        drawn_N = np.bincount(generator.integers(0, n, n), minlength=n)
+        yield np.add.reduceat(drawn_N, starts_C)[None]
 
 
 @dataclass(frozen=True)

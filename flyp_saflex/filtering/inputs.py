@@ -40,7 +40,7 @@ class Checked:
     """
 
     cache: AugmentCache
-    edits: tuple[Edit, ...]
+    edits: Sequence[Edit]
     dataset: Dataset
     texts: tuple[list[str], list[str]] | None
     captions: list[tuple[str, str]] | None

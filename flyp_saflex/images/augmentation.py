@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from flyp_saflex.errors import DataError, nearest
+from flyp_saflex.errors import ConfigError, DataError, nearest
 from flyp_saflex.images.picture import Picture, Turn
 from flyp_saflex.images.preprocessing import size_with_shorter
 
@@ -75,7 +75,13 @@ def augmentation(name: str, image_size_px: int) -> Augmentation:
 
     Raises:
         DataError: there is no operation of this name.
+        ConfigError: the model takes no images.
     """
+    if not image_size_px:
+        raise ConfigError(
+            f"the operation '{name}' of augment.on_train or augment.upstream changes images, but train.method takes rows of "
+            "numbers: set augment.on_train=[], and augment.upstream to mixup or cutmix"
+        )
     if name not in OPERATIONS:
         raise DataError(f"unknown operation '{name}'{nearest(name, OPERATIONS)} (known: {', '.join(OPERATIONS)})")
     return Augmentation(name, image_size_px)

@@ -43,6 +43,19 @@ def smooth_by_strength(
     return onehot_AK * (1 - alpha_A1) + (1 - onehot_AK) * alpha_A1 / (num_classes - 1)
 
 
+def soft_confidence(visible: float, num_classes: int, power: float) -> float:
+    """Return the own class's share of a cropped image's label: p = 1 - (1 - 1/K) (1 - v)^k.
+
+    That is Soft-Augmentation's label (arXiv 2211.04625): 1 for the whole image, chance for none of it.
+
+    Args:
+        visible: v, the visible fraction of the image.
+        num_classes: K.
+        power: k.
+    """
+    return 1 - (1 - 1 / num_classes) * (1 - visible) ** power
+
+
 def smoothing_curve(strength_A: Tensor, lowest_confidence: float = 0.5, power: float = 2.0) -> Tensor:
     """Return alpha = (1 - lowest_confidence) * strength ** power: weak augmentations hardly change the label (not tuned)."""
     return (1 - lowest_confidence) * strength_A.clamp(0, 1) ** power

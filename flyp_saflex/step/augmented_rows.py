@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flyp_saflex.saflex import baselines
 from flyp_saflex.saflex.closed_form import probability_gains, renormalise
-from flyp_saflex.saflex.modes import evaluation_mode
+from flyp_saflex.saflex.modes import evaluation_mode, trains_statistics
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.primal_cache import Products
 from flyp_saflex.saflex.saflex import Saflex
@@ -117,7 +117,7 @@ class AugmentedRows:
             keep_A = self._filter(logits_AC, space, generator)
             prior_A = None if rows.prior_N is None else self.processes.gather(rows.prior_N)[augmented_N]
             if self.saflex is None:
-                result.weights_A = keep_A.to(weights_N.dtype)
+                result.weights_A = keep_A.to(weights_N.dtype) * (1 if prior_A is None else prior_A)
             elif not self.saflex.settings.needs_gains:
                 prior_A = torch.ones_like(result.weights_A) if prior_A is None else prior_A
                 result.weights_A = renormalise(prior_A * keep_A)
@@ -164,9 +164,11 @@ class AugmentedRows:
         saflex, network = self.saflex, self.network
         head = self.reads_features
         assert seen is not None or not head, "head scope starts from pooled features"
-        inputs = seen.pooled_NF if seen is not None and head else rows.inputs[rows.num_train :]
+        # Where batch statistics train, the logits of a row depend on the batch: they are taken in the joint one.
+        joint = not head and trains_statistics(network)
+        inputs = seen.pooled_NF if seen is not None and head else rows.inputs[0 if joint else rows.num_train :]
         own_AC = None if seen is None or not len(seen.columns_CD) else own_logits(self.forward, network, seen, space)
-        with evaluation_mode(network):
+        with evaluation_mode(network, but_statistics=joint):
             logits_AC, gains_AK = step_gains(
                 network,
                 saflex,
@@ -177,6 +179,7 @@ class AugmentedRows:
                 own_AC=own_AC,
                 products=primal,
                 rows_at_once=0 if head else self.rows_at_once,
+                num_before=rows.num_train if joint else 0,
             )
         upstream_AK = space.upstream_NK[space.augmented_N]
         if saflex.settings.permute_gains:

@@ -38,6 +38,7 @@ def step_gains(
     own_AC: Tensor | None = None,
     products: Products | None = None,
     rows_at_once: int = 0,
+    num_before: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return logits_AC and gains_AK of all processes' augmented rows.
 
@@ -54,6 +55,7 @@ def step_gains(
         own_AC: the training pass's own logits of these rows, if that pass was this function.
         products: of the training pass (`products_for`), if there are any.
         rows_at_once: rows per pass; 0: all.
+        num_before: training rows before the augmented ones in `inputs`, where norms use the statistics of the joint batch.
     """
     head = saflex.settings.scope == "head"
     parameters = network.parameters_in(saflex.settings.scope)
@@ -64,15 +66,16 @@ def step_gains(
         return logits_AC, space.average(gains_fn(logits_AC, tangent_AC))
 
     def few(values: Tensor) -> Tensor:
-        return values.unflatten(0, (-1, len(inputs)))[:, :CHECK_ROWS].flatten(0, 1)
+        return values.unflatten(0, (-1, len(inputs) - num_before))[:, :CHECK_ROWS].flatten(0, 1)
 
     def exact_of(inputs: Tensor) -> _Derivative:
-        return saflex.tangent(_logits_fn(network, inputs, space, head, rows_at_once, "exact"), parameters, estimator="exact")
+        logits_fn = _logits_fn(network, inputs, space, head, rows_at_once, "exact", num_before)
+        return saflex.tangent(logits_fn, parameters, estimator="exact")
 
-    logits_fn = _logits_fn(network, inputs, space, head, rows_at_once, estimator)
+    logits_fn = _logits_fn(network, inputs, space, head, rows_at_once, estimator, num_before)
     logits_AC, gains_AK = gains_of(saflex.tangent(logits_fn, parameters, own_AC, products=products))
     if saflex.watch.due(estimator):
-        exact_AK = gains_of(exact_of(inputs[:CHECK_ROWS]))[1]
+        exact_AK = few(gains_of(exact_of(inputs))[1]) if num_before else gains_of(exact_of(inputs[:CHECK_ROWS]))[1]
         if saflex.watch.compare(few(gains_AK), exact_AK, few(space.upstream_NK[space.augmented_N])):
             logits_AC, gains_AK = gains_of(exact_of(inputs))
     return logits_AC, gains_AK
@@ -121,7 +124,13 @@ def _is_its_own(forward: Callable[..., Outputs], network: Network) -> bool:
 
 
 def _logits_fn(
-    network: Network, inputs: Tensor, space: LabelSpace, from_pooled: bool, rows_at_once: int, estimator: str
+    network: Network,
+    inputs: Tensor,
+    space: LabelSpace,
+    from_pooled: bool,
+    rows_at_once: int,
+    estimator: str,
+    num_before: int = 0,
 ) -> Callable[[dict[str, Tensor]], Tensor]:
     """Return the rows' logits as a function of parameters."""
     batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
@@ -129,12 +138,15 @@ def _logits_fn(
     first, *others = inputs.detach().split(rows_at_once or len(inputs))
 
     def run(parameters: dict[str, Tensor], few: Tensor, tokens_UL: Tensor) -> Outputs:
-        return functional_call(called, parameters, (few, tokens_UL), {"from_pooled": from_pooled}, tie_weights=False)
+        # Statistics that the pass updates are those of copies: only the training pass moves the network's own.
+        buffers = {name: value.clone() for name, value in network.named_buffers()} if num_before else {}
+        options = {"from_pooled": from_pooled}
+        return functional_call(called, {**buffers, **parameters}, (few, tokens_UL), options, tie_weights=False)
 
     def logits_fn(parameters: dict[str, Tensor]) -> Tensor:
         outputs = run(parameters, first, space.tokens_UL)
         rest = [run(parameters, few, space.tokens_UL[:0]).images_ND for few in others]  # the texts are read once
-        return outputs.logits(torch.cat([outputs.images_ND, *rest]), space.inverse_C)
+        return outputs.logits(torch.cat([outputs.images_ND, *rest])[num_before:], space.inverse_C)
 
     return logits_fn
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ import msgspec
 from flyp_saflex.errors import DataError, RunError, nearest
 from flyp_saflex.records import Dataset, Edit
 from flyp_saflex.storage.augment_cache_files import refuse_links
+from flyp_saflex.storage.edits import Edits, read_edits, select_edits
 from flyp_saflex.storage.files import atomic_write, mend_tail
 from flyp_saflex.storage.manifest import MANIFEST, ManifestReader
 from flyp_saflex.user_text import quoted
@@ -145,7 +146,7 @@ class AugmentCache:
         return len(self.edits)
 
     def __contains__(self, aug_id: object) -> bool:
-        return aug_id in self._by_id
+        return aug_id in self._known
 
     @property
     def done(self) -> bool:
@@ -159,13 +160,22 @@ class AugmentCache:
         return (*self._reader.notes, *unfinished)
 
     @property
-    def edits(self) -> tuple[Edit, ...]:
-        """All edits in the order of the manifest.
+    def edits(self) -> Sequence[Edit]:
+        """All edits in the order of the manifest, as a tuple or as columns.
 
         Raises:
             DataError: an invalid row (except a last line truncated by a kill), a repeated row, or a missing image.
         """
-        return tuple(self._by_id.values())
+        return tuple(self._by_id.values()) if self._writable or self._columns is None else self._columns
+
+    @property
+    def aug_ids(self) -> list[str]:
+        """Identities of all edits, in the order of the manifest.
+
+        Raises:
+            DataError: see `edits`.
+        """
+        return self._columns.aug_ids if not self._writable and self._columns is not None else list(self._by_id)
 
     def scores(self, file: str = SCORES) -> dict[str, dict[str, Any]]:
         """Return the score rows by aug_id; the last row of an edit counts.
@@ -179,13 +189,13 @@ class AugmentCache:
         rows = {}
         for number, row in self._reader.rows(path):
             aug_id = row.get("aug_id")
-            if not isinstance(aug_id, str) or aug_id not in self._by_id:
+            if not isinstance(aug_id, str) or aug_id not in self._known:
                 found = f"aug_id is {quoted(repr(aug_id))}, not in {MANIFEST}"
                 raise DataError(f"{path} line {number}: {found}; these scores belong to another cache")
             rows[aug_id] = row
         return rows
 
-    def kept(self, file: str = SCORES) -> tuple[Edit, ...]:
+    def kept(self, file: str = SCORES) -> Sequence[Edit]:
         """Return the edits with `"keep": true` in their score row.
 
         Raises:
@@ -193,16 +203,16 @@ class AugmentCache:
         """
         scores = self.scores(file)
         kept = []
-        for aug_id, edit in self._by_id.items():
+        for place, aug_id in enumerate(self.aug_ids):
             keep = scores.get(aug_id, {}).get("keep")
             if not isinstance(keep, bool):
                 found = f"'keep' is {quoted(repr(keep))}" if aug_id in scores else "there is no row"
                 raise DataError(f"{self.folder / file}: {found} for '{aug_id}', expected keep = true or false; score every edit")
             if keep:
-                kept.append(edit)
-        return tuple(kept)
+                kept.append(place)
+        return select_edits(self.edits, kept)
 
-    def check_against(self, dataset: Dataset, *, partial: bool = False) -> tuple[Edit, ...]:
+    def check_against(self, dataset: Dataset, *, partial: bool = False) -> Sequence[Edit]:
         """Check the entry against a dataset and return the edits of its training images.
 
         Args:
@@ -213,13 +223,16 @@ class AugmentCache:
             DataError: the entry belongs to another dataset, by name, source ids or labels.
         """
         self._reader.class_names = self._reader.class_names or dataset.class_names
+        if isinstance(self.edits, Edits) and (usable := self.edits.of_training_images(dataset)) is not None:
+            return usable
         stated = self._stated_dataset() or self.dataset
         if stated != dataset.name:
             raise DataError(
                 f"augment cache {self.folder} was made from the dataset '{stated}', but data.name is '{dataset.name}'; "
                 "correct cache.root and cache.key"
             )
-        labels = {sample.sample_id: sample.label for split in dataset.splits.values() for sample in split.samples}
+        splits = dataset.splits.values()
+        labels = {name: label for split in splits for name, label in zip(split.sample_ids, split.labels, strict=True)}
         unknown = [edit for edit in self.edits if edit.source_id not in labels]
         if unknown and (not partial or len(unknown) == len(self.edits)):
             raise DataError(
@@ -232,7 +245,7 @@ class AugmentCache:
                     f"{self._manifest}: '{edit.aug_id}' has the label {edit.label}, but its source '{edit.source_id}' has "
                     f"{labels.get(edit.source_id, 'none')}; the cache was made with another class list: make it again"
                 )
-        trained = {sample.sample_id for sample in dataset.train.samples}
+        trained = set(dataset.train.sample_ids)
         return tuple(edit for edit in self.edits if edit.source_id in trained)
 
     def append(self, image: SavableImage, row: Mapping[str, object]) -> Edit:
@@ -292,6 +305,19 @@ class AugmentCache:
     @property
     def _manifest(self) -> Path:
         return self.folder / MANIFEST
+
+    @cached_property
+    def _columns(self) -> Edits | None:
+        return read_edits(self._reader)
+
+    @cached_property
+    def _known_columns(self) -> frozenset[str]:
+        return frozenset(self._columns.aug_ids if self._columns is not None else ())
+
+    @property
+    def _known(self) -> Collection[str]:
+        """Identities of the edits, for looking them up."""
+        return self._by_id if self._writable or self._columns is None else self._known_columns
 
     @cached_property
     def _by_id(self) -> dict[str, Edit]:

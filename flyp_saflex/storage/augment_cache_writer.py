@@ -28,6 +28,7 @@ from flyp_saflex.storage.augment_cache import DONE, FORMATS, SHEETS, AugmentCach
 from flyp_saflex.storage.augment_cache_files import REJECTED, SETTINGS, read_rejected, refuse_links, rows_by_id, troubles
 from flyp_saflex.storage.files import append_rows, entry_lock, held_by_other, hold, mend_tail, replace_lines, whole_lines
 from flyp_saflex.storage.manifest import MANIFEST, ROWS, WRITERS
+from flyp_saflex.storage.manifest_index import INDEX
 
 JPEG_QUALITY = 95
 
@@ -72,7 +73,7 @@ class CacheWriter:
                 self._lock = hold(self._home / "lock")
                 (self.folder / MANIFEST).touch()
         try:
-            self.made = {edit.aug_id for edit in AugmentCache.at(self.folder, self.dataset).checked()}
+            self.made = set(AugmentCache.at(self.folder, self.dataset).aug_ids)
             self.rejected = set(read_rejected(self.folder)[0])
         except DataError:
             self.__exit__(None, None, None)
@@ -197,7 +198,7 @@ class CacheWriter:
 
     def _tidy(self, *, alone: bool) -> None:
         """Remove temporary files of killed writers; the caller holds the lock under which these files are written."""
-        left = [path for name in (MANIFEST, REJECTED, DONE, SETTINGS) for path in self.folder.glob(f".{name}.*.tmp")]
+        left = [path for name in (MANIFEST, INDEX, REJECTED, DONE, SETTINGS) for path in self.folder.glob(f".{name}.*.tmp")]
         for path in (*left, *(self.folder.glob(f"{SHEETS}/.[0-9]*.tmp") if alone else ())):
             path.unlink(missing_ok=True)
 

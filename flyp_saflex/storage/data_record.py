@@ -63,7 +63,7 @@ def record_of(dataset: Dataset) -> DataRecord:
         class_names=tuple(dataset.class_names),
         templates=tuple(dataset.templates),
         fingerprint=_digest(parts),
-        images=_digest(sorted(_line(sample) for split in whole.values() for sample in split.samples)),
+        images=_digest(sorted(line for split in whole.values() for line in _lines(split))),
         splits=splits,
     )
 
@@ -141,14 +141,15 @@ def other_data(own: DataRecord, found: DataRecord, evaluated: Iterable[str], *, 
 
 def _split_record(split: Split, num_classes: int) -> SplitRecord:
     counts = split.class_counts()
-    samples = sorted(split.samples, key=lambda sample: sample.sample_id)
-    chosen = samples[:: max(1, -(-len(samples) // NUM_SIZES))]
+    lines = _lines(split)
+    chosen = [line.rpartition("\0")[0] for line in lines[:: max(1, -(-len(lines) // NUM_SIZES))]]
+    measured = sorted(split.keep(set(chosen)), key=lambda sample: sample.sample_id)
     return SplitRecord(
         role=split.role,
-        images=len(samples),
+        images=len(lines),
         per_class=tuple(counts[label] for label in range(num_classes)),
-        fingerprint=_digest(_line(sample) for sample in samples),
-        sizes=_digest(str(_size(sample)) for sample in chosen),
+        fingerprint=_digest(lines),
+        sizes=_digest(str(_size(sample)) for sample in measured),
     )
 
 
@@ -160,8 +161,9 @@ def _size(sample: Sample) -> int:
         return -1
 
 
-def _line(sample: Sample) -> str:
-    return f"{sample.sample_id}\0{sample.label}"
+def _lines(split: Split) -> list[str]:
+    """Return identity and label of every row, in the order of the identities."""
+    return sorted(f"{sample_id}\0{label}" for sample_id, label in zip(split.sample_ids, split.labels, strict=True))
 
 
 def _quoted(text: str) -> str:

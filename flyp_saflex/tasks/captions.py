@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from flyp_saflex.records import Dataset, Edit, Sample
+from flyp_saflex.records import Dataset, Edit, Sample, Samples
 
 
 @dataclass
@@ -24,10 +24,11 @@ class Captions:
         """Collect the captions of the classes, and of the samples that have their own."""
         texts = [template.replace("{}", name) for name in dataset.class_names for template in dataset.templates]
         own: dict[str, int] = {}
-        for sample in samples:
-            if sample.caption is not None and sample.caption not in own:
-                own[sample.caption] = len(texts)
-                texts.append(sample.caption)
+        captions = (samples.captions or ()) if isinstance(samples, Samples) else [sample.caption for sample in samples]
+        for caption in captions:
+            if caption is not None and caption not in own:
+                own[caption] = len(texts)
+                texts.append(caption)
         return cls(texts, len(dataset.templates), own)
 
     def of_class(self, label: int, seed: int) -> int:

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from flyp_saflex.clip.cut_texts import note_on_cut_texts
 from flyp_saflex.clip.image_tower import num_blocks
 from flyp_saflex.clip.model import RANDOM, Clip, load_clip, save_clip
-from flyp_saflex.clip.zero_shot import zero_shot_head
+from flyp_saflex.clip.zero_shot import text_digest, zero_shot_head
 from flyp_saflex.config import Config, DataConfig
 from flyp_saflex.errors import ConfigError, RunError
 from flyp_saflex.images.loader import ImageLoader
@@ -66,6 +66,7 @@ class ClipTask(Task):
         if cut := note_on_cut_texts(clip.tokenizer, self.captions.texts, self.tokens_ML):
             self.notes.append(cut)
         self._class_columns: Tensor | None = None
+        self._head: tuple[str, Tensor] | None = None  # of the text tower with this digest
         self._max_logit_scale = max(MAX_LOGIT_SCALE, float(clip.model.logit_scale.detach()))
 
     def objective_name(self, config: Config) -> str:
@@ -271,7 +272,10 @@ class ClipTask(Task):
             weight = head.weight.detach().float()
             return weight, weight.new_ones(()), head.bias.detach().float()
         if self._class_columns is None:
-            self._class_columns = zero_shot_head(self.clip, self.dataset.class_names, self.dataset.templates)
+            key = text_digest(self.clip.model)
+            if self._head is None or self._head[0] != key:
+                self._head = key, zero_shot_head(self.clip, self.dataset.class_names, self.dataset.templates)
+            self._class_columns = self._head[1]
         columns_KD = self._class_columns
         return columns_KD, model.logit_scale.detach().float().exp(), columns_KD.new_zeros(())
 

@@ -27,7 +27,8 @@ class Rows:
         num_train: training rows.
         partners_N, partner_labels_N, share_N: Mixup and CutMix: the other caption and class, and the part of the row's
             label that stays its own; None where every label is one-hot.
-        prior_N: weight of every row that evidence decided beforehand; None: ones.
+        prior_N: weight of every row that evidence or the upstream decided beforehand; None: ones.
+        confidence_N: part of a row's label that stays, the rest being spread over the other labels; None: all of it.
     """
 
     inputs: Tensor
@@ -39,6 +40,7 @@ class Rows:
     partner_labels_N: Tensor | None = None
     share_N: Tensor | None = None
     prior_N: Tensor | None = None
+    confidence_N: Tensor | None = None
 
 
 @dataclass
@@ -136,10 +138,13 @@ def augmented_rows(rows: Rows, gather: Gather) -> Tensor:
 
 
 def upstream_labels(rows: Rows, own_N: Tensor, partner_N: Tensor | None, labels_K: Tensor, gather: Gather) -> Tensor:
-    """Return the labels that rows came with [N, K]: one-hot, or two shares where rows were mixed."""
+    """Return the labels that rows came with [N, K]: one-hot, shared where rows were mixed, softened where unsure."""
     upstream_NK = assignment(own_N, labels_K)
-    if partner_N is None:
-        return upstream_NK
-    assert rows.share_N is not None, "mixed rows say how much of their label is their own"
-    share_N1 = gather(rows.share_N)[:, None]
-    return share_N1 * upstream_NK + (1 - share_N1) * assignment(partner_N, labels_K)
+    if partner_N is not None:
+        assert rows.share_N is not None, "mixed rows say how much of their label is their own"
+        share_N1 = gather(rows.share_N)[:, None]
+        upstream_NK = share_N1 * upstream_NK + (1 - share_N1) * assignment(partner_N, labels_K)
+    if rows.confidence_N is not None and len(labels_K) > 1:
+        stays_N1 = gather(rows.confidence_N)[:, None]
+        upstream_NK = stays_N1 * upstream_NK + (1 - stays_N1) * (1 - upstream_NK) / (len(labels_K) - 1)
+    return upstream_NK

@@ -144,7 +144,7 @@ class Network(nn.Module):
 def parameter_groups(
     network: Network, *, lr: float, head_lr: float, weight_decay: float, decays_all: bool = False
 ) -> list[dict[str, Any]]:
-    """Return AdamW's groups: no weight decay on biases, norms, embeddings' scales and `logit_scale`.
+    """Return the optimiser's groups: no weight decay on biases, norms, embeddings' scales and `logit_scale`.
 
     As in open_clip's trainer: decay applies to trained tensors with two dimensions or more; with `decays_all` to every one.
     """

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flyp_saflex.saflex.evidence import Decision, decide
+from flyp_saflex.storage.edits import aug_ids_of
 from flyp_saflex.training.setup import Setup
 
 FILE = "decisions.safetensors"
@@ -96,7 +97,7 @@ def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Dec
 def _key(setup: Setup) -> str:
     """Return a digest of what the decisions depend on but the pretrained weights."""
     settings = setup.config.saflex
-    parts = [*(edit.aug_id for edit in setup.edits or ()), *settings.evidence, str(settings.evidence_threshold)]
+    parts = [*aug_ids_of(setup.edits or ()), *settings.evidence, str(settings.evidence_threshold)]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 

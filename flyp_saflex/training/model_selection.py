@@ -96,6 +96,11 @@ class ModelSelection:
             self.waited += 1
         return {"step": step, "split": self.split.name, **row}
 
+    def line(self, row: dict[str, Any]) -> str:
+        """Return an evaluation's row as a line of a log: the metric that selects, and the best so far."""
+        best = self.best and f"; best {self.best['value']:.4f} after step {self.best['step']}"
+        return f"after step {row['step']} {self.metric} {row[self.metric]:.4f} on {row['split']}{best or ''}"
+
     def install_best(self) -> None:
         """Put the best weights into the model; the last ones stay if nothing was evaluated."""
         if self.best is not None:

@@ -59,6 +59,8 @@ class RowBuilder:
         rows = Rows(inputs, captions_N, labels_N, batch.indices.to(device), batch.num_train)
         if self.decisions is not None:
             self._decide(rows, self.decisions, seeds)
+        if setup.confidences:
+            self._soften(rows, [row.seed for row in batch.rows])
         if setup.mix is not None and len(items) > batch.num_train:
             self._mix(rows, step, part)
         if task.network.num_frozen and not setup.config.train.frozen_cache:
@@ -85,6 +87,16 @@ class RowBuilder:
             if share < 1:
                 partners_N[place] = task.caption_of_class(second, seeds[place])
         rows.partners_N, rows.partner_labels_N = partners_N, partner_labels_N
+
+    def _soften(self, rows: Rows, seeds: list[int]) -> None:
+        """Note how much of their labels the augmented rows keep, and their weights, by the draws of their operations."""
+        options, num_classes = self.setup.config.augment, self.setup.dataset.num_classes
+        rows.confidence_N = torch.ones(len(seeds), device=self.device)
+        for place in range(rows.num_train, len(seeds)):
+            for number, confidence in self.setup.confidences.items():
+                rows.confidence_N[place] *= confidence(options, derived_seed(seeds[place], number), num_classes)
+        if options.soft_weights:
+            rows.prior_N = rows.confidence_N if rows.prior_N is None else rows.prior_N * rows.confidence_N
 
     def describe(self, step: int, results: list[StepResult]) -> list[dict[str, Any]]:
         """Return one record per augmented row of a step: identity, weight, gain of its label, learned (soft) label."""
@@ -120,7 +132,8 @@ class RowBuilder:
         setup, first, processes = self.setup, rows.num_train, self.processes
         assert setup.mix is not None
         generator = torch.Generator().manual_seed(derived_seed(setup.config.seed, "mix", step, part))
-        mixed = setup.mix(processes.gather_in_order(rows.inputs[first:]), setup.config.augment, generator)
+        gathered = processes.gather_in_order(rows.inputs[first:])
+        mixed = setup.mix(gathered, setup.config.augment, generator, setup.dataset.fields)
         own = slice(processes.rank, None, processes.count)
         partners_A = mixed.partners_A[own]
         captions_N, labels_N = (processes.gather_in_order(values_N[first:]) for values_N in (rows.captions_N, rows.labels_N))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flyp_saflex.records import Edit, Sample
+from flyp_saflex.records import Edit, Sample, labels_of
 
 
 def derived_seed(*parts: object) -> int:
@@ -95,7 +95,7 @@ class Plan:
         balanced: bool = False,
     ) -> None:
         self.seed, self.batch_size, self.num_augmented = seed, batch_size, num_augmented
-        labels = [sample.label for sample in train] if balanced else None
+        labels = labels_of(train) if balanced else None
         self._train = Stream(len(train), derived_seed(seed, "train"), labels)
         self._edits = Stream(len(edits), derived_seed(seed, "edits")) if edits else None
 

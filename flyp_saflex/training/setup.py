@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from flyp_saflex.config import AugmentConfig, Config
 from flyp_saflex.data.registry import load_dataset, split_for
@@ -20,12 +19,11 @@ from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step.gradcache import obstacle
 from flyp_saflex.storage.augment_cache import AugmentCache
+from flyp_saflex.storage.edits import aug_ids_of, select_edits
 from flyp_saflex.tables import METHODS, OBJECTIVES, TASKS, UPSTREAMS
 from flyp_saflex.tasks.task import Task, TaskInputs
 from flyp_saflex.training.sampling import Plan, derived_seed
-from flyp_saflex.training.upstreams import ItemOperation, Mixed, Upstream
-
-Mix = Callable[[Tensor, AugmentConfig, torch.Generator], Mixed]
+from flyp_saflex.training.upstreams import Confidence, ItemOperation, Mix, Upstream
 
 
 @dataclass
@@ -42,6 +40,7 @@ class Setup:
         plan: rows of every step.
         saflex: None: not enabled.
         on_train, on_augmented: operations per item.
+        confidences: functions that soften labels, by the place of their operation in `on_augmented`.
         mix: mix of the augmented rows of a batch.
         notes: lines for a person.
     """
@@ -51,11 +50,12 @@ class Setup:
     task: Task
     objective: Objective
     source: Source
-    edits: tuple[Edit, ...] | None
+    edits: Sequence[Edit] | None
     plan: Plan
     saflex: Saflex | None
     on_train: list[ItemOperation]
     on_augmented: list[ItemOperation]
+    confidences: dict[int, Confidence]
     mix: Mix | None
     notes: list[str]
 
@@ -105,7 +105,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
     torch.manual_seed(derived_seed(config.seed, "model") % 2**63)  # only linear heads and random models draw from it
     task = TASKS[METHODS[train.method].task].build(TaskInputs(config=config, dataset=dataset))
     objective = _objective(config, task, notes)
-    source = task.source(config.data, [sample for split in dataset.splits.values() for sample in split.samples])
+    source = task.source(config.data, _copied(config, dataset))
     notes += [*task.notes, *source.notes]
     _check_two_passes(config, task, notes)
     plan = Plan(
@@ -128,8 +128,9 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
         edits=edits,
         plan=plan,
         saflex=_saflex(config, task, edits, notes),
-        on_train=_operations([UPSTREAMS[name] for name in augment.on_train], task),
-        on_augmented=_operations(upstreams, task),
+        on_train=_operations([UPSTREAMS[name] for name in augment.on_train], task, augment),
+        on_augmented=_operations(upstreams, task, augment),
+        confidences=_confidences(upstreams, task, augment),
         mix=_only_mix(config, upstreams),
         notes=notes,
     )
@@ -164,7 +165,12 @@ def _objective(config: Config, task: Task, notes: list[str]) -> Objective:
     return objective
 
 
-def _saflex(config: Config, task: Task, edits: tuple[Edit, ...] | None, notes: list[str]) -> Saflex | None:
+def _copied(config: Config, dataset: Dataset) -> list[Sample]:
+    """Return the images that may be read from resized copies."""
+    return [sample for split in dataset.splits.values() for sample in split.samples] if config.data.materialised else []
+
+
+def _saflex(config: Config, task: Task, edits: Sequence[Edit] | None, notes: list[str]) -> Saflex | None:
     """Return SAFLEX with the settings that can be used here."""
     settings = config.saflex.settings
     if not config.saflex.enabled:
@@ -178,8 +184,15 @@ def _saflex(config: Config, task: Task, edits: tuple[Edit, ...] | None, notes: l
     return Saflex(settings)
 
 
-def _operations(upstreams: Sequence[Upstream], task: Task) -> list[ItemOperation]:
-    return [upstream.operation(task.input_size_px) for upstream in upstreams if upstream.operation is not None]
+def _operations(upstreams: Sequence[Upstream], task: Task, options: AugmentConfig) -> list[ItemOperation]:
+    found = [upstream.operation_for(task.input_size_px, options) for upstream in upstreams]
+    return [operation for operation in found if operation is not None]
+
+
+def _confidences(upstreams: Sequence[Upstream], task: Task, options: AugmentConfig) -> dict[int, Confidence]:
+    """Return what softens labels, by the place of its operation among those of the augmented rows."""
+    drawing = [upstream for upstream in upstreams if upstream.operation_for(task.input_size_px, options) is not None]
+    return {place: upstream.confidence for place, upstream in enumerate(drawing) if upstream.confidence is not None}
 
 
 def _only_mix(config: Config, upstreams: Sequence[Upstream]) -> Mix | None:
@@ -225,13 +238,13 @@ def _check_two_passes(config: Config, task: Task, notes: list[str]) -> None:
         )
 
 
-def _edits(config: Config, dataset: Dataset, notes: list[str], *, partial: bool) -> tuple[Edit, ...]:
+def _edits(config: Config, dataset: Dataset, notes: list[str], *, partial: bool) -> Sequence[Edit]:
     cache = AugmentCache.open(Path(config.cache.root), dataset.name, config.cache.key)
     usable = cache.check_against(dataset, partial=partial)
     notes += cache.notes
     if config.augment.filter == "scores":
-        kept = {edit.aug_id for edit in cache.kept(config.cache.scores)}
-        usable = tuple(edit for edit in usable if edit.aug_id in kept)
+        kept = set(aug_ids_of(cache.kept(config.cache.scores)))
+        usable = select_edits(usable, [place for place, aug_id in enumerate(aug_ids_of(usable)) if aug_id in kept])
     notes.append(f"{len(usable)} of the {len(cache)} edits in {cache.folder} are used")
     if not usable:
         filtered = " and passes the filter" if config.augment.filter == "scores" else ""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import split_for
 from flyp_saflex.errors import DataError, RunError
-from flyp_saflex.runtime import StopSignals, telling_lost_processes
+from flyp_saflex.runtime import ProgressLines, StopSignals, telling_lost_processes
 from flyp_saflex.step.augmented_rows import StepResult
 from flyp_saflex.step.gradcache import obstacle
 from flyp_saflex.step.skip_dropped import Selecting
@@ -30,6 +30,7 @@ from flyp_saflex.training.batches import Batch, UnreadableFiles, read_steps
 from flyp_saflex.training.decisions import decide_about_edits
 from flyp_saflex.training.distributed import device_name, make_accelerator, processes_of, synchronised
 from flyp_saflex.training.model_selection import ModelSelection, save_model
+from flyp_saflex.training.optimizers import optimizer_of
 from flyp_saflex.training.rows import RowBuilder, ValidationRows
 from flyp_saflex.training.sampling import derived_seed
 from flyp_saflex.training.schedule import Phase, phases_of, plan_line
@@ -120,8 +121,10 @@ class _Trainer:
         if state is not None:
             step = state[0]
             self.seconds = self.state.restore(state[1])
-        quiet = not self.accelerator.is_main_process or None  # None: no bar when the output is not a terminal
-        with self.signals, tqdm(total=self.phases[-1].end, initial=step, unit="step", disable=quiet, desc="training") as bar:
+        total, is_main = self.phases[-1].end, self.accelerator.is_main_process
+        self.lines = ProgressLines("training", total=total, done=step, unit="steps", shown=is_main)
+        quiet = not is_main or None  # None: no bar when the output is not a terminal
+        with self.signals, tqdm(total=total, initial=step, unit="step", disable=quiet, desc="training") as bar:
             for phase in self.phases:
                 if step < phase.end and not self.selection.exhausted:
                     optimizer_state = state[1]["optimizer"] if state is not None and state[0] > phase.start else None
@@ -143,18 +146,13 @@ class _Trainer:
             if self.saflex is not None:
                 self.saflex.reset()
                 self.state.refreshed = -1
-        optimizer = torch.optim.AdamW(
-            self.task.parameter_groups(
-                lr=options.lr,
-                head_lr=options.head_lr,
-                weight_decay=options.weight_decay,
-                decays_all=options.decayed == "all",
-            ),
-            betas=options.betas,
-            eps=options.eps,
-            fused=True,  # on a CPU nine times as fast as one operation after another
+        groups = self.task.parameter_groups(
+            lr=options.lr,
+            head_lr=options.head_lr,
+            weight_decay=options.weight_decay,
+            decays_all=options.decayed == "all",
         )
-        model, optimizer = accelerator.prepare(self.network, optimizer)
+        model, optimizer = accelerator.prepare(self.network, optimizer_of(groups, options))
         if optimizer_state is not None:
             optimizer.load_state_dict(optimizer_state)
         step_loss = self._step_loss(model)
@@ -240,6 +238,7 @@ class _Trainer:
         options, last = self.options, step == phase.end
         loss = sum(float(result.loss) for result in results) / len(results)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.lines.update(step, f"loss {loss:.3f}")
         if step % options.log_every == 0 or last:
             self._log(step, phase, loss, norm, rate, results)
         if options.log_augmented and self.accelerator.is_main_process:
@@ -249,6 +248,7 @@ class _Trainer:
             row = self.selection.evaluate(step, candidate=final, keeper=self.accelerator.is_main_process)
             if row and self.accelerator.is_main_process:
                 self.run.append_metrics(row)
+                self.lines.say(self.selection.line(row))
         stopping = self.unreadable.agree(self.signals.requested)
         too_many = len(self.unreadable.reasons) > self.setup.config.data.max_unreadable * len(self.setup.dataset.train)
         due = options.checkpoint_every and step % options.checkpoint_every == 0

@@ -160,6 +160,14 @@ def test_controls_are_told_below_the_answers():
     assert "the pretrained model (zero-shot): yes, +2.0" in text
 
 
+def test_the_share_of_the_oracles_gain_is_told_where_there_is_such_a_gain():
+    outcomes = [planted("trusted", above(-2)), planted("saflex", above(1)), planted("oracle", above(2))]
+    share = "SAFLEX reaches 75% of what the oracle gains over trusting (+4.0 [+4.0, +4.0] points; means over 4 seeds)."
+    assert share in verdict(outcomes, measure="night", select="id_val")
+    useless = [*outcomes[:2], planted("oracle", above(-2, -0.1))]
+    assert not any("reaches" in line for line in verdict(useless, measure="night", select="id_val"))
+
+
 def test_a_metric_that_is_the_better_the_less_is_compared_by_improvement():
     outcomes = [
         planted("trusted", above(0), select=above(0), metric="ece"),
@@ -176,5 +184,5 @@ def test_a_metric_that_is_the_better_the_less_is_compared_by_improvement():
 def test_sets_of_edits_have_answers_of_their_own():
     outcomes = [planted("no-edits"), planted("trusted @ a", above(2), edits="a"), planted("trusted @ b", above(-2), edits="b")]
     lines = verdict(outcomes, measure="night", select="id_val")
-    assert lines[0].startswith("[a] Are edits worth having? Yes (n = 4): trusted @ a against no-edits")
-    assert lines[3].startswith("[b] Are edits worth having? No (n = 4): trusted @ b against no-edits")
+    assert lines[0].startswith("[a] Are edits worth having? Yes (n = 4): trusted against no-edits")
+    assert lines[3].startswith("[b] Are edits worth having? No (n = 4): trusted against no-edits")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flyp_saflex.data.mixing import cutmix, draw_mix, mixup
+from flyp_saflex.data.mixing import cutmix, cutmix_fields, draw_mix, mixup
 from flyp_saflex.errors import ConfigError
 
 
@@ -56,3 +56,30 @@ def test_draw_mix_is_seeded_and_is_beta_distributed():
     assert lams.var().item() == pytest.approx(0.125, abs=0.01)
     with pytest.raises(ConfigError, match="alpha above 0, found 0"):
         draw_mix(2, 0, seeded())
+
+
+def test_cutmix_refuses_rows_of_numbers():
+    with pytest.raises(ConfigError, match=r"the rows have the shape \[4, 9\]: use `cutmix_fields`"):
+        cutmix(torch.randn(4, 9), torch.eye(4), 0.5, torch.tensor([1, 2, 3, 0]), seeded())
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_fields_are_exchanged_as_a_whole_and_labels_by_their_share(lam):
+    fields = ["age", "town", "town", "town", "size"]
+    rows = torch.arange(4.0)[:, None].expand(4, 5)
+    partner = torch.tensor([1, 2, 3, 0])
+    for seed in range(10):
+        mixed, soft = cutmix_fields(rows, torch.eye(4), lam, partner, seeded(seed), fields)
+        stays = mixed == rows
+        assert torch.equal(stays[:, 1], stays[:, 2])
+        assert torch.equal(stays[:, 1], stays[:, 3])
+        share = stays[:, [0, 1, 4]].float().mean(dim=1)
+        torch.testing.assert_close(soft.diagonal(), share)
+        torch.testing.assert_close(soft[torch.arange(4), partner], 1 - share)
+    assert lam not in (0.0, 1.0) or share.unique().tolist() == [lam]
+
+
+def test_without_fields_every_column_is_one():
+    mixed, soft = cutmix_fields(torch.arange(2.0)[:, None].expand(2, 400), torch.eye(2), 0.7, torch.tensor([1, 0]), seeded())
+    assert soft[0, 0].item() == pytest.approx(0.7, abs=0.1)
+    assert mixed[0].mean().item() == pytest.approx(1 - soft[0, 0].item(), abs=1e-6)

@@ -327,7 +327,8 @@ def test_a_sweep_runs_a_frozen_image_tower_once(tiny_clip_dir, tiny_images_dir, 
     lower = ImageTower.lower
     monkeypatch.setattr(ImageTower, "lower", lambda self, images: (passes.append(len(images)), lower(self, images))[1])
     results = evaluate(run, splits=["night"], wise_alphas=(0.0, 0.3, 0.6))["results"]
-    assert sum(passes) == (24 if frozen else 4 * 24), "once for all alphas, or once for each where the two ends differ"
+    evaluated = sum(number for number in passes if number > 1)  # the check at load takes one image
+    assert evaluated == (24 if frozen else 4 * 24), "once for all alphas, or once for each where the two ends differ"
     assert [row["wise_alpha"] for row in results] == [0.0, 0.3, 0.6, 1.0]
     for row in results:
         samples, logits = by_hand(run, "night", row["wise_alpha"])

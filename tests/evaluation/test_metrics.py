@@ -114,6 +114,40 @@ def test_intervals_are_seeded_and_do_not_depend_on_the_order_of_images():
     assert first != metrics.bootstrap_intervals(labels, predictions, resamples=250, seed=6)
 
 
+def one_hot_intervals(labels, predictions, *, resamples: int, seed: int):
+    """The obvious way: dense one-hot matrices, one resample after another from the same draws."""
+    num_classes, scores = int(max(labels.max(), predictions.max())) + 1, []
+    cells, counts = np.unique(labels * num_classes + predictions, return_counts=True)
+    truth, guess = np.eye(num_classes)[cells // num_classes], np.eye(num_classes)[cells % num_classes]
+    for draws in np.random.default_rng(seed).multinomial(len(labels), counts / len(labels), size=resamples):
+        support, guessed, correct = draws @ truth, draws @ guess, draws @ (truth * guess)
+        f1 = 2 * correct / np.maximum(support + guessed, 1)
+        scores.append((correct.sum() / len(labels), f1[support > 0].mean()))
+    accuracy, macro_f1 = np.percentile(scores, [2.5, 97.5], axis=0).T
+    return {"accuracy": tuple(accuracy), "macro_f1": tuple(macro_f1)}
+
+
+def test_intervals_equal_those_of_dense_one_hot_matrices():
+    labels, predictions = random_labels(7, n=400, num_classes=30)
+    labels[labels == 11] = 12  # a class that is only predicted, and one that is never
+    predictions[predictions == 5] = 6
+    found = metrics.bootstrap_intervals(labels, predictions, resamples=150, seed=3)
+    expected = one_hot_intervals(labels, predictions, resamples=150, seed=3)
+    assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-12)
+    assert found["macro_f1"] == pytest.approx(expected["macro_f1"], abs=1e-12)
+
+
+def test_intervals_of_many_cells_are_those_of_few(monkeypatch):
+    labels, predictions = random_labels(8, n=500, num_classes=40)
+    order = np.random.default_rng(0).permutation(len(labels))
+    by_cell = metrics.bootstrap_intervals(labels, predictions, resamples=4000, seed=1)
+    monkeypatch.setattr(metrics, "MOST_CELLS", 0)
+    by_image = metrics.bootstrap_intervals(labels, predictions, resamples=4000, seed=1)
+    assert by_image == metrics.bootstrap_intervals(labels[order], predictions[order], resamples=4000, seed=1)
+    for name in by_cell:  # two samples of 4000: a percentile has a noise of about 0.001
+        assert by_image[name] == pytest.approx(by_cell[name], abs=0.006)
+
+
 def test_one_class_and_one_image():
     assert metrics.bootstrap_intervals([2, 2], [2, 2], resamples=10) == {"accuracy": (1.0, 1.0), "macro_f1": (1.0, 1.0)}
     row = metrics.metric_row(Scores.of([[0.0, 5.0]], [1], ["here"]))

@@ -14,6 +14,7 @@ from flyp_saflex.config import Config, ModelConfig, TrainConfig
 from flyp_saflex.errors import ConfigError, RunError
 from flyp_saflex.records import Dataset, Edit, Sample, Split
 from flyp_saflex.tables import METHODS, TASKS
+from flyp_saflex.tasks import clip_task
 from flyp_saflex.tasks.clip_task import HEAD, MAX_LOGIT_SCALE, ClipTask, LinearClipTask
 from flyp_saflex.tasks.label_space import Rows
 from flyp_saflex.tasks.task import TaskInputs
@@ -117,6 +118,26 @@ def test_the_zero_shot_head_follows_the_weights(tiny_clip_dir):
     torch.testing.assert_close(task.predictor()(images), -before, rtol=0, atol=1e-4)
     task.weights_changed(kept)
     assert torch.equal(task.predictor()(images), before), "a head that is handed back is not computed again"
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_zero_shot_head_is_made_once_per_change_of_the_text_tower(tiny_clip_dir, monkeypatch, frozen):
+    made = []
+    monkeypatch.setattr(clip_task, "zero_shot_head", lambda *args: (made.append(1), zero_shot_head(*args))[1])
+    task, images = build(tiny_clip_dir), pictures(3)
+    for _ in range(3):
+        with torch.no_grad():
+            task.clip.model.visual.conv1.weight.mul_(1.01)
+            task.clip.model.logit_scale.add_(0.01)
+            if not frozen:
+                task.clip.model.positional_embedding.mul_(1.01)
+        task.after_step()
+        logits = task.predictor()(images)
+    assert len(made) == (1 if frozen else 3)
+    head_KD = zero_shot_head(task.clip, task.dataset.class_names, task.dataset.templates)
+    with torch.no_grad():
+        expected = task.clip.model.logit_scale.exp() * task.clip.model.encode_image(images, normalize=True) @ head_KD.T
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_precision_of_the_image_tower(tiny_clip_dir):

@@ -13,6 +13,7 @@ from flyp_saflex.clip.image_tower import ImageTower
 from flyp_saflex.clip.model import Clip, load_clip, save_clip
 from flyp_saflex.clip.text_tower import encode_text
 from flyp_saflex.evaluation.evaluate import evaluate
+from flyp_saflex.runtime import ProgressLines
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.tasks.network import parameter_groups
 from flyp_saflex.training import model_selection
@@ -344,3 +345,16 @@ def test_batchnorm_statistics_stay_unless_asked(make_config, tmp_path, frozen):
     assert {torch.equal(start[name], after[name]) for name in running} == {frozen}
     assert not torch.equal(start["visual.conv1.weight"], after["visual.conv1.weight"])
     assert not torch.equal(start["visual.bn1.weight"], after["visual.bn1.weight"]), "scale and shift are trained either way"
+
+
+def test_a_log_file_gets_a_line_per_evaluation_and_per_interval(make_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ProgressLines.__init__, "__kwdefaults__", {"shown": True, "every": 0.0})
+    train(make_config("train.steps=4", "train.evaluate_every=2"), tmp_path / "run")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
+    assert [line.split(",")[0] for line in lines if " of 4 steps" in line] == [f"training: {n} of 4 steps" for n in (1, 2, 3, 4)]
+    evaluations = [line for line in lines if line.startswith("training: after step")]
+    values = [row["accuracy"] for row in metrics(tmp_path / "run") if "accuracy" in row]
+    assert [line.partition(";")[0] for line in evaluations] == [
+        f"training: after step {step} accuracy {value:.4f} on id_val" for step, value in zip((2, 4), values, strict=True)
+    ]
+    assert all(f"; best {max(values[: n + 1]):.4f} after step" in line for n, line in enumerate(evaluations))

@@ -1,0 +1,133 @@
+"""MLP on a table, from recipe to report: SAFLEX decides, a killed run goes on bit for bit, other encodings are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flyp_saflex import recipe
+from flyp_saflex.config import Config
+from flyp_saflex.errors import ConfigError, RunError
+from flyp_saflex.evaluation.evaluate import evaluate
+from flyp_saflex.reporting.report import report
+from flyp_saflex.training import train as train_module
+from flyp_saflex.training.train import train
+
+CARD = """
+title = "Toy"
+file = "toy.csv"
+target = "ill"
+categorical = ["town"]
+[classes]
+healthy = ["0"]
+ill = ["1"]
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Callable[..., Config]:
+    """`table("saflex.enabled=true", ...)`: the QSAR recipe on a drawn table with one telling number and one telling town."""
+    rng = np.random.default_rng(0)
+    lines = ["age,size,town,ill"]
+    for place in range(400):
+        ill = place % 3 == 0
+        town = rng.choice(["Bern", "Rome", "Oslo"], p=[0.6, 0.2, 0.2] if ill else [0.2, 0.2, 0.6])
+        lines.append(f"{rng.normal(1.2 * ill):.5f},{rng.normal():.5f},{town},{int(ill)}")
+    (tmp_path / "toy.csv").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "toy.toml").write_text(CARD, encoding="utf-8")
+    common = [
+        f"data.root={tmp_path}",
+        f"data.card={tmp_path / 'toy.toml'}",
+        "network.hidden=[16,16]",
+        "train.steps=24",
+        "train.batch_size=32",
+        "train.lr=1e-2",
+        "train.head_lr=1e-2",
+        "train.evaluate_every=8",
+        "train.checkpoint_every=8",
+        "train.log_augmented=true",
+        "evaluate.bootstrap=0",
+    ]
+    return lambda *changes: recipe.load("tabular-qsar", [*common, *changes])
+
+
+SAFLEX = ("saflex.enabled=true", "recipe=saflex")
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("upstream", ["cutmix", "mixup"])
+def test_a_table_is_trained_with_saflex_evaluated_and_reported(
+    table: Callable[..., Config], tmp_path: Path, upstream: str
+) -> None:
+    run, plain = tmp_path / "saflex", tmp_path / "plain"
+    train(table(*SAFLEX, f"augment.upstream={upstream}"), run)
+    train(table("augment.upstream=[]", "recipe=plain"), plain)
+    decided = rows_of(run / "augmented.jsonl")
+    assert 0 < sum(row["weight"] > 0 for row in decided) < len(decided), "Eq. (11) drops some"
+    for path in (run, plain):
+        (tested,) = [row for row in evaluate(path)["results"] if row["split"] == "id_test"]
+        assert tested["auroc"] > 0.75
+        assert 0.4 < tested["average_precision"] <= 1
+    text = report([run, plain], out=tmp_path / "report.md", baseline="plain")
+    assert "### AUROC" in text
+
+
+@pytest.mark.parametrize("preset", ["paper-log", "robust"])
+def test_a_killed_run_goes_on_bit_for_bit(
+    table: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    config = table(*SAFLEX, f"saflex.preset={preset}", "train.optimizer=sgd")
+    train(config, tmp_path / "whole")
+    after = train_module._Trainer._after
+
+    def vanish(self, step, *rest):
+        after(self, step, *rest)
+        if step == 13:
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train_module._Trainer, "_after", vanish)
+        train(config, tmp_path / "killed")
+    train(config, tmp_path / "killed", resume=True)
+    weights = [load_file(tmp_path / name / "model/weights.safetensors") for name in ("whole", "killed")]
+    assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
+    logs = [
+        [{key: value for key, value in row.items() if key != "seconds"} for row in rows_of(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "killed")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_is_not_scored_on_rows_of_another_encoding(table: Callable[..., Config], tmp_path: Path) -> None:
+    train(table("train.steps=2"), tmp_path / "run")
+    with pytest.raises(RunError, match=r"is of other training rows: 5 features, here 5.*data.split_seed of the run") as error:
+        evaluate(tmp_path / "run", overrides=["data.split_seed=3"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["augment.upstream=randaugment", "augment.on_train=random-crop", "augment.on_train=flip"])
+def test_an_operation_on_images_is_refused_in_one_line(table: Callable[..., Config], tmp_path: Path, option: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"changes images, but train.method takes rows of numbers: set augment.on_train="
+    ) as error:
+        train(table(option), tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_images_are_no_rows_of_numbers(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.method = mlp takes rows of numbers, but data.name = folder has images"):
+        train(make_config("train.method=mlp"), tmp_path / "run")
+
+
+def test_a_batch_larger_than_the_table_is_refused(table: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.batch_size = 999 is larger than the training split"):
+        train(table("train.batch_size=999"), tmp_path / "run")
