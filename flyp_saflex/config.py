@@ -153,6 +153,9 @@ class TrainConfig:
     """`flyp`: contrastive loss between image and caption. `ce-text`: cross entropy over the class captions. `ce-linear`:
     cross entropy with a linear head. `linear-probe`: trains only that head. `lp-ft`: `linear-probe`, then `ce-linear`.
     Without CLIP, cross entropy: `mlp` (rows of numbers), `image-classifier` (ResNet and others)."""
+    objective: str = ""
+    """Loss, a name in `tables.OBJECTIVES` over the same labels as the method's: `contrastive` or `sigmoid` (SigLIP's, with
+    `logit_bias` trained) for `flyp`. Empty: the method's; `sigmoid` for `flyp` with a model that has `logit_bias`."""
     proxies: Literal["captions", "batch"] = "captions"
     """Proxy classes of `flyp`: `captions`: each distinct caption of the batch once; `batch`: one per row, as published."""
     steps: Natural = 0

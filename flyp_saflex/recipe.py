@@ -254,6 +254,8 @@ def _check_names(config: Config, source: str) -> None:
     for option, table in (*((table.option, table) for table in CHOICES), ("compare.metric", METRICS)):
         section, _, name = option.partition(".")
         value = getattr(getattr(config, section), name)
+        if value == "" == getattr(getattr(Config(), section), name):  # empty: chosen later
+            continue
         for one in value if isinstance(value, tuple) else (value,):
             try:
                 table.check(one, option)

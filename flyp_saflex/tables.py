@@ -5,7 +5,7 @@
     TEST_SETS        evaluate --on           reader of a dataset that is only tested on
     METHODS          train.method            Method: task, objective and phases by name
     TASKS            (of the method)         subclass of Task (tasks/task.py)
-    OBJECTIVES       (of the method)         Objective (saflex/objectives.py)
+    OBJECTIVES       train.objective         Objective (saflex/objectives.py)
     UPSTREAMS        augment.upstream        Upstream: a pool of edits, an operation per item, or a mix over the batch
     WEIGHT_RULES     saflex.weight_rule      function: gains, labels, upstream labels, penalty -> weights
     EVIDENCE         saflex.evidence         function: EditFeatures -> scores of every label (tasks/clip_evidence.py)
@@ -204,9 +204,10 @@ TASKS: Table[type[Task]] = Table(
     },
 )
 OBJECTIVES: Table[Objective] = Table(
-    "objective",
+    "train.objective",
     {
         "contrastive": "saflex.objectives:CONTRASTIVE",
+        "sigmoid": "saflex.objectives:SIGMOID",
         "cross-entropy": "saflex.objectives:CROSS_ENTROPY",
     },
 )
@@ -290,5 +291,5 @@ EDITORS: Table[EditorKind] = Table(
         "auto": "editing.settings:AUTO",
     },
 )
-CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, UPSTREAMS, WEIGHT_RULES, EVIDENCE, METRICS, EDITORS)
+CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, OBJECTIVES, UPSTREAMS, WEIGHT_RULES, EVIDENCE, METRICS, EDITORS)
 """Tables whose names are values of an option: `recipe.py` checks these options."""

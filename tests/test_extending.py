@@ -212,6 +212,7 @@ def rows_after(config: Config, run: Path) -> list[float]:
     [
         ("data.name=cluods", "data.name = 'cluods': expected one of .*clouds.*did you mean 'clouds'"),
         ("train.method=mpl", "train.method = 'mpl': expected one of .*did you mean 'mlp'"),
+        ("train.objective=focl", "train.objective = 'focl': expected one of .*did you mean 'focal'"),
         ("train.select_metric=nl", "train.select_metric = 'nl': expected one of .*did you mean 'nll'"),
         ("saflex.weight_rule=claer", "saflex.weight_rule = 'claer': expected one of .*did you mean 'clear'"),
         ("augment.upstream=jiter", "augment.upstream = 'jiter': expected one of .*did you mean 'jitter'"),
@@ -220,6 +221,12 @@ def rows_after(config: Config, run: Path) -> list[float]:
 def test_a_typo_names_what_was_added(clouds: Callable[..., Config], change: str, line: str) -> None:
     with pytest.raises(recipe.ConfigError, match=line):
         clouds(change)
+
+
+def test_an_objective_by_option_is_that_of_a_method(clouds: Callable[..., Config], tmp_path: Path) -> None:
+    by_option = rows_after(clouds("train.objective=focal"), tmp_path / "option")
+    assert by_option == rows_after(clouds("train.method=mlp-focal"), tmp_path / "method")
+    assert by_option != rows_after(clouds(), tmp_path / "plain")
 
 
 def test_an_objective_over_captions_needs_a_task_with_captions(clouds: Callable[..., Config], tmp_path: Path) -> None:

@@ -158,6 +158,15 @@ def gains(logits_AK: Tensor, tangent_AK: Tensor) -> Tensor:
     return (logits_AK.softmax(dim=1) * tangent_AK).sum(dim=1, keepdim=True) - tangent_AK
 
 
+def sigmoid_gains(logits_AK: Tensor, tangent_AK: Tensor) -> Tensor:
+    """Return gains_AK of the sigmoid loss: Eq. (9) with a sigmoid per label in place of the softmax.
+
+    A row with a NaN in logits or tangent is NaN in all gains.
+    """
+    logits_AK, tangent_AK = at_least_float32(logits_AK), at_least_float32(tangent_AK)
+    return (logits_AK.sigmoid() * tangent_AK).sum(dim=1, keepdim=True) - tangent_AK
+
+
 def probability_gains(logits_AK: Tensor, gains_AK: Tensor) -> Tensor:
     """Return p_k Pi_k, the gains with f of Eq. (9) read as probabilities.
 

@@ -1,4 +1,4 @@
-"""Weighted soft-label losses: cross entropy, contrastive CLIP/FLYP loss and NT-Xent.
+"""Weighted soft-label losses: cross entropy, contrastive CLIP/FLYP loss, SigLIP's sigmoid loss and NT-Xent.
 
 All are linear in the label mass `M_ij = w_i y_ij` (SAFLEX, Eq. 7 and 14); therefore the choice of weights and labels is a
 linear program (Theorem 1). With weights one and one-hot labels each loss equals its standard form, bit for bit where the
@@ -33,7 +33,7 @@ def soft_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_N: Tensor |
         A scalar, in float32 or float64. Zero, with zero gradient, if every weight is zero or there are no rows.
     """
     weights_N = _ones(logits_NK) if weights_N is None else weights_N
-    losses_N = _negative_log_likelihood(at_least_float32(logits_NK), labels_NK)
+    losses_N = softmax_losses(at_least_float32(logits_NK), labels_NK)
     return _weighted_mean(losses_N, weights_N)
 
 
@@ -92,17 +92,35 @@ def clip_loss(logits_NC: Tensor, assignment_NC: Tensor, weights_N: Tensor | None
     weights_N = _ones(logits_NC) if weights_N is None else weights_N.to(logits_NC.dtype)
     mass_NC = weights_N[:, None] * assignment_NC.to(logits_NC.dtype)
     # Step 1, first term of Eq. (13) as Eq. (14): which caption belongs to the image?
-    image_losses_N = _negative_log_likelihood(logits_NC, mass_NC)
+    image_losses_N = softmax_losses(logits_NC, mass_NC)
     # Step 2, second term: which image belongs to the caption? Dropped rows leave the softmax, unless all are dropped
     # (a softmax over nothing is NaN; the mass is zero then and so is the loss). Transposed, because a softmax over the
     # first dimension rounds differently from ClipLoss'.
     dropped_N = (weights_N <= 0) & (weights_N > 0).any()
     caption_logits_CN = logits_NC.T.masked_fill(dropped_N, -torch.inf)
-    caption_losses_C = _negative_log_likelihood(caption_logits_CN, mass_NC.T)
+    caption_losses_C = softmax_losses(caption_logits_CN, mass_NC.T)
     # Step 3: one normaliser for both, the mass in the loss.
     total = mass_NC.sum()
     total = torch.where(total > 0, total, torch.ones_like(total))
     return (_ordered_sum(image_losses_N) / total + _ordered_sum(caption_losses_C) / total) / 2
+
+
+def sigmoid_loss(logits_NC: Tensor, assignment_NC: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Return the pairwise sigmoid loss of images and captions (SigLIP, arXiv 2303.15343), divided by the sum of the weights.
+
+    Every pair is a yes-or-no question: L = sum_i w_i [ sum_j log(1 + exp(z_ij)) - sum_j y_ij z_ij ] / sum_i w_i. Weights one and
+    the identity as assignment give open_clip's `SigLipLoss`. A dropped row is no negative: no term compares rows.
+
+    Args:
+        logits_NC: `logit_scale * image_i . caption_j + logit_bias`.
+        assignment_NC: label mass of every row over the proxy classes, rows sum to one; see `proxy_columns`.
+        weights_N: non-negative; None: ones.
+
+    Returns:
+        A scalar, in float32 or float64. Zero, with zero gradient, if every weight is zero or there are no rows.
+    """
+    weights_N = _ones(logits_NC) if weights_N is None else weights_N
+    return _weighted_mean(sigmoid_losses(at_least_float32(logits_NC), assignment_NC), weights_N)
 
 
 def nt_xent(
@@ -172,6 +190,21 @@ VALIDATION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_
 """Validation losses by name; the third choice, `train`, is the training loss, which the caller has."""
 
 
+def softmax_losses(logits_NK: Tensor, mass_NK: Tensor) -> Tensor:
+    """Return `- sum_k M_ik log softmax_k(Z)_ik` per row, with 0 log 0 = 0 (also in the backward pass)."""
+    log_probs_NK = logits_NK.log_softmax(dim=1)
+    impossible_NK = (log_probs_NK == -torch.inf) & (mass_NK == 0)
+    return -(mass_NK * log_probs_NK.masked_fill(impossible_NK, 0)).sum(dim=1)
+
+
+def sigmoid_losses(logits_NK: Tensor, labels_NK: Tensor) -> Tensor:
+    """Return `sum_k softplus(z_ik) - sum_k y_ik z_ik` per row, for labels from 0 to 1.
+
+    Written with both log sigmoids: the difference as printed loses the small losses of large logits in float32.
+    """
+    return -(labels_NK * F.logsigmoid(logits_NK) + (1 - labels_NK) * F.logsigmoid(-logits_NK)).sum(dim=1)
+
+
 def at_least_float32(values: Tensor) -> Tensor:
     """Convert half-precision values to float32; return others unchanged."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
@@ -179,13 +212,6 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 def _ones(logits_NK: Tensor) -> Tensor:
     return torch.ones(len(logits_NK), dtype=at_least_float32(logits_NK[:0]).dtype, device=logits_NK.device)
-
-
-def _negative_log_likelihood(logits_NK: Tensor, mass_NK: Tensor) -> Tensor:
-    """Return `- sum_k M_ik log softmax_k(Z)_ik` per row, with 0 log 0 = 0 (also in the backward pass)."""
-    log_probs_NK = logits_NK.log_softmax(dim=1)
-    impossible_NK = (log_probs_NK == -torch.inf) & (mass_NK == 0)
-    return -(mass_NK * log_probs_NK.masked_fill(impossible_NK, 0)).sum(dim=1)
 
 
 def _weighted_mean(losses_N: Tensor, weights_N: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from flyp_saflex.saflex.closed_form import gains
-from flyp_saflex.saflex.losses import clip_loss, soft_cross_entropy
+from flyp_saflex.saflex.closed_form import gains, sigmoid_gains
+from flyp_saflex.saflex.losses import clip_loss, sigmoid_loss, sigmoid_losses, soft_cross_entropy, softmax_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +24,20 @@ class Objective:
         loss: logits_NC, assignment_NC (label mass over the columns, rows sum to one), weights_N -> scalar.
         over: the batch's captions (proxy classes), or the dataset's classes.
         gains: logits_AC and their derivative along the validation gradient -> gain of every column, Eq. (9).
+        row_losses: logits_AK and labels on the simplex -> loss of every row, for the filter `lowest-loss`.
+        is_softmax: whether logits enter through a softmax over the columns, which a bias on all of them does not change.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     over: Literal["captions", "classes"]
     gains: Callable[[Tensor, Tensor], Tensor] = gains
+    row_losses: Callable[[Tensor, Tensor], Tensor] = softmax_losses
+    is_softmax: bool = True
 
 
 CONTRASTIVE = Objective(loss=clip_loss, over="captions")
 """FLYP: both terms of Eq. (13), generalised as Eq. (14); gains of the image term."""
+SIGMOID = Objective(loss=sigmoid_loss, over="captions", gains=sigmoid_gains, row_losses=sigmoid_losses, is_softmax=False)
+"""SigLIP's loss, which it was pretrained with."""
 CROSS_ENTROPY = Objective(loss=soft_cross_entropy, over="classes")
 """Eq. (7)."""

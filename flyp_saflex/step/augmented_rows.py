@@ -143,7 +143,7 @@ class AugmentedRows:
             if self.upstream_filter == "argmax":
                 keep_A = baselines.keep_where_argmax_agrees(logits_AK, upstream_AK.argmax(dim=1))
             else:
-                losses_A = -(upstream_AK * logits_AK.log_softmax(dim=1)).sum(dim=1)
+                losses_A = self.objective.row_losses(logits_AK, upstream_AK)
                 keep_A = baselines.keep_lowest_losses(losses_A, self.keep_fraction)
         else:
             keep_A = torch.ones(len(upstream_AK), device=upstream_AK.device)

@@ -28,17 +28,24 @@ class ClipNetwork(Network):
         num_frozen: image blocks behind which the tower is cut.
         head: linear classifier [K, D] on normalised embeddings, or None for captions as columns.
         fixed: names of the model's parameters that are never trained.
+        with_bias: whether the model's `logit_bias` is added to the logits of captions, and trained: a softmax never sees it.
     """
 
     def __init__(
-        self, model: Any, *, num_frozen: int = 0, head: nn.Linear | None = None, fixed: frozenset[str] = frozenset()
+        self,
+        model: Any,
+        *,
+        num_frozen: int = 0,
+        head: nn.Linear | None = None,
+        fixed: frozenset[str] = frozenset(),
+        with_bias: bool = False,
     ) -> None:
         super().__init__()
         self.clip = model
         self.tower = ImageTower(model.visual, num_frozen)
         self.num_frozen = self.tower.num_frozen
         self.head = head  # after the towers: the order of parameters is that of checkpoints
-        self.fixed = fixed
+        self.fixed, self.with_bias = fixed, with_bias
         self.text_is_frozen = False
         self._frozen_texts: dict[tuple[tuple[int, ...], bool], Tensor] = {}
 
@@ -68,7 +75,8 @@ class ClipNetwork(Network):
             return self.with_linear_head(pooled_NF, images_ND)
         columns_CD = images_ND[:0] if texts_CD is None else texts_CD
         scale = at_least_float32(self.clip.logit_scale).exp()
-        return Outputs(pooled_NF, images_ND, columns_CD, scale, images_ND.new_zeros(()))
+        bias = at_least_float32(self.clip.logit_bias) if self.with_bias else images_ND.new_zeros(())
+        return Outputs(pooled_NF, images_ND, columns_CD, scale, bias)
 
     @torch.no_grad()
     def _encode_frozen(self, tokens_CL: Tensor) -> Tensor:
@@ -97,10 +105,9 @@ class ClipNetwork(Network):
         if token_embedding:
             locked |= {id(parameter) for parameter in token_embedding_parameters(self.clip)}
         for name, parameter in self.clip.named_parameters():
-            is_text = id(parameter) not in visual and name != "logit_scale"
+            is_text = id(parameter) not in visual and name not in ("logit_scale", "logit_bias")
             frozen = (text and is_text) or (image and id(parameter) in visual) or id(parameter) in locked
-            frozen |= name in self.fixed
-            frozen |= name == "logit_bias"  # shifts all logits alike: softmax never sees it
+            frozen |= name in self.fixed or (name == "logit_bias" and not self.with_bias)
             if frozen:
                 parameter.requires_grad_(False)
 

@@ -23,8 +23,8 @@ from flyp_saflex.errors import ConfigError, RunError
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import Source, open_reader
 from flyp_saflex.records import Dataset, Edit, Sample
-from flyp_saflex.tables import METHODS
 from flyp_saflex.tasks.captions import Captions
+from flyp_saflex.tasks.clip_choices import frozen_blocks, objective_name, reads_bias
 from flyp_saflex.tasks.clip_evidence import edit_evidence
 from flyp_saflex.tasks.clip_network import ClipNetwork
 from flyp_saflex.tasks.feature_cache import FeatureCache, LoweredImages, open_feature_cache
@@ -67,12 +67,18 @@ class ClipTask(Task):
             self.notes.append(cut)
         self._class_columns: Tensor | None = None
         self._head: tuple[str, Tensor] | None = None  # of the text tower with this digest
+        self._max_logit_scale = max(MAX_LOGIT_SCALE, float(clip.model.logit_scale.detach()))
+
+    def objective_name(self, config: Config) -> str:
+        """Return the training loss of a recipe: the sigmoid loss where the model was pretrained with it."""
+        return objective_name(config, self.clip)
 
     @classmethod
     def build(cls, inputs: TaskInputs) -> ClipTask:
         """Return CLIP as the recipe names it, or as a run left it."""
         clip = cls._load(inputs)
-        network = ClipNetwork(clip.model, num_frozen=frozen_blocks(inputs.config, clip), fixed=clip.fixed)
+        frozen, biased = frozen_blocks(inputs.config, clip), reads_bias(inputs.config, clip)
+        network = ClipNetwork(clip.model, num_frozen=frozen, fixed=clip.fixed, with_bias=biased)
         return cls(clip, network, inputs.dataset, inputs.config)
 
     @staticmethod
@@ -209,15 +215,16 @@ class ClipTask(Task):
             self.network.recompute()
 
     def after_step(self) -> None:
-        """Keep logit_scale within the bound that CLIP was trained with."""
+        """Keep logit_scale within the bound that CLIP was trained with; SigLIP was trained without."""
         self.weights_changed()
-        if self.network.head is None:
+        if self.network.head is None and not self.network.with_bias:
             with torch.no_grad():
-                self.clip.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+                self.clip.model.logit_scale.clamp_(max=self._max_logit_scale)
 
     def log_row(self) -> dict[str, float]:
-        """Return the temperature of the logits."""
-        return {"logit_scale": float(self.clip.model.logit_scale.detach().exp())}
+        """Return the temperature of the logits, and their bias."""
+        bias = {"logit_bias": float(self.clip.model.logit_bias.detach())} if self.network.with_bias else {}
+        return {"logit_scale": float(self.clip.model.logit_scale.detach().exp())} | bias
 
     def computed(self) -> Tensor | None:
         """Return the zero-shot head of the weights in place; None: not computed yet."""
@@ -322,13 +329,6 @@ class LinearClipTask(ClipTask):
         state = super().initial_state()
         assert state is not None
         return state | {f"head.{name}": value for name, value in self._initial.items()}
-
-
-def frozen_blocks(config: Config, clip: Clip) -> int:
-    """Return the number of frozen image blocks: all of them where the image tower is not trained."""
-    train = config.train
-    whole = train.freeze_image or METHODS[train.method].only_head
-    return num_blocks(clip.model.visual) if whole else train.freeze_image_blocks
 
 
 def read_head(path: Path, num_classes: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from flyp_saflex.errors import RunError
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import RowReader, Source
 from flyp_saflex.records import Dataset, Edit, Sample
+from flyp_saflex.tables import METHODS
 from flyp_saflex.tasks.feature_cache import FeatureCache, LoweredImages
 from flyp_saflex.tasks.label_space import Gather, LabelSpace, Rows, ValidationSpace, class_space
 from flyp_saflex.tasks.network import Network, parameter_groups
@@ -231,6 +232,10 @@ class Task:
         raise NotImplementedError  # asked of tasks with `gives_evidence` alone
 
     # Training
+
+    def objective_name(self, config: Config) -> str:
+        """Return the training loss of a recipe, a name in `tables.OBJECTIVES`."""
+        return config.train.objective or METHODS[config.train.method].objective
 
     def begin_phase(self, *, only_head: bool) -> None:
         """Set which parameters are trained from now on."""

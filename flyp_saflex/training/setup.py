@@ -102,15 +102,9 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
     upstreams = [UPSTREAMS[name] for name in augment.upstream]
     is_cut = bool(config.data.shots or limit)
     edits = _edits(config, dataset, notes, partial=is_cut) if any(upstream.is_pool for upstream in upstreams) else None
-    method = METHODS[train.method]
     torch.manual_seed(derived_seed(config.seed, "model") % 2**63)  # only linear heads and random models draw from it
-    task = TASKS[method.task].build(TaskInputs(config=config, dataset=dataset))
-    objective = OBJECTIVES[method.objective]
-    if objective.over == "captions" and not task.has_captions:
-        raise ConfigError(
-            f"train.method = {train.method} needs captions, but its task '{method.task}' has none: give the method "
-            "an objective over classes (tables.METHODS)"
-        )
+    task = TASKS[METHODS[train.method].task].build(TaskInputs(config=config, dataset=dataset))
+    objective = _objective(config, task, notes)
     source = task.source(config.data, _copied(config, dataset))
     notes += [*task.notes, *source.notes]
     _check_two_passes(config, task, notes)
@@ -140,6 +134,35 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
         mix=_only_mix(config, upstreams),
         notes=notes,
     )
+
+
+def _objective(config: Config, task: Task, notes: list[str]) -> Objective:
+    """Return the training loss, checked against the method, the task and the reading of the gains."""
+    train, method, name = config.train, METHODS[config.train.method], task.objective_name(config)
+    objective = OBJECTIVES[name]
+    if objective.over == "captions" and not task.has_captions:
+        raise ConfigError(
+            f"train.method = {train.method} needs captions, but its task '{method.task}' has none: give the method "
+            "an objective over classes (tables.METHODS)"
+        )
+    if objective.over != OBJECTIVES[method.objective].over:
+        usual = OBJECTIVES[method.objective].over
+        alike = ", ".join(other for other, loss in OBJECTIVES.items() if loss.over == usual)
+        raise ConfigError(
+            f"train.objective = {name} is over {objective.over}, but train.method = {train.method} is over {usual}: set "
+            f"train.objective to one of {alike}, or leave it empty"
+        )
+    if config.saflex.enabled and config.saflex.gains_of == "prob" and not objective.is_softmax:
+        raise ConfigError(
+            f'saflex.gains_of = "prob" reads the logits as a softmax, but train.objective = {name} has none: set '
+            'saflex.gains_of="log", or train.objective=contrastive'
+        )
+    if name != (train.objective or method.objective):
+        notes.append(
+            f"train.objective is {name}, the loss that a model with logit_bias (SigLIP) was pretrained with; "
+            f"train.objective={method.objective} trains without it"
+        )
+    return objective
 
 
 def _copied(config: Config, dataset: Dataset) -> list[Sample]:

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 import zoo_models
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 from torch.func import functional_call
 from zoo_models import FAMILIES
 
@@ -21,10 +21,11 @@ from flyp_saflex.clip.model import Clip, load_clip
 from flyp_saflex.config import Config, TrainConfig
 from flyp_saflex.errors import ModelError
 from flyp_saflex.records import Dataset, Split
-from flyp_saflex.saflex.objectives import CONTRASTIVE
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step.step import StepLoss
 from flyp_saflex.step.validation_gradient import Validation
+from flyp_saflex.tables import OBJECTIVES
+from flyp_saflex.tasks.clip_choices import reads_bias
 from flyp_saflex.tasks.clip_network import ClipNetwork
 from flyp_saflex.tasks.clip_task import ClipTask
 from flyp_saflex.tasks.label_space import Rows
@@ -47,9 +48,16 @@ def clip(request: pytest.FixtureRequest, tmp_path: Path) -> Clip:
 def make_task(clip: Clip) -> ClipTask:
     splits = {"train": Split(name="train", role="train", shift="id", samples=())}
     dataset = Dataset(name="captions", root=Path(), class_names=tuple(CAPTIONS), splits=splits, templates=("{}",))
-    task = ClipTask(clip, ClipNetwork(clip.model, fixed=clip.fixed), dataset, Config(train=TrainConfig(proxies="batch")))
+    config = Config(train=TrainConfig(proxies="batch"))
+    network = ClipNetwork(clip.model, fixed=clip.fixed, with_bias=reads_bias(config, clip))
+    task = ClipTask(clip, network, dataset, config)
     task.begin_phase(only_head=False)
     return task
+
+
+def make_step(task: ClipTask, saflex: Saflex | None = None) -> StepLoss:
+    """A step with the loss that a recipe without `train.objective` has."""
+    return StepLoss(task, OBJECTIVES[task.objective_name(task.config)], saflex=saflex)
 
 
 def untrimmed(
@@ -75,18 +83,20 @@ def test_loss_gradient_and_gains_are_those_of_open_clips_functions(name: str, cl
     parameters = task.network.parameters_in("all")
     names, leaves = [key.removeprefix("clip.") for key in parameters], list(parameters.values())
     # Plain step: loss and gradient.
-    step = StepLoss(task, CONTRASTIVE)
+    step, is_sigmoid = make_step(task), "SigLIP" in name
     rows = Rows(images, captions, captions, torch.arange(5), 5)
     loss = step(rows).loss
-    expected = ClipLoss()(*untrimmed(model, images, tokens[captions]))
+    whole = untrimmed(model, images, tokens[captions])
+    expected = SigLipLoss()(*whole, model.logit_bias) if is_sigmoid else ClipLoss()(*whole)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     found, wanted = (torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) for value in (loss, expected))
     for key, ours, theirs in zip(names, found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+    assert ("logit_bias" in names) == is_sigmoid, "trained with the loss that sees it"
     assert sum(float(theirs.abs().max()) > 1e-6 for theirs in wanted) > len(wanted) / 2
     # SAFLEX: gains along the validation gradient, against differences of the untrimmed logits.
     saflex = Saflex(scope="all", validation_loss="ce", estimator="exact", gain_scale="none", average=0.0)
-    step = StepLoss(task, CONTRASTIVE, saflex=saflex)
+    step = make_step(task, saflex)
     labels = torch.tensor([0, 1, 2])
     validation = torch.randn(3, 3, size, size, dtype=torch.float64)
     step.refresh(Validation(validation, labels, labels))
@@ -99,16 +109,20 @@ def test_loss_gradient_and_gains_are_those_of_open_clips_functions(name: str, cl
         torch.testing.assert_close(direction[key], value, rtol=1e-5, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
     result = step(Rows(images, captions, captions, torch.arange(5), num_train))
 
-    def log_probs(length: float) -> torch.Tensor:
+    def rewards(length: float) -> torch.Tensor:
+        """Minus the loss of every row for every label."""
         moved = {
             f"model.{key}": value.detach() + length * direction[f"clip.{key}"] for key, value in zip(names, leaves, strict=True)
         }
         image, text, scale = functional_call(Untrimmed(model), moved, (images[num_train:], tokens[captions]))
+        if is_sigmoid:
+            logits = scale * image @ text.T + moved["model.logit_bias"]
+            return logits - torch.nn.functional.softplus(logits).sum(dim=1, keepdim=True)
         return (scale * image @ text.T).log_softmax(dim=1)
 
     with torch.no_grad():
         size = 1e-5 / max(1e-3, float(torch.stack([value.norm() for value in direction.values()]).norm()))
-        slope_AC = (log_probs(-size) - log_probs(size)) / (2 * size)
+        slope_AC = (rewards(-size) - rewards(size)) / (2 * size)
     own = torch.stack([slope_AC[row, captions == captions[num_train + row]].mean() for row in range(2)])
     # T5's norms take the variance in float32, which a difference magnifies.
     torch.testing.assert_close(result.gains_A, own, rtol=1e-3, atol=1e-6 * float(slope_AC.abs().max()))
@@ -140,7 +154,7 @@ def test_text_towers_of_transformers_give_the_same_gains_frozen_and_recomputed(c
                 task.network.recompute()
             task.network.set_mode(training=changed, freeze_batchnorm=True)
             saflex = Saflex(scope="all", validation_loss="ce", estimator=estimator, gain_scale="none", average=0.0, check_every=1)
-            step = StepLoss(task, CONTRASTIVE, saflex=saflex)
+            step = make_step(task, saflex)
             step.refresh(Validation(images[:3], labels[:3], labels[:3]))
             result = step(Rows(images, labels, labels, torch.arange(5), 3))
             assert torch.autograd.grad(result.loss, task.network.clip.visual.proj)[0].isfinite().all()
@@ -230,6 +244,7 @@ def test_a_family_trains_with_saflex_is_evaluated_offline_and_reloads(
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 2
+    assert any("logit_bias" in row for row in rows) == ("SigLIP" in name), "the sigmoid loss, by itself"
     before = load_clip(f"local-dir:{start}")
     shutil.rmtree(start)  # with its tokenizer, and the configuration of its text tower
     assert main(["evaluate", str(run)]) == 0, capsys.readouterr().err

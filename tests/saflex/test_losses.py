@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 
 from flyp_saflex.saflex.losses import (
     VALIDATION_LOSSES,
@@ -17,6 +17,8 @@ from flyp_saflex.saflex.losses import (
     nt_xent,
     nt_xent_logits,
     nt_xent_partners,
+    sigmoid_loss,
+    sigmoid_losses,
     soft_cross_entropy,
 )
 
@@ -56,7 +58,7 @@ def test_soft_cross_entropy_is_eq_7_over_the_sum_of_weights(generator):
     torch.testing.assert_close(soft_cross_entropy(logits, labels, weights), by_hand / weights.sum(), rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("loss_fn", [soft_cross_entropy, clip_loss])
+@pytest.mark.parametrize("loss_fn", [soft_cross_entropy, clip_loss, sigmoid_loss])
 def test_half_precision_logits_are_computed_in_float32(loss_fn, generator):
     logits, labels = torch.randn(5, 5, generator=generator).bfloat16(), torch.eye(5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -73,7 +75,7 @@ def test_impossible_classes_without_mass_are_harmless():
     assert soft_cross_entropy(logits, torch.tensor([[0.5, 0.0, 0.5]])) == math.inf  # mass on the impossible is not hidden
 
 
-@pytest.mark.parametrize("loss_fn", [soft_cross_entropy, clip_loss])
+@pytest.mark.parametrize("loss_fn", [soft_cross_entropy, clip_loss, sigmoid_loss])
 def test_all_weights_zero_is_zero_with_zero_gradient(loss_fn, generator):
     logits = torch.randn(4, 4, generator=generator)
     loss, gradient = value_and_gradient(lambda z: loss_fn(z, torch.eye(4), torch.zeros(4)), logits)
@@ -139,18 +141,47 @@ def test_clip_loss_is_the_written_formula(case, generator):
     assert torch.autograd.gradcheck(lambda z: clip_loss(z, mass, weights), logits.clone().requires_grad_())
 
 
-def test_dropping_rows_equals_leaving_them_out(generator):
+@pytest.mark.parametrize("loss_fn", [clip_loss, sigmoid_loss])
+def test_dropping_rows_equals_leaving_them_out(loss_fn, generator):
     logits, mass = torch.randn(7, 5, generator=generator, dtype=torch.float64), simplex(7, 5, generator)
     kept = torch.tensor([True, False, True, True, False, False, True])
-    torch.testing.assert_close(clip_loss(logits, mass, kept.double()), clip_loss(logits[kept], mass[kept]), rtol=1e-13, atol=0)
+    torch.testing.assert_close(loss_fn(logits, mass, kept.double()), loss_fn(logits[kept], mass[kept]), rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("loss_fn", [soft_cross_entropy, clip_loss])
+@pytest.mark.parametrize("loss_fn", [soft_cross_entropy, clip_loss, sigmoid_loss])
 def test_losses_times_mass_are_linear_in_labels(loss_fn, generator):
     logits = torch.randn(5, 4, generator=generator, dtype=torch.float64)
     first, second = simplex(5, 4, generator), simplex(5, 4, generator)
     mixed = loss_fn(logits, 0.3 * first + 0.7 * second)
     torch.testing.assert_close(mixed, 0.3 * loss_fn(logits, first) + 0.7 * loss_fn(logits, second), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("num_rows", [1, 2, 33])
+def test_plain_sigmoid_loss_is_open_clips(num_rows, dtype, tolerance, generator):
+    images, texts = (F.normalize(torch.randn(num_rows, 8, generator=generator, dtype=dtype), dim=1) for _ in range(2))
+    leaves = [images, texts, torch.tensor(20.0, dtype=dtype), torch.tensor(-10.0, dtype=dtype)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    images, texts, scale, bias = leaves
+    expected, found = SigLipLoss()(*leaves), sigmoid_loss(scale * images @ texts.T + bias, torch.eye(num_rows, dtype=dtype))
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_sigmoid_loss_is_the_written_formula(generator):
+    logits, labels = torch.randn(6, 4, generator=generator, dtype=torch.float64), simplex(6, 4, generator)
+    weights = torch.rand(6, generator=generator, dtype=torch.float64)
+    by_hand = sum(
+        weights[i] * (math.log1p(math.exp(logits[i, j])) - labels[i, j] * logits[i, j]) for i in range(6) for j in range(4)
+    )
+    torch.testing.assert_close(sigmoid_loss(logits, labels, weights), by_hand / weights.sum(), rtol=1e-13, atol=0)
+
+
+def test_sigmoid_losses_of_large_logits_keep_their_digits():
+    """softplus(z) - z of z = 20 is 2e-9; as a difference of float32 numbers it would be zero."""
+    found = sigmoid_losses(torch.tensor([[20.0, -20.0]]), torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(found, torch.tensor([2 * math.exp(-20)]), rtol=1e-5, atol=0)
 
 
 def test_nt_xent_is_the_textbook_formula(generator):

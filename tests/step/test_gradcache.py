@@ -62,11 +62,12 @@ def make(
     mixed=False,
     dtype=torch.float64,
     proxies="captions",
+    logit_bias=None,
     refresh=True,
     **options,
 ):
     torch.manual_seed(0)
-    task = make_task(build(tower, dtype), CAPTIONS, num_frozen=1, head=head, proxies=proxies)
+    task = make_task(build(tower, dtype), CAPTIONS, num_frozen=1, head=head, proxies=proxies, logit_bias=logit_bias)
     network = task.network
     network.set_mode(training=True, freeze_batchnorm=True)
     counted = Counted(network)
@@ -118,6 +119,9 @@ METHODS = {
     "batch, all": {"proxies": "batch", "scope": "all"},
     "resnet": {"tower": "resnet"},
     "resnet, all, batch": {"tower": "resnet", "scope": "all", "proxies": "batch"},
+    "sigmoid": {"logit_bias": -3.0},
+    "sigmoid, all, batch": {"logit_bias": -3.0, "proxies": "batch", "scope": "all"},
+    "sigmoid, lowest-loss": {"logit_bias": -3.0, "saflex": False, "upstream_filter": "lowest-loss"},
     "ce-text": {"contrastive": False},
     "ce-linear": {"contrastive": False, "head": True, "scope": "all"},
     "mixed": {"mixed": True},

@@ -51,6 +51,33 @@ def test_freezing(clip):
     assert "clip.text_projection" in trained(network)
 
 
+@pytest.fixture
+def biased(clip):
+    """The model with SigLIP's bias."""
+    clip.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+    return clip
+
+
+def test_the_bias_is_in_the_logits_and_trained_only_where_the_loss_sees_it(biased):
+    images, tokens = torch.randn(3, 3, 32, 32), biased.tokenizer(TEXTS)
+    without, network = ClipNetwork(biased.model), ClipNetwork(biased.model, with_bias=True)
+    with torch.no_grad():
+        out, plain = network(images, tokens), without(images, tokens)
+        image, text, scale, bias = biased.model(images, tokens)
+        torch.testing.assert_close(out.logits(), scale * image @ text.T + bias, rtol=0, atol=1e-5)
+    assert not plain.bias.any()
+    assert torch.equal(out.scale * out.images_ND @ out.columns_CD.T, plain.logits()), "a softmax has the digits of before"
+    for model, expected in ((without, False), (network, True)):
+        model.freeze()
+        assert ("clip.logit_bias" in trained(model)) == expected
+        model.freeze(text=True)
+        assert ("clip.logit_bias" in trained(model)) == expected, "it is no part of the text tower"
+        assert not model.trains_texts()
+        assert ("clip.logit_bias" in model.parameters_in("head")) == expected
+        model.freeze(only_head=True)
+        assert not trained(model)
+
+
 def test_frozen_texts_are_encoded_once(clip, monkeypatch):
     images, tokens = torch.randn(3, 3, 32, 32), clip.tokenizer(TEXTS)
     network = ClipNetwork(clip.model)
