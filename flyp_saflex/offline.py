@@ -102,13 +102,24 @@ class EditorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """ALIA's filters and source consistency (command `filter`): scores for training with `augment.filter = "scores"`."""
+    """ALIA's filters, source consistency, CLIPScore (command `filter`): scores for training with `augment.filter = "scores"`."""
 
-    use: tuple[Literal["semantic", "confidence", "source"], ...] = ("semantic", "confidence")
-    """Filters to run. `source` (source consistency) needs no run, and also writes CLIP's directional similarity."""
-    drop: tuple[Literal["semantic", "unchanged", "corrupted", "foreign"], ...] = ("semantic", "unchanged", "corrupted", "foreign")
+    use: tuple[Literal["semantic", "confidence", "source", "clip-score"], ...] = ("semantic", "confidence")
+    """Filters to run. `source` (source consistency) needs no run, and also writes CLIP's directional similarity. `clip-score`:
+    CLIPScore of the edit and the name of its class."""
+    drop: tuple[Literal["semantic", "unchanged", "corrupted", "foreign", "low-score"], ...] = (
+        "semantic",
+        "unchanged",
+        "corrupted",
+        "foreign",
+        "low-score",
+    )
     """Verdicts that set `keep` to false: the edit shows no object of the dataset (`semantic`), hardly differs from its source
-    (`unchanged`), no longer shows its class (`corrupted`), or resembles sources of another class more (`foreign`)."""
+    (`unchanged`), no longer shows its class (`corrupted`), resembles sources of another class more (`foreign`), or fits the
+    name of its class too little (`low-score`)."""
+    min_clip_score: NonNegative = 0.5
+    """`clip-score`: smallest CLIPScore, 2.5 max(cosine, 0), that is kept. 0.5 is a cosine of 0.2, usual for CLIP ViT-B; scores of
+    other models have another scale, so compare with the quantiles that are printed."""
     run: str = ""
     """`confidence`: run folder of a model trained on the clean images."""
     rule: Literal["predicted", "alia"] = "predicted"
