@@ -1,6 +1,6 @@
 """Draw the picture of README from `scripts/results.csv`: who keeps the worth of edits, half of which are wrong.
 
-    python scripts/plot_results.py      # writes docs/edits-worth-having.svg
+Run `python scripts/plot_results.py`; it writes docs/edits-worth-having.svg.
 """
 
 from __future__ import annotations
