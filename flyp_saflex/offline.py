@@ -40,13 +40,20 @@ class PromptsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EditorConfig:
-    """Diffusion editor (command `generate`); an unset option takes the default of its `kind`."""
+    """Diffusion editor (command `generate`); an unset option takes the default of its `preset` or `kind`."""
 
+    preset: str = ""
+    """Editor by name, with kind, model and advised options: `instruct-pix2pix`, `sdxl-instruct-pix2pix`, `flux-kontext`,
+    `flux2-klein`, `qwen-image-edit`, `img2img`, `text2img`, `inpaint`, `controlnet-canny`; empty: `kind` decides."""
     kind: str = "instruct-pix2pix"
     """`instruct-pix2pix`: follows an instruction; `img2img`: SDEdit; `text2img`: from text alone; `inpaint`: around the box;
-    `auto`: any newer instruction editor, called with image and instruction (or another name in the table `EDITORS`)."""
+    `controlnet-canny`: from text and the source's edges; `auto`: any newer instruction editor, called with image and instruction
+    (or another name in the table `EDITORS`)."""
     model: str = ""
     """Diffusers model (hub id or folder); empty: the default of `kind`, for example `timbrooks/instruct-pix2pix`."""
+    controlnet: str = ""
+    """`controlnet-canny`: ControlNet (hub id or folder); empty: the one in the folder of `model`, else
+    `lllyasviel/sd-controlnet-canny`."""
     revision: str = ""
     """Revision of the hub's repository; empty: the newest."""
     prompts: str = ""
@@ -63,8 +70,9 @@ class EditorConfig:
     """`img2img` and `inpaint`: noise added to the source image, 0 (none) to 1 (full); unset: 0.5 and 1."""
     scheduler: str = ""
     """Class name of a diffusers scheduler (`DDIMScheduler`, `DPMSolverMultistepScheduler` ...); empty: the model's own."""
-    size_px: Natural = 512
-    """Shorter side of the editor's input and output in pixels, rounded to the model's grid; 0: size of the source."""
+    size_px: Natural | None = None
+    """Shorter side of the editor's input and output in pixels, rounded to the model's grid; unset: 512, or the preset's; 0: size
+    of the source."""
     batch_size: Count = 8
     """Edits per batch, of different images and prompts. It changes edits only by rounding, and is halved until the batch fits
     into GPU memory."""
@@ -72,6 +80,14 @@ class EditorConfig:
     """Edits per image and prompt, each with its own noise."""
     texts_per_image: Natural = 0
     """Prompts drawn per image, with `seed`; 0: all."""
+    plan: Literal["all", "quota", "bias"] = "all"
+    """Edits to make among all images and prompts. `quota`: rare classes first, until images and edits of all classes are level;
+    `bias`: per class, places where training never or rarely saw it first, until pairs of class and place are level."""
+    budget: Natural = 0
+    """Edits in all; 0: all, or as many as `quota` and `bias` ask for."""
+    places: str = ""
+    """`bias`: CSV file with the columns `domain` and `place`: the place, called as the `domain` of a prompt, of each of the
+    dataset's domains (camera locations, for example); empty: they are called alike."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the editor's weights; `fp16` or `bf16` on a GPU."""
     compile: bool = False
@@ -86,13 +102,24 @@ class EditorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """ALIA's filters and source consistency (command `filter`): scores for training with `augment.filter = "scores"`."""
+    """ALIA's filters, source consistency, CLIPScore (command `filter`): scores for training with `augment.filter = "scores"`."""
 
-    use: tuple[Literal["semantic", "confidence", "source"], ...] = ("semantic", "confidence")
-    """Filters to run. `source` (source consistency) needs no run, and also writes CLIP's directional similarity."""
-    drop: tuple[Literal["semantic", "unchanged", "corrupted", "foreign"], ...] = ("semantic", "unchanged", "corrupted", "foreign")
+    use: tuple[Literal["semantic", "confidence", "source", "clip-score"], ...] = ("semantic", "confidence")
+    """Filters to run. `source` (source consistency) needs no run, and also writes CLIP's directional similarity. `clip-score`:
+    CLIPScore of the edit and the name of its class."""
+    drop: tuple[Literal["semantic", "unchanged", "corrupted", "foreign", "low-score"], ...] = (
+        "semantic",
+        "unchanged",
+        "corrupted",
+        "foreign",
+        "low-score",
+    )
     """Verdicts that set `keep` to false: the edit shows no object of the dataset (`semantic`), hardly differs from its source
-    (`unchanged`), no longer shows its class (`corrupted`), or resembles sources of another class more (`foreign`)."""
+    (`unchanged`), no longer shows its class (`corrupted`), resembles sources of another class more (`foreign`), or fits the
+    name of its class too little (`low-score`)."""
+    min_clip_score: NonNegative = 0.5
+    """`clip-score`: smallest CLIPScore, 2.5 max(cosine, 0), that is kept. 0.5 is a cosine of 0.2, usual for CLIP ViT-B; scores of
+    other models have another scale, so compare with the quantiles that are printed."""
     run: str = ""
     """`confidence`: run folder of a model trained on the clean images."""
     rule: Literal["predicted", "alia"] = "predicted"

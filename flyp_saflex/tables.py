@@ -11,6 +11,7 @@
     EVIDENCE         saflex.evidence         function: EditFeatures -> scores of every label (tasks/clip_evidence.py)
     METRICS          train.select_metric     Metric: title, unit, direction, function of Scores
     EDITORS          editor.kind             EditorKind: usual values, inputs, loader (editing/settings.py)
+    PRESETS          editor.preset           EditorPreset: kind, advised options, licence, memory (editing/presets.py)
 
 An entry may be the object itself or "module:attribute" within the package, imported when it is first used: the ground stays
 free of torch, and a name is checked before anything is loaded.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flyp_saflex.config import DataConfig
+    from flyp_saflex.editing.presets import EditorPreset
     from flyp_saflex.editing.settings import EditorKind
     from flyp_saflex.evaluation.metrics import Scores
     from flyp_saflex.records import Dataset
@@ -47,10 +49,11 @@ class Table(MutableMapping[str, Entry], Generic[Entry]):
     Args:
         option: the option whose value is a name of this table; or a word for the kind of thing.
         entries: objects, or "module:attribute" below `flyp_saflex`.
+        may_be_empty: whether the option may be the empty string, which names nothing.
     """
 
-    def __init__(self, option: str, entries: Mapping[str, Entry | str]) -> None:
-        self.option = option
+    def __init__(self, option: str, entries: Mapping[str, Entry | str], *, may_be_empty: bool = False) -> None:
+        self.option, self._may_be_empty = option, may_be_empty
         self._entries: dict[str, Entry | str] = dict(entries)
 
     def __getitem__(self, name: str) -> Entry:
@@ -73,7 +76,7 @@ class Table(MutableMapping[str, Entry], Generic[Entry]):
         Raises:
             ConfigError: it is not; says the nearest.
         """
-        if name not in self._entries:
+        if name not in self._entries and not (self._may_be_empty and name == ""):
             raise ConfigError(
                 f"{option or self.option} = {quoted(repr(name))}: expected one of {', '.join(self)}{nearest(name, self)}"
             )
@@ -288,8 +291,24 @@ EDITORS: Table[EditorKind] = Table(
         "img2img": "editing.settings:IMG2IMG",
         "text2img": "editing.settings:TEXT2IMG",
         "inpaint": "editing.settings:INPAINT",
+        "controlnet-canny": "editing.settings:CONTROLNET_CANNY",
         "auto": "editing.settings:AUTO",
     },
 )
-CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, OBJECTIVES, UPSTREAMS, WEIGHT_RULES, EVIDENCE, METRICS, EDITORS)
+PRESETS: Table[EditorPreset] = Table(
+    "editor.preset",
+    {
+        "instruct-pix2pix": "editing.presets:INSTRUCT_PIX2PIX",
+        "sdxl-instruct-pix2pix": "editing.presets:SDXL_INSTRUCT_PIX2PIX",
+        "flux-kontext": "editing.presets:FLUX_KONTEXT",
+        "flux2-klein": "editing.presets:FLUX2_KLEIN",
+        "qwen-image-edit": "editing.presets:QWEN_IMAGE_EDIT",
+        "img2img": "editing.presets:IMG2IMG",
+        "text2img": "editing.presets:TEXT2IMG",
+        "inpaint": "editing.presets:INPAINT",
+        "controlnet-canny": "editing.presets:CONTROLNET_CANNY",
+    },
+    may_be_empty=True,
+)
+CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, OBJECTIVES, UPSTREAMS, WEIGHT_RULES, EVIDENCE, METRICS, EDITORS, PRESETS)
 """Tables whose names are values of an option: `recipe.py` checks these options."""

@@ -17,14 +17,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from flyp_saflex.editing.control_image import USUAL_CONTROLNET, canny, load_controlnet
 from flyp_saflex.editing.editor import Request
 from flyp_saflex.editing.pipeline_files import Source, locate, quiet, reason
+from flyp_saflex.editing.presets import area_size, check_preset
 from flyp_saflex.editing.prompt_encoder import Texts
 from flyp_saflex.editing.schedulers import check_scheduler, make_scheduler
 from flyp_saflex.editing.settings import MAX_ASPECT, EditorKind, output_size, scale_box
 from flyp_saflex.errors import ConfigError, ModelError, RunError
 from flyp_saflex.offline import EditorConfig
-from flyp_saflex.tables import EDITORS
+from flyp_saflex.tables import EDITORS, PRESETS
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,7 +47,10 @@ class DiffusersEditor:
 
     def __init__(self, pipeline: Any, settings: EditorConfig, identity: dict[str, str]) -> None:
         self.settings, self.identity, self._pipeline, self._kind = settings, identity, pipeline, EDITORS[settings.kind]
-        self.batch_size = 1 if self._kind.one_by_one else settings.batch_size
+        preset = PRESETS[settings.preset] if settings.preset else None
+        self._single = self._kind.one_by_one and not (preset and preset.batched)
+        self._source_area_px = preset.source_area_px if preset else 0
+        self.batch_size = 1 if self._single else settings.batch_size
         self._accepted = inspect.signature(type(pipeline).__call__).parameters
         self.grid_px = _grid_px(pipeline)
         self._options = self._fixed_options()
@@ -55,9 +60,11 @@ class DiffusersEditor:
 
     def output_size(self, width_px: int, height_px: int) -> tuple[int, int]:
         """Return (width, height) in pixels of an edit of a source; kinds without a source make squares."""
+        size_px = self.settings.size_px
+        assert size_px is not None, "settings are resolved"
         if not self._kind.needs:
-            width_px = height_px = self.settings.size_px
-        return output_size(width_px, height_px, size_px=self.settings.size_px, grid_px=self.grid_px)
+            width_px = height_px = size_px
+        return output_size(width_px, height_px, size_px=size_px, grid_px=self.grid_px)
 
     def edit(self, requests: Sequence[Request]) -> list[Image.Image | str]:
         """Make the edits, in batches of equal output size.
@@ -140,13 +147,15 @@ class DiffusersEditor:
         batch: dict[str, Any] = {"generator": generators} | self._texts.arguments([request.text for request in requests])
         sources, masks = [], []
         if "image" in self._kind.needs:
-            sources = batch["image"] = [_resized(request.image, size) for request in requests]
+            seen = area_size(*size, self._source_area_px) if self._source_area_px else size
+            sources = [_resized(request.image, seen) for request in requests]
+            batch["image"] = [canny(source) for source in sources] if self._kind.edges else sources
         if "box" in self._kind.needs:
             masks = batch["mask_image"] = [_repaint_mask(request, size) for request in requests]
-        if self._kind.one_by_one:  # single things instead of lists of one, which every pipeline takes
-            batch = {name: values[0] for name, values in batch.items()}
         if "true_cfg_scale" in self._accepted and self._guidance_name() == "true_cfg_scale":
-            batch.setdefault("negative_prompt", " ")  # without one, these pipelines ignore the guidance
+            batch.setdefault("negative_prompt", [" "] * len(requests))  # without one, these pipelines ignore the guidance
+        if self._single:  # single things instead of lists of one, which every pipeline takes
+            batch = {name: values[0] for name, values in batch.items()}
         area = {"width": size[0], "height": size[1], "max_area": size[0] * size[1], "_auto_resize": False}
         batch |= {name: value for name, value in area.items() if name in self._accepted}
         images, flagged = self._call(batch, len(requests), size)
@@ -225,8 +234,16 @@ def load(settings: EditorConfig, *, device: torch.device | str = "cpu") -> Diffu
         import diffusers
 
         check_scheduler(diffusers, settings.scheduler)
+        check_preset(diffusers, settings)
         source = locate(settings, diffusers.DiffusionPipeline)
-        pipeline = _load(diffusers, settings, kind, source)
+        check_preset(diffusers, settings, source.class_name)
+        options, identity = {}, source.identity
+        if kind.edges and (settings.controlnet or "ControlNet" not in source.class_name):
+            options["controlnet"], more = load_controlnet(
+                diffusers, settings.controlnet or USUAL_CONTROLNET, PRECISIONS[settings.precision]
+            )
+            identity = identity | more
+        pipeline = _load(diffusers, settings, kind, source, options)
     _check_channels(pipeline, settings, kind)
     with quiet():
         if settings.scheduler:
@@ -237,13 +254,13 @@ def load(settings: EditorConfig, *, device: torch.device | str = "cpu") -> Diffu
         denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         if settings.compile and denoiser is not None:
             denoiser.compile()
-    return DiffusersEditor(pipeline, settings, source.identity)
+    return DiffusersEditor(pipeline, settings, identity)
 
 
-def _load(diffusers: Any, settings: EditorConfig, kind: EditorKind, source: Source) -> Any:
-    """Load the pipeline of the kind from a folder."""
+def _load(diffusers: Any, settings: EditorConfig, kind: EditorKind, source: Source, parts: dict[str, Any]) -> Any:
+    """Load the pipeline of the kind from a folder; `parts` were loaded from elsewhere."""
     own_class = kind.family and kind.family in source.class_name
-    options: dict[str, Any] = {"dtype": PRECISIONS[settings.precision]}
+    options: dict[str, Any] = {"dtype": PRECISIONS[settings.precision]} | parts
     if source.has_safety_checker and not settings.safety_checker:
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:

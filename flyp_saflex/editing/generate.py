@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset
+from flyp_saflex.editing.choice import choice_table, choose_edits, read_places
 from flyp_saflex.editing.edit_images import EditResult, edit_batches, read_source
 from flyp_saflex.editing.editor import Editor, load_editor
 from flyp_saflex.editing.plan import (
@@ -33,6 +34,7 @@ from flyp_saflex.editing.plan import (
     stated_settings,
     wordings_for,
 )
+from flyp_saflex.editing.presets import preset_note
 from flyp_saflex.editing.progress import Sheets, Tally
 from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import DataError
@@ -103,6 +105,9 @@ def generate(config: Config, *, shard: tuple[int, int] = (0, 1), limit: int | No
     batches = work.pending(made, rejected, whole=dry_run)
     work.say(_plan_line(work, made, rejected))
     if dry_run:
+        work.say(choice_table(work.plan, work.dataset.train.samples, work.dataset.class_names))
+        if note := preset_note(work.settings):
+            work.say(note)
         if work.is_main and batches:
             _probe(work, batches, sum(_is_open(edit, made, rejected) for batch in batches for edit in batch))
         return work.folder
@@ -135,10 +140,11 @@ def _work(config: Config, shard: tuple[int, int], limit: int | None) -> _Work:
     """Check everything that needs no model, and plan the edits."""
     settings = resolve(config.editor)
     prompts = load_edit_prompts(config.editor.prompts, config.data.name)
-    wordings = wordings_for(prompts, config.editor.kind)
+    wordings = wordings_for(prompts, settings.kind)
     dataset = load_dataset(config.data, seed=config.seed, limit=limit)
-    check_plan(config, dataset)
-    stated = stated_settings(config, settings, wordings)
+    check_plan(settings, dataset, box_crop=config.data.box_crop)
+    places = read_places(settings.places, dataset.train.samples) if settings.plan == "bias" else {}
+    stated = stated_settings(config, settings, wordings) | ({"places": places} if places else {})
     folder = Path(config.cache.root).expanduser() / dataset.name / (config.cache.key or entry_key(stated))
     state_settings(folder, stated, write=False)
     plan = plan_edits(
@@ -150,6 +156,7 @@ def _work(config: Config, shard: tuple[int, int], limit: int | None) -> _Work:
         texts_per_image=config.editor.texts_per_image,
         suffix=f".{config.editor.image_format}",
     )
+    plan = choose_edits(plan, dataset.train.samples, settings, places, seed=config.seed)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return _Work(
         config=config,
@@ -215,6 +222,7 @@ def _row(planned: PlannedEdit, image: Image.Image, work: _Work, editor: Editor) 
         "instruction": planned.text,
         "domain": planned.domain,
         "k": planned.k,
+        **({"preset": settings.preset} if settings.preset else {}),
         "kind": settings.kind,
         **editor.identity,
         **{name: value for name, value in numbers.items() if value is not None},
@@ -264,9 +272,10 @@ def _plan_line(work: _Work, made: set[str], rejected: set[str]) -> str:
     refused = sum(name in rejected and name not in made for name in work.plan.file_names)
     part = f", this is part {work.index} of {work.count}" if work.count > 1 else ""
     model = f" ({work.stated['model']})" if work.stated["model"] else ""
+    editor = work.settings.preset or work.settings.kind
     return (
         f"{work.folder}: {len(work.plan)} edits of {work.plan.num_sources} images with "
-        f"{len(work.stated['texts'])} texts by {work.settings.kind}{model}; {done} made, {refused} rejected, "
+        f"{len(work.stated['texts'])} texts by {editor}{model}; {done} made, {refused} rejected, "
         f"{len(work.plan) - done - refused} to do{part}"
     )
 

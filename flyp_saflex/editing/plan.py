@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -29,6 +29,8 @@ LOOK = (
     "precision", "safety_checker",
 )  # fmt: skip
 """Options of `editor` that decide how an edit looks, in the order of settings.json."""
+LATER = ("preset", "controlnet", "plan", "budget")
+"""Further ones, stated only where they are set, so that entries of before keep their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,13 @@ class EditPlan(Sequence[PlannedEdit]):
         """Number of images that are edited."""
         return len(set(self.sources))
 
+    def select(self, places: Iterable[int]) -> EditPlan:
+        """Return the edits at these places, in this order."""
+        chosen = EditPlan(self.samples, self.wordings, self.seed)
+        for place in places:
+            chosen.add(self.sources[place], self._numbers[place], self._texts[place], self._ks[place], self.file_names[place])
+        return chosen
+
     def named(self) -> list[tuple[str, str]]:
         """Return the name of every edit and the `sample_id` of its source."""
         sample_ids = sample_ids_of(self.samples)
@@ -122,7 +131,7 @@ class EditPlan(Sequence[PlannedEdit]):
 
 def edit_seed(seed: int, sample_id: str, text: str, k: int) -> int:
     """Return the seed of one edit's noise, 0 .. 2**63 - 1: a hash of the arguments."""
-    return _hash(seed, sample_id, text, k) >> 1
+    return stable_hash(seed, sample_id, text, k) >> 1
 
 
 def draw_wordings(wordings: Sequence[Wording], sample_id: str, *, seed: int, number: int) -> list[Wording]:
@@ -132,7 +141,7 @@ def draw_wordings(wordings: Sequence[Wording], sample_id: str, *, seed: int, num
     """
     if not 0 < number < len(wordings):
         return list(wordings)
-    ranks = sorted((_hash(seed, sample_id, wording.text, -1), place) for place, wording in enumerate(wordings))
+    ranks = sorted((stable_hash(seed, sample_id, wording.text, -1), place) for place, wording in enumerate(wordings))
     return [wordings[place] for place in sorted(place for _, place in ranks[:number])]
 
 
@@ -216,32 +225,29 @@ def batches_of(
     ]
 
 
-def check_plan(config: Config, dataset: Dataset) -> None:
+def check_plan(settings: EditorConfig, dataset: Dataset, *, box_crop: bool) -> None:
     """Check that the samples have what the editor's kind needs.
 
     Raises:
         ConfigError: a kind that needs boxes, and images without them or cropped to them.
     """
-    if "box" not in EDITORS[config.editor.kind].needs:
+    if "box" not in EDITORS[settings.kind].needs:
         return
-    if config.data.box_crop:
+    if box_crop:
         raise ConfigError(
-            f"editor.kind = {config.editor.kind} needs what is around the box, but data.box_crop cuts that off: set "
+            f"editor.kind = {settings.kind} needs what is around the box, but data.box_crop cuts that off: set "
             "data.box_crop=false"
         )
     if all(sample.box is None for sample in dataset.train.samples):
         raise ConfigError(
-            f"editor.kind = {config.editor.kind} needs the object's box, but the images of '{dataset.name}' have none (those of "
+            f"editor.kind = {settings.kind} needs the object's box, but the images of '{dataset.name}' have none (those of "
             "cub have): use instruct-pix2pix or img2img"
         )
 
 
 def stated_settings(config: Config, settings: EditorConfig, wordings: Sequence[Wording]) -> dict[str, Any]:
     """Return the settings that decide which edits are made and how they look (settings.json of the entry)."""
-    model = Path(settings.model).expanduser()
     stated: dict[str, Any] = {"dataset": config.data.name, **{name: getattr(settings, name) for name in LOOK}}
-    if settings.model and model.is_dir():
-        stated["model"] = model.resolve().name  # a machine's path is no property of the edits
     stated |= {
         "seed": config.seed,
         "per_text": config.editor.per_text,
@@ -249,6 +255,13 @@ def stated_settings(config: Config, settings: EditorConfig, wordings: Sequence[W
         "image_format": config.editor.image_format,
         "texts": [asdict(wording) for wording in wordings],
     }
+    for name in LATER:
+        if getattr(settings, name) != getattr(EditorConfig, name):
+            stated[name] = getattr(settings, name)
+    for name in ("model", "controlnet"):
+        folder = Path(getattr(settings, name)).expanduser()
+        if stated.get(name) and folder.is_dir():
+            stated[name] = folder.resolve().name  # a machine's path is no property of the edits
     return stated | ({"box_crop": True} if config.data.box_crop else {})
 
 
@@ -257,6 +270,7 @@ def entry_key(stated: Mapping[str, Any]) -> str:
     return f"{stated['kind']}-{hashlib.sha256(msgspec.json.encode(stated, order='sorted')).hexdigest()[:8]}"
 
 
-def _hash(*parts: object) -> int:
+def stable_hash(*parts: object) -> int:
+    """Return a hash of the parts' texts, 0 .. 2**64 - 1, the same on every machine."""
     text = "\n".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "big")

@@ -5,6 +5,7 @@
     img2img            prompt        image   7.5       -               0.5       Stable Diffusion 1.5
     text2img           prompt        -       7.5       -               -         Stable Diffusion 1.5
     inpaint            prompt        box     7.5       -               1         Stable Diffusion 1.5 for inpainting
+    controlnet-canny   prompt        image   7.5       -               -         Stable Diffusion 1.5
     auto               instruction   image   the pipeline's own values           has to be named
 
 The values of `instruct-pix2pix` and `img2img` are ALIA's (arXiv 2305.16289). A new kind is one
@@ -19,12 +20,14 @@ from typing import Any, Literal
 
 from flyp_saflex.errors import ConfigError
 from flyp_saflex.offline import EditorConfig
-from flyp_saflex.tables import EDITORS
+from flyp_saflex.tables import EDITORS, PRESETS
 
 MAX_ASPECT = 8
 """Largest ratio of the longer to the shorter side of a source that is edited."""
 PER_KIND = ("model", "steps", "guidance", "image_guidance", "strength")
 """Options with a usual value per kind; left unset they are None, `model` the empty string."""
+SIZE_PX = 512
+"""Value of `editor.size_px` for every kind, where it is unset and no preset says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,9 @@ class EditorKind:
         family: weights that were saved as a class with this in its name are loaded as that class instead; empty: none are.
         unet_channels: (a, b) per possible number a * latent channels + b of the UNet's input channels, the usual one first;
             empty: unchecked.
-        one_by_one: call the pipeline with one image and one text instead of lists, and leave it the text encoding.
+        one_by_one: leave the text encoding to the pipeline, and call it with one image and one text instead of lists (unless the
+            preset knows that lists are batches).
+        edges: give the pipeline the source's edges instead of the source.
     """
 
     text: Literal["instruction", "prompt"]
@@ -53,6 +58,7 @@ class EditorKind:
     family: str = ""
     unet_channels: tuple[tuple[int, int], ...] = ()
     one_by_one: bool = False
+    edges: bool = False
 
 
 INSTRUCT_PIX2PIX = EditorKind(
@@ -82,6 +88,13 @@ INPAINT = EditorKind(
     pipeline="AutoPipelineForInpainting",
     unet_channels=((2, 1), (1, 0)),
 )
+CONTROLNET_CANNY = EditorKind(
+    text="prompt",
+    usual={"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "steps": 20, "guidance": 7.5},
+    pipeline="StableDiffusionControlNetPipeline",
+    unet_channels=((1, 0),),
+    edges=True,
+)
 AUTO = EditorKind(
     text="instruction",
     usual={"model": "", "steps": 20, "guidance": None, "image_guidance": None, "strength": None},
@@ -91,21 +104,27 @@ AUTO = EditorKind(
 
 
 def resolve(config: EditorConfig) -> EditorConfig:
-    """Fill in the usual values of the kind for the options left unset; load nothing.
+    """Fill in the values of the preset, then of the kind, for the options left unset; load nothing.
 
     An option that is still None has no meaning for the kind, or leaves the pipeline its own value.
 
     Raises:
-        ConfigError: an unknown kind, or options that do not fit the kind or each other.
+        ConfigError: an unknown preset or kind, or options that do not fit the kind or each other.
     """
+    config = _with_preset(config)
     kind = EDITORS[config.kind]
     values = {name: _value(config, kind, name) for name in PER_KIND}
+    values["size_px"] = SIZE_PX if config.size_px is None else config.size_px
     if "model" in kind.usual and not values["model"]:
         raise ConfigError(
             f"editor.kind = {config.kind} has no usual model: set editor.model to a diffusers pipeline, its hub id or folder, or "
             f"editor.kind to one of {', '.join(name for name, other in EDITORS.items() if other.usual.get('model'))}"
         )
-    if not kind.needs and not config.size_px:
+    if config.controlnet and not kind.edges:
+        raise ConfigError(
+            f"editor.controlnet is set but editor.kind = {config.kind} has no such thing: remove it or use controlnet-canny"
+        )
+    if not kind.needs and not values["size_px"]:
         raise ConfigError(
             f"editor.size_px = 0 keeps the source's size, but editor.kind = {config.kind} has no source: set editor.size_px, "
             "for example 512"
@@ -130,6 +149,20 @@ def resolve(config: EditorConfig) -> EditorConfig:
             f"(strength at least {1 / steps:.2g})"
         )
     return replace(config, **values)
+
+
+def _with_preset(config: EditorConfig) -> EditorConfig:
+    """Fill in kind and advised values of the preset."""
+    PRESETS.check(config.preset)
+    if not config.preset:
+        return config
+    preset = PRESETS[config.preset]
+    if config.kind not in (EditorConfig.kind, preset.kind):
+        raise ConfigError(
+            f"editor.preset = {config.preset} is of the kind {preset.kind}, but editor.kind = {config.kind}: remove editor.kind"
+        )
+    unset = {name: value for name, value in preset.values.items() if getattr(config, name) in (None, "")}
+    return replace(config, kind=preset.kind, **unset)
 
 
 def _value(config: EditorConfig, kind: EditorKind, name: str) -> Any:

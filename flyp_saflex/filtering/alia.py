@@ -1,4 +1,4 @@
-"""ALIA's filters of edits, as rules over scores and probabilities; no torch.
+"""ALIA's filters of edits and CLIPScore, as rules over scores and probabilities; no torch.
 
 Source: ALIA (arXiv 2305.16289), section on filtering; thresholds from confident learning (arXiv 1911.00068, cleanlab): the
 threshold of a class is the mean probability of the class over held-out images of the class. ALIA's released code
@@ -47,6 +47,15 @@ class Agreement(NamedTuple):
     recall: float | None
     num_flagged: int
     num_true: int
+
+
+def clip_score(cosine_N: ArrayLike) -> NDArray[np.float64]:
+    """Return score_N: 2.5 max(cosine, 0), 0..2.5, of images and texts (CLIPScore, arXiv 2104.08718, section 3); NaN stays NaN.
+
+    Args:
+        cosine_N: cosine between the embeddings of an image and of its text, -1..1.
+    """
+    return 2.5 * np.maximum(np.asarray(cosine_N, dtype=np.float64), 0.0)
 
 
 def semantic_log_odds(positive_NP: ArrayLike, negative_NM: ArrayLike) -> NDArray[np.float64]:

@@ -1,8 +1,9 @@
-"""The command `flyp-saflex filter`: ALIA's two filters and source consistency as scores beside the edits; no edit is deleted.
+"""The command `flyp-saflex filter`: ALIA's filters, source consistency and CLIPScore beside the edits; no edit is deleted.
 
 The semantic filter is CLIP's zero-shot choice between positive and negative texts. The confidence filter asks a model trained
 on the clean images whether an edit hardly changed or no longer shows its class (`alia.py`). Source consistency asks whether an
-edit still resembles training images of its class; CLIP's directional similarity stands beside it (`scores.py`). The cosine
+edit still resembles training images of its class; CLIP's directional similarity stands beside it (`scores.py`). CLIPScore asks
+whether an edit fits the name of its class, with the dataset's caption templates, by a threshold (arXiv 2104.08718). The cosine
 between the CLIP embeddings of source and edit is always computed. Training reads the column `keep` with
 `augment.filter = "scores"`.
 
@@ -13,7 +14,6 @@ Shapes: N edits, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, DataError, RunError
 from flyp_saflex.evaluation.load_run import load_run
-from flyp_saflex.filtering.alia import UNREADABLE, Rule, applied_thresholds, confidence_filter, keep
+from flyp_saflex.filtering.alia import UNREADABLE, applied_thresholds, confidence_filter, keep
 from flyp_saflex.filtering.inputs import Checked, check, plan_line
 from flyp_saflex.filtering.scores import Scores, load_filter_clip, score_edits, thresholds
 from flyp_saflex.filtering.summary import Scored, report
+from flyp_saflex.offline import FilterConfig
 from flyp_saflex.runtime import process_state, telling_lost_processes
 from flyp_saflex.storage.augment_cache import SHEETS, AugmentCache
 from flyp_saflex.tasks.clip_task import ClipTask
@@ -73,7 +74,7 @@ def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = Fa
     scores = score_edits(config, checked, clip, model, state)
     if not state.is_main_process:
         return {"edits": len(checked.edits)}
-    rows, flags = score_rows(checked, scores, threshold_K, config.filter.drop, config.filter.rule)
+    rows, flags = score_rows(checked, scores, threshold_K, config.filter)
     if limit is None:
         _write(checked.cache, [*rows, *_unscored(checked)], config.cache.scores)
     scored = Scored(dataset=checked.dataset, edits=checked.edits, rows=rows, flags=flags, box_crop=config.data.box_crop)
@@ -84,13 +85,14 @@ def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = Fa
 
 
 def score_rows(
-    checked: Checked, scores: Scores, threshold_K: NDArray[np.float64], drop: Collection[str], rule: Rule
+    checked: Checked, scores: Scores, threshold_K: NDArray[np.float64], options: FilterConfig
 ) -> tuple[list[dict[str, Any]], dict[str, NDArray[np.bool_]]]:
     """Return the rows of scores.jsonl of the scored edits, and flagged_N by verdict.
 
-    A value of a row is None where its filter was not run or the edit cannot be read; the columns of source consistency are
-    there only if it was run.
+    A value of a row is None where its filter was not run or the edit cannot be read; the columns of source consistency and of
+    CLIPScore are there only if they were run.
     """
+    drop, rule = options.drop, options.rule
     readable_N = np.array([n not in scores.unreadable for n in range(len(checked.edits))])
     flags = {}
     if checked.texts is not None:
@@ -105,6 +107,8 @@ def score_rows(
         threshold_N = applied_thresholds(threshold_K, labels_N, predicted_N, rule)
     if checked.captions is not None:
         flags["foreign"] = readable_N & (scores.consistency_N < 0)  # NaN is never flagged
+    if checked.clip_score:
+        flags["low-score"] = readable_N & (scores.clip_score_N < options.min_clip_score)
     flags[UNREADABLE] = ~readable_N
     keep_N = keep(flags, drop)
     rows = []
@@ -134,6 +138,11 @@ def score_rows(
                 "source": _number(scores.consistency_N[n]) if seen else None,
                 "foreign": bool(flags["foreign"][n]) if seen else None,
                 "directional": _number(scores.directional_N[n]) if seen else None,
+            }
+        if checked.clip_score:
+            rows[-1] |= {
+                "clip_score": _number(scores.clip_score_N[n]) if seen else None,
+                "low_score": bool(flags["low-score"][n]) if seen else None,
             }
     return rows, flags
 

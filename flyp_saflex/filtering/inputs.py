@@ -36,6 +36,7 @@ class Checked:
         run: recipe of the run whose model the confidence filter uses; None: the filter is not run.
         run_dataset: the run's own dataset; it has the same classes.
         thresholds_from: split that gives the thresholds; None without the confidence filter.
+        clip_score: whether edits are compared with the names of their classes.
         notes: remarks for the user.
     """
 
@@ -47,6 +48,7 @@ class Checked:
     run: Config | None
     run_dataset: Dataset
     thresholds_from: Split | None
+    clip_score: bool
     notes: list[str]
 
 
@@ -78,6 +80,8 @@ def check(config: Config, *, limit: int | None = None) -> Checked:
         texts = _texts(config, dataset)
     if "source" in options.use:
         captions = _captions(config, dataset, edits, notes)
+    if "clip-score" in options.use:
+        _check_pretrained(config, "CLIPScore")
     if "confidence" in options.use:
         split = _threshold_images(config, dataset, notes)
         run, run_dataset = _check_run(config, dataset, split, notes)
@@ -87,7 +91,7 @@ def check(config: Config, *, limit: int | None = None) -> Checked:
                 f"{len(absent)} of {dataset.num_classes} classes have no image in {split.name}, so no threshold ({shown}): "
                 f"the confidence filter never flags an edit {'of' if options.rule == 'alia' else 'predicted as'} one of them"
             )
-    return Checked(cache, edits, dataset, texts, captions, run, run_dataset, split, notes)
+    return Checked(cache, edits, dataset, texts, captions, run, run_dataset, split, "clip-score" in options.use, notes)
 
 
 def _threshold_images(config: Config, dataset: Dataset, notes: list[str]) -> Split:
@@ -220,6 +224,8 @@ def plan_line(config: Config, checked: Checked, *, dry_run: bool) -> str:
     if checked.captions is not None:
         num_sources = len({edit.source_id for edit in checked.edits})
         parts.append(f"source consistency ({num_sources} sources) and directional similarity")
+    if checked.clip_score:
+        parts.append(f"CLIPScore of the class's name (at least {config.filter.min_clip_score:g})")
     if checked.thresholds_from is not None:
         split = checked.thresholds_from
         parts.append(f"confidence filter ({config.filter.run}, thresholds from {len(split)} images of {split.name})")

@@ -23,7 +23,7 @@ from flyp_saflex.clip.zero_shot import zero_shot_head
 from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError, ModelError, RunError
 from flyp_saflex.evaluation.predict import Variant, predict
-from flyp_saflex.filtering.alia import confident_thresholds, semantic_log_odds
+from flyp_saflex.filtering.alia import clip_score, confident_thresholds, semantic_log_odds
 from flyp_saflex.filtering.inputs import Checked, model_of
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import ImageReader
@@ -46,6 +46,7 @@ class Scores:
         log_odds_N: score of the semantic filter; empty if it is not run.
         consistency_N: source consistency (`_consistency`); empty if it is not run.
         directional_N: directional similarity, -1..1; NaN also where captions are not known; empty without source consistency.
+        clip_score_N: CLIPScore of the edit and its class, 0..2.5; empty if it is not run.
         probabilities_NK: class probabilities from the run's model; empty if the confidence filter is not run.
         unreadable: reason by position of the edit.
     """
@@ -54,6 +55,7 @@ class Scores:
     log_odds_N: NDArray[np.float64]
     consistency_N: NDArray[np.float64]
     directional_N: NDArray[np.float64]
+    clip_score_N: NDArray[np.float64]
     probabilities_NK: NDArray[np.float64]
     unreadable: dict[int, str]
 
@@ -103,6 +105,7 @@ def score_edits(config: Config, checked: Checked, clip: Clip, model: ClipTask | 
         np.full(num_edits if checked.texts is not None else 0, np.nan),
         np.empty(0) if checked.captions is None else _consistency(config, checked, clip, state),
         np.full(num_edits if checked.captions is not None else 0, np.nan),
+        np.full(num_edits if checked.clip_score else 0, np.nan),
         np.full((num_edits, checked.dataset.num_classes) if model else (0, 0), np.nan),
         {},
     )
@@ -112,6 +115,8 @@ def score_edits(config: Config, checked: Checked, clip: Clip, model: ClipTask | 
             whole.log_odds_N[positions] = part.log_odds_N
         if checked.captions is not None:
             whole.directional_N[positions] = part.directional_N
+        if checked.clip_score:
+            whole.clip_score_N[positions] = part.clip_score_N
         if model:
             whole.probabilities_NK[positions] = part.probabilities_NK
         whole.unreadable |= {positions[at]: reason for at, reason in part.unreadable.items()}
@@ -153,13 +158,17 @@ def _score(
     if len(unreadable) == len(edits):
         nothing_N = np.full(len(edits), np.nan)
         nothing_NK = np.full((len(edits), checked.dataset.num_classes), np.nan)
-        return Scores(nothing_N, nothing_N, np.empty(0), nothing_N, nothing_NK, unreadable)
+        return Scores(nothing_N, nothing_N, np.empty(0), nothing_N, nothing_N, nothing_NK, unreadable)
     log_odds_N = np.empty(0)
     if checked.texts is not None:
         positive, negative = checked.texts
         texts_TD = zero_shot_head(clip, [*positive, *negative], ["{}"]).cpu().numpy().astype(np.float64)
         logits_NT = float(clip.model.logit_scale.detach().exp()) * embeddings_ND @ texts_TD.T
         log_odds_N = semantic_log_odds(logits_NT[:, : len(positive)], logits_NT[:, len(positive) :])
+    score_N = np.empty(0)
+    if checked.clip_score:
+        names_KD = zero_shot_head(clip, checked.dataset.class_names, checked.dataset.templates).cpu().numpy().astype(np.float64)
+        score_N = clip_score((embeddings_ND * names_KD[[edit.label for edit in edits]]).sum(axis=1))
     samples = {sample.sample_id: sample for sample in checked.dataset.train.samples}
     sources = [samples[source_id] for source_id in dict.fromkeys(edit.source_id for edit in edits)]
     (sources_SD,) = _predict([embed], loader, sources, name)
@@ -170,7 +179,7 @@ def _score(
         similarity_N = (embeddings_ND * own_ND).sum(axis=1)
         if checked.captions is not None:
             directional_N = _directional(clip, embeddings_ND - own_ND, [checked.captions[position] for position in share])
-    return Scores(similarity_N, log_odds_N, np.empty(0), directional_N, _softmax(logits_NK), unreadable)
+    return Scores(similarity_N, log_odds_N, np.empty(0), directional_N, score_N, _softmax(logits_NK), unreadable)
 
 
 def _directional(clip: Clip, change_ND: NDArray[np.float64], captions: Sequence[tuple[str, str]]) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ from flyp_saflex.editing import generate as module
 from flyp_saflex.editing.edit_images import edit_dataset, flaw
 from flyp_saflex.editing.editor import load_editor
 from flyp_saflex.editing.generate import generate
-from flyp_saflex.editing.plan import Wording, draw_wordings, edit_seed, plan_edits
+from flyp_saflex.editing.plan import LATER, Wording, draw_wordings, edit_seed, plan_edits
 from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import ConfigError, DataError, ModelError
 from flyp_saflex.offline import EditorConfig
@@ -234,9 +234,47 @@ def test_settings_of_an_entry_hold_every_option_that_decides_how_an_edit_looks(c
         "size_px", "precision", "safety_checker", "seed", "per_text", "texts_per_image", "image_format", "texts", "identity",
     ]  # fmt: skip
     without_say = {"prompts", "batch_size", "compile", "sheet_every"}  # the texts themselves are stated
+    without_say |= {*LATER, "places"}  # stated where they are set, see below
     assert {field.name for field in dataclasses.fields(EditorConfig)} - without_say == stated.keys() & (
         {field.name for field in dataclasses.fields(EditorConfig)}
     )
+
+
+def test_a_preset_and_a_plan_are_stated_where_they_are_set(config, tint, tmp_path):
+    (tmp_path / "places.csv").write_text("domain,place\nday,snow\n")
+    plain = generate(config())
+    chosen = ("editor.preset=instruct-pix2pix", "editor.plan=bias", "editor.budget=3")
+    entry = generate(config(*chosen, f"editor.places={tmp_path / 'places.csv'}"))
+    stated = json.loads((entry / "settings.json").read_text())
+    assert {name: stated[name] for name in ("preset", "plan", "budget", "places")} == {
+        "preset": "instruct-pix2pix", "plan": "bias", "budget": 3, "places": {"day": "snow"},
+    }  # fmt: skip
+    assert entry != plain
+    assert {row["preset"] for row in rows(entry)} == {"instruct-pix2pix"}
+    assert {row["domain"] for row in rows(entry)} == {"night", "lake"}
+    assert len(rows(entry)) == 3
+
+
+def test_a_chosen_plan_is_told_and_made_alike_by_any_number_of_processes(config, tint, tmp_path, capsys):
+    quota = ("editor.plan=quota", "editor.budget=7")
+    generate(config(*quota), dry_run=True)
+    out = capsys.readouterr().out
+    assert "7 edits of" in out
+    lines = [line.split() for line in out.splitlines()]
+    head = next(line for line in lines if line[:2] == ["class", "images"])
+    assert set(head[2:-4]) <= {"snow", "night", "lake"}
+    assert len(head[2:-4]) > 1
+    assert head[-4:] == ["edits", "images", "+", "edits"]
+    assert ["7", "19"] in [line[-2:] for line in lines if line[:2] == ["all", "12"]]
+    whole = tree(generate(config(*quota, f"cache.root={tmp_path / 'one'}")))
+    for index in (2, 0, 1):
+        entry = generate(config(*quota), shard=(index, 3))
+    assert tree(entry) == whole
+    assert len(rows(entry)) == 7
+    before = tree(entry)
+    (entry / rows(entry)[0]["file_name"]).unlink()
+    (entry / "metadata.jsonl").write_text("".join((entry / "metadata.jsonl").read_text().splitlines(keepends=True)[1:]))
+    assert tree(generate(config(*quota))) == before
 
 
 def test_settings_of_an_entry_cannot_change(config, tint, tmp_path):

@@ -77,4 +77,6 @@ def test_flyp_is_over_captions_and_cross_entropy_over_classes():
         "ce-linear": "classes",
         "linear-probe": "classes",
         "lp-ft": "classes",
+        "mlp": "classes",
+        "image-classifier": "classes",
     }
