@@ -11,8 +11,9 @@
     inpaint                inpaint           a batch     50     guidance 7.5, strength 1        512     CreativeML OpenRAIL-M
     controlnet-canny       controlnet-canny  a batch     20     guidance 7.5                    512     CreativeML OpenRAIL-M
 
-Steps and guidance are those of the model cards, for the kinds of Stable Diffusion 1.5 those of `settings.py`; licences are those
-that the cards state: read them before use. `references`: the pipeline reads a list of images as several sources of one edit, so
+Steps and guidance follow the models' cards, for the kinds of Stable Diffusion 1.5 `settings.py`. Only SDXL's were compared with
+the card itself; the others, the licences and the sizes are noted from memory: read the card before use. `references`: the
+pipeline reads a list of images as several sources of one edit, so
 edits are made one at a time. A preset is one `EditorPreset` and one line in `tables.PRESETS`.
 """
 
@@ -110,7 +111,7 @@ def preset_note(settings: EditorConfig) -> str:
     return (
         f"editor.preset = {settings.preset}: weights about {whole:.1f} GB{half}, the largest part {largest:.1f} GB, calculated "
         f"from {sum(preset.parameters.values()):.1f} billion parameters, without activations; a list of images is {way}; "
-        f"licence of the weights: {preset.licence}"
+        f"licence of the weights as noted here, to be read on the model's card: {preset.licence}"
     )
 
 
