@@ -22,8 +22,8 @@ from flyp_saflex import recipe as recipe_module
 from flyp_saflex.clip.model import RANDOM
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset, split_for
-from flyp_saflex.errors import ConfigError, DataError, RunError
-from flyp_saflex.evaluation.load_run import check_model, load_run
+from flyp_saflex.errors import ConfigError, DataError
+from flyp_saflex.evaluation.load_run import check_folder, check_model, load_run
 from flyp_saflex.evaluation.predict import Variant, predict_split
 from flyp_saflex.evaluation.run_data import compare_data
 from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split
@@ -67,8 +67,7 @@ def evaluate(
         DataError: an unknown split, or too many unreadable images.
     """
     run, overrides = Path(run), tuple(overrides)
-    if not run.is_dir():
-        raise RunError(f"run folder {run}: there is no such folder; give the folder that `flyp-saflex train` wrote")
+    check_folder(run)
     state = process_state(RunDir(run, lock=False).read_config().train.process_timeout_s)
     with RunDir(run, lock=state.is_main_process and not dry_run) as folder:
         config = folder.read_config()

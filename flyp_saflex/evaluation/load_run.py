@@ -46,6 +46,16 @@ def check_model(folder: RunDir, config: Config) -> None:
             )
 
 
+def check_folder(run: Path) -> None:
+    """Check that a run's folder is there.
+
+    Raises:
+        RunError: it is not.
+    """
+    if not run.is_dir():
+        raise RunError(f"run folder {run}: there is no such folder; give the folder that `flyp-saflex train` wrote")
+
+
 def open_run(run: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the recipe of a finished run whose model is there.
 
@@ -57,8 +67,7 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Config:
         RunError: no such folder, no run, or a run without a model.
         ConfigError: an override that no recipe takes.
     """
-    if not run.is_dir():
-        raise RunError(f"run folder {run}: there is no such folder; give the folder that `flyp-saflex train` wrote")
+    check_folder(run)
     with RunDir(run, lock=False) as folder:
         config = folder.read_config()
         if overrides:

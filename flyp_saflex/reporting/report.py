@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,27 @@ from flyp_saflex.storage.results import align, read_results
 
 Form = Literal["md", "csv", "json", "html"]
 Results = dict[Path, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Content:
+    """All that a report tells, in any form.
+
+    Attributes:
+        results: results.json of every run.
+        found: cells of the tables.
+        remarks: notes below them.
+        baseline: recipe that the others are compared with.
+        preface: paragraphs above everything else.
+        literature: published figures about the same data.
+    """
+
+    results: Results
+    found: Sequence[Cell]
+    remarks: Sequence[str]
+    baseline: str
+    preface: Preface
+    literature: Sequence[Published]
 
 
 def report(
@@ -61,7 +82,8 @@ def report(
     remarks = [*notes(results), *seed_notes(results, baseline, preface.by_seed)]
     suffix = out.suffix.removeprefix(".") if out is not None else ""
     chosen = suffix if form == "md" and suffix in RENDERERS else form
-    text = RENDERERS[chosen](results, cells(list(results.values()), baseline), remarks, baseline, preface, literature)
+    found = cells(list(results.values()), baseline)
+    text = RENDERERS[chosen](Content(results, found, remarks, baseline, preface, literature))
     if out is None:
         print(text, end="")
         return text
@@ -95,18 +117,12 @@ def collect(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
     return results
 
 
-def _markdown(
-    results: Results,
-    found: Sequence[Cell],
-    remarks: Sequence[str],
-    baseline: str,
-    preface: Preface,
-    literature: Sequence[Published],
-) -> str:
-    parts = ["\n\n".join(preface.paragraphs) + "\n"] if preface.paragraphs else []
-    parts += [_grid(table) for table in tables(found, baseline)]
-    parts += ["\n".join(f"Note: {remark}" for remark in remarks) + "\n"] if remarks else []
-    parts += ["---\n", *(_grid(table) for table in published_tables(literature)), CAUTION + "\n"] if literature else []
+def _markdown(content: Content) -> str:
+    parts = ["\n\n".join(content.preface.paragraphs) + "\n"] if content.preface.paragraphs else []
+    parts += [_grid(table) for table in tables(content.found, content.baseline)]
+    parts += ["\n".join(f"Note: {remark}" for remark in content.remarks) + "\n"] if content.remarks else []
+    if content.literature:
+        parts += ["---\n", *(_grid(table) for table in published_tables(content.literature)), CAUTION + "\n"]
     return "\n".join(parts)
 
 
@@ -117,32 +133,18 @@ def _grid(table: Table) -> str:
     return f"### {table.title}\n\n" + "\n".join(f"| {line} |" for line in grid.splitlines()) + "\n"
 
 
-def _html(
-    results: Results,
-    found: Sequence[Cell],
-    remarks: Sequence[str],
-    baseline: str,
-    preface: Preface,
-    literature: Sequence[Published],
-) -> str:
+def _html(content: Content) -> str:
     from flyp_saflex.reporting.page import page  # matplotlib: a second that the other forms need not wait
 
-    return page(results, found, remarks, baseline, preface, literature)
+    return page(content.results, content.found, content.remarks, content.baseline, content.preface, content.literature)
 
 
-def _csv(
-    results: Results,
-    found: Sequence[Cell],
-    remarks: Sequence[str],
-    baseline: str,
-    preface: Preface,
-    literature: Sequence[Published],
-) -> str:
+def _csv(content: Content) -> str:
     text = io.StringIO()
     columns = ["metric", "shift", "split", "role", "recipe", "kind", "alphas", "mean", "deviation", "n", "seeds"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, "baseline", "difference", "difference_low", "difference_high", "pairs", "notes"])
-    for cell in found:
+    for cell in content.found:
         fields = [cell.metric, cell.shift, cell.split, cell.role, cell.recipe, cell.kind, " ".join(f"{a:g}" for a in cell.alphas)]
         summary, change = cell.summary, cell.difference
         ends = [change.mean, change.low, change.high, change.n] if change else [None] * 4
@@ -153,13 +155,13 @@ def _csv(
                 summary.deviation,
                 summary.n,
                 " ".join(map(str, sorted(cell.values))),
-                baseline,
+                content.baseline,
                 *ends,
-                "; ".join(remarks),
+                "; ".join(content.remarks),
             ]
         )
     width = len(columns) + 6
-    for row in literature:
+    for row in content.literature:
         known = [row.metric, "", row.split, "", f"{row.method} ({row.model})", "published", "", float(row.percent) / 100]
         spread = float(row.spread) / 100 if row.spread else None
         cells_ = [*known, spread, *[None] * (width - len(known) - 2), "; ".join(filter(None, (row.source, row.note)))]
@@ -167,21 +169,10 @@ def _csv(
     return text.getvalue()
 
 
-def _json(
-    results: Results,
-    found: Sequence[Cell],
-    remarks: Sequence[str],
-    baseline: str,
-    preface: Preface,
-    literature: Sequence[Published],
-) -> str:
-    made = {"baseline": baseline, "cells": [asdict(cell) for cell in found], "notes": list(remarks)}
-    return json.dumps(made | ({"published": [asdict(row) for row in literature]} if literature else {}), indent=2) + "\n"
+def _json(content: Content) -> str:
+    made = {"baseline": content.baseline, "cells": [asdict(cell) for cell in content.found], "notes": list(content.remarks)}
+    published = {"published": [asdict(row) for row in content.literature]} if content.literature else {}
+    return json.dumps(made | published, indent=2) + "\n"
 
 
-RENDERERS: dict[str, Callable[[Results, Sequence[Cell], Sequence[str], str, Preface, Sequence[Published]], str]] = {
-    "md": _markdown,
-    "csv": _csv,
-    "json": _json,
-    "html": _html,
-}
+RENDERERS: dict[str, Callable[[Content], str]] = {"md": _markdown, "csv": _csv, "json": _json, "html": _html}
