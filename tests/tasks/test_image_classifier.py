@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from vanishing import train_until
 
 from flyp_saflex import recipe
 from flyp_saflex.config import Config
@@ -25,7 +26,6 @@ from flyp_saflex.step.validation_gradient import Validation
 from flyp_saflex.tasks.image_classifier import ImageClassifierTask
 from flyp_saflex.tasks.label_space import Rows
 from flyp_saflex.tasks.task import TaskInputs
-from flyp_saflex.training import train as train_module
 from flyp_saflex.training.train import train
 
 SIZES = (48, 16, 24)
@@ -92,16 +92,7 @@ def test_images_are_trained_with_saflex_killed_resumed_and_evaluated(
     assert sum(row["weight"] > 0 for row in decided) > 0
     (tested,) = [row for row in evaluate(tmp_path / "whole")["results"] if row["split"] == "test"]
     assert tested["auroc"] > 0.7
-    after = train_module._Trainer._after
-
-    def vanish(self, step, *rest):
-        after(self, step, *rest)
-        if step == 7:
-            raise ZeroDivisionError
-
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train_module._Trainer, "_after", vanish)
-        train(config, tmp_path / "killed")
+    train_until(monkeypatch, 7, config, tmp_path / "killed")
     train(config, tmp_path / "killed", resume=True)
     weights = [load_file(tmp_path / name / "model/weights.safetensors") for name in ("whole", "killed")]
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from vanishing import train_until
 
 from flyp_saflex import recipe
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError, RunError
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.reporting.report import report
-from flyp_saflex.training import train as train_module
 from flyp_saflex.training.train import train
 
 CARD = """
@@ -87,16 +87,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 ) -> None:
     config = table(*SAFLEX, f"saflex.preset={preset}", "train.optimizer=sgd")
     train(config, tmp_path / "whole")
-    after = train_module._Trainer._after
-
-    def vanish(self, step, *rest):
-        after(self, step, *rest)
-        if step == 13:
-            raise ZeroDivisionError
-
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train_module._Trainer, "_after", vanish)
-        train(config, tmp_path / "killed")
+    train_until(monkeypatch, 13, config, tmp_path / "killed")
     train(config, tmp_path / "killed", resume=True)
     weights = [load_file(tmp_path / name / "model/weights.safetensors") for name in ("whole", "killed")]
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []

@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
+from vanishing import train_until
 
 from flyp_saflex.clip.model import Clip, load_clip, save_clip
 from flyp_saflex.errors import ConfigError
@@ -83,19 +84,7 @@ def test_auto_starts_where_few_are_kept_and_a_resumed_run_knows(make_config, tmp
     train(config, tmp_path / "whole")
     chosen = [row["selected"] for row in steps(tmp_path / "whole")]
     assert chosen == [False, False, False, True, True, True, True], "the average falls below what pays in the third step"
-    after = train_module._Trainer._after
-
-    class Stop(Exception):
-        pass
-
-    def vanish(self, number, *rest):
-        after(self, number, *rest)
-        if number == 5:
-            raise Stop
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(train_module._Trainer, "_after", vanish)
-        train(config, tmp_path / "cut")
+    train_until(monkeypatch, 5, config, tmp_path / "cut")
     train(config, tmp_path / "cut", resume=True)  # from the checkpoint after step 4
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in steps(tmp_path / name)] for name in ("cut", "whole")]
     assert rows[0] == rows[1]

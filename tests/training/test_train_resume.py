@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from vanishing import train_until
 
 from flyp_saflex.errors import DataError, RunError
 from flyp_saflex.storage.run_folder import RunDir
@@ -43,24 +44,6 @@ def assert_same_run(one, other):
             a, b = load_file(one / name), load_file(other / name)
             assert a.keys() == b.keys()
             assert [key for key in a if not torch.equal(a[key], b[key])] == []
-
-
-class Stop(Exception):
-    pass
-
-
-def train_until(monkeypatch, step, *arguments, **options):
-    """Train, and vanish right after `step` steps, as a kill would: nothing is saved on the way out."""
-    after = train_module._Trainer._after
-
-    def vanish(self, number, *rest):
-        after(self, number, *rest)
-        if number == step:
-            raise Stop
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(train_module._Trainer, "_after", vanish)
-        train(*arguments, **options)
 
 
 OPTIONS = {
