@@ -24,6 +24,7 @@ from flyp_saflex.data.splitting import split_by_name
 from flyp_saflex.data.text import listed, shown
 from flyp_saflex.errors import DataError, nearest
 from flyp_saflex.records import Dataset, Sample
+from flyp_saflex.storage.files import hash_stream
 
 PARTS = ("train", "val", "test")
 KEYS = tuple(f"{part}_{kind}" for part in PARTS for kind in ("images", "labels"))
@@ -113,11 +114,8 @@ def _file(config: DataConfig) -> tuple[Path, Published]:
 
 
 def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hash_stream(file, hashlib.md5(usedforsecurity=False))
 
 
 def _arrays(path: Path, problems: Problems) -> dict[str, NDArray[np.generic]]:

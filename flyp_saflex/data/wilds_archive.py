@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from flyp_saflex.config import DataConfig
 from flyp_saflex.errors import ConfigError, DataError
+from flyp_saflex.storage.files import hash_stream
 
 MIRROR = "emmilly/iwildcam-wilds-v2"
 """Dataset on the Hugging Face hub, a third party's copy of WILDS' archive."""
@@ -20,7 +21,6 @@ SHA256 = "05c872f46eee44315f79bc90f4098c69ae3799a2b95116db02292ea1b4e370d2"
 NUM_BYTES = 11_957_415_473
 SPLIT_SIZES = {"train": 129_809, "val": 14_961, "test": 42_791, "id_val": 7_314, "id_test": 8_154}
 """Images of iWildCam v2.0 by split (arXiv 2012.07421)."""
-CHUNK = 1 << 22
 
 
 def verify(archive: Path, config: DataConfig) -> None:
@@ -55,16 +55,12 @@ def verify(archive: Path, config: DataConfig) -> None:
 
 
 def _size_and_digest(archive: Path) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
     try:
-        with open(archive, "rb") as file, tqdm(unit="B", unit_scale=True, desc="sha256", disable=None) as bar:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-                bar.update(len(chunk))
+        with open(archive, "rb") as file, tqdm.wrapattr(file, "read", desc="sha256", disable=None) as stream:
+            digest = hash_stream(stream, hashlib.sha256())
+            return file.tell(), digest
     except OSError as error:
         raise DataError(f"--verify {archive}: cannot be read ({error.strerror}); give the archive's file") from None
-    return size, digest.hexdigest()
 
 
 def _split_sizes(archive: Path) -> dict[str, int]:

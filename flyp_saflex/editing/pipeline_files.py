@@ -15,6 +15,7 @@ from typing import Any
 
 from flyp_saflex.errors import ConfigError, ModelError
 from flyp_saflex.offline import EditorConfig
+from flyp_saflex.storage.files import hash_stream
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HASHED = {".safetensors", ".bin", ".json", ".txt", ".model"}
@@ -72,10 +73,8 @@ def digest(folder: Path) -> str:
     total = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.suffix in HASHED and file.is_file()):
         with open(file, "rb") as stream:
-            content = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                content.update(block)
-        total.update(f"{file.relative_to(folder).as_posix()}\n{content.hexdigest()}\n".encode())
+            content = hash_stream(stream, hashlib.sha256())
+        total.update(f"{file.relative_to(folder).as_posix()}\n{content}\n".encode())
     return f"sha256:{total.hexdigest()[:16]}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -17,6 +18,8 @@ from flyp_saflex.errors import DataError, RunError
 
 if sys.platform != "win32":
     import fcntl
+
+BLOCK_BYTES = 2**20
 
 
 @contextmanager
@@ -53,6 +56,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def hash_stream(stream: IO[bytes], digest: hashlib._Hash) -> str:
+    """Feed the rest of a stream to a hash, block by block, and return its hexadecimal digest."""
+    while block := stream.read(BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def mend_tail(path: Path) -> None:

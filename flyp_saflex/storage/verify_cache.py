@@ -14,6 +14,7 @@ from typing import Any
 from flyp_saflex.config import Config
 from flyp_saflex.errors import DataError
 from flyp_saflex.storage.augment_cache import AugmentCache
+from flyp_saflex.storage.files import hash_stream
 from flyp_saflex.storage.manifest import MANIFEST, ROWS, WRITERS, ManifestReader
 from flyp_saflex.user_text import quoted
 
@@ -92,7 +93,4 @@ def _sha256(path: Path) -> str:
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError("it is no regular file")
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()
+        return hash_stream(file, hashlib.sha256())
