@@ -88,10 +88,10 @@ def kept_share(run: Path) -> float:
     Raises:
         RunError: none was logged.
     """
-    found = [float(row["kept_fraction"]) for row in RunDir(run, lock=False).read_rows() if row.get("kept_fraction") is not None]
-    if not found:
+    share = RunDir(run, lock=False).kept_share()
+    if share is None:
         raise RunError(f"run {run} logged no kept_fraction, which other conditions need: give it steps and augmented rows")
-    return math.fsum(found) / len(found)
+    return share
 
 
 def check_study(run: PlannedRun, base: Config, limit: int | None) -> None:

@@ -37,6 +37,8 @@ class Format:
     """Python that loads it."""
     check: Callable[[], None] = lambda: None
     """Checks that the packages that it needs are there."""
+    check_task: Callable[[ClipTask], None] = lambda task: None
+    """Checks that the format has the model's architecture, before a folder is made."""
     has_head: bool = False
     """Whether the model itself gives class logits."""
 
@@ -52,6 +54,7 @@ FORMATS: Mapping[str, Format] = {
         save=lambda task, folder: save_transformers(task.clip, folder),
         usage='from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained("FOLDER")\n'
         'processor = CLIPProcessor.from_pretrained("FOLDER")',
+        check_task=lambda task: check_architecture(task.clip.config),
     ),
     "onnx": Format(
         library="onnx",
@@ -105,8 +108,7 @@ def export_run(
         check_start(config, (alpha,))
     classes = classes_of(run, *own_data(run, config))
     task = load_clip_run(run, config, classes, alpha=alpha)
-    if to == "transformers":  # before a folder is made
-        check_architecture(task.clip.config)
+    form.check_task(task)
     new = out.with_name(f".{out.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     try:

@@ -7,7 +7,7 @@ metrics.jsonl of the run. Paths of the machine are left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,8 @@ def _recipe(run: Path, config: Config) -> list[str]:
 
 def _kept(run: Path, config: Config) -> str:
     """Return a sentence on the augmented rows that SAFLEX kept."""
-    rows: Sequence[Mapping[str, Any]] = RunDir(run, lock=False).read_rows()
-    shares = [float(row["kept_fraction"]) for row in rows if isinstance(row.get("kept_fraction"), (int, float))]
-    told = f"kept {percent(sum(shares) / len(shares))} % of the augmented rows" if shares else "saw no augmented row in the log"
+    share = RunDir(run, lock=False).kept_share()
+    told = "saw no augmented row in the log" if share is None else f"kept {percent(share)} % of the augmented rows"
     return f"SAFLEX (preset `{config.saflex.preset}`) {told} ({', '.join(config.augment.upstream) or 'no upstream'})."
 
 

@@ -6,6 +6,7 @@ Files are written under a temporary name, flushed to disk and renamed, so that n
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -150,6 +151,15 @@ class RunDir:
             raise RunError(
                 f"cannot write {self.path / name}: {error.strerror}; free disk space and go on with --resume"
             ) from error
+
+    def kept_share(self) -> float | None:
+        """Return the mean part of the augmented rows that was kept, over the logged steps; None if none was logged.
+
+        Raises:
+            RunError: a line of metrics.jsonl is damaged.
+        """
+        found = [row["kept_fraction"] for row in self.read_rows() if isinstance(row.get("kept_fraction"), (int, float))]
+        return math.fsum(found) / len(found) if found else None
 
     def read_rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """Read metrics.jsonl or augmented.jsonl, without a last line truncated by a kill; empty if the file is missing.
