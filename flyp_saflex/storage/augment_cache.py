@@ -27,7 +27,7 @@ import msgspec
 from flyp_saflex.errors import DataError, RunError, nearest
 from flyp_saflex.records import Dataset, Edit
 from flyp_saflex.storage.augment_cache_files import refuse_links
-from flyp_saflex.storage.edits import Edits, read_edits, select_edits
+from flyp_saflex.storage.edits import Edits, edits_of_training_images, read_edits, select_edits
 from flyp_saflex.storage.files import atomic_write, mend_tail
 from flyp_saflex.storage.manifest import MANIFEST, ManifestReader
 from flyp_saflex.user_text import quoted
@@ -231,22 +231,7 @@ class AugmentCache:
                 f"augment cache {self.folder} was made from the dataset '{stated}', but data.name is '{dataset.name}'; "
                 "correct cache.root and cache.key"
             )
-        splits = dataset.splits.values()
-        labels = {name: label for split in splits for name, label in zip(split.sample_ids, split.labels, strict=True)}
-        unknown = [edit for edit in self.edits if edit.source_id not in labels]
-        if unknown and (not partial or len(unknown) == len(self.edits)):
-            raise DataError(
-                f"augment cache {self.folder}: {len(unknown)} of {len(self.edits)} edits were made from images that "
-                f"'{dataset.name}' in {dataset.root} lacks (first: '{unknown[0].source_id}'); correct data.root or cache.key"
-            )
-        for edit in self.edits:
-            if edit.label != labels.get(edit.source_id, edit.label) or not 0 <= edit.label < dataset.num_classes:
-                raise DataError(
-                    f"{self._manifest}: '{edit.aug_id}' has the label {edit.label}, but its source '{edit.source_id}' has "
-                    f"{labels.get(edit.source_id, 'none')}; the cache was made with another class list: make it again"
-                )
-        trained = set(dataset.train.sample_ids)
-        return tuple(edit for edit in self.edits if edit.source_id in trained)
+        return edits_of_training_images(self.edits, dataset, self.folder, partial=partial)
 
     def append(self, image: SavableImage, row: Mapping[str, object]) -> Edit:
         """Write an image, then its manifest row.
@@ -263,14 +248,7 @@ class AugmentCache:
         first = ("file_name", "aug_id", "dataset", "source_id", "label", "instruction")
         full = {name: fields.get(name) for name in first} | {k: v for k, v in fields.items() if k not in first}
         edit = self._reader.edit(full, "the new row")
-        if found := SPLIT_WORDS.search(str(full["file_name"])):
-            raise DataError(
-                f"augment cache: file_name '{full['file_name']}' has the word '{found[1]}', which Hugging Face's "
-                "imagefolder takes for a split; use AugmentCache.file_name"
-            )
-        suffix = edit.path.suffix.lower()
-        if suffix not in FORMATS or not str(full["file_name"]).startswith("images/"):
-            raise DataError(f"augment cache: file_name is '{full['file_name']}', expected a .png or .jpg below images/")
+        _check_file_name(str(full["file_name"]))
         if edit.aug_id in self._by_id:
             raise DataError(
                 f"augment cache {self.folder} already holds '{edit.aug_id}'; every edit needs its own file_name and aug_id"
@@ -279,7 +257,7 @@ class AugmentCache:
         try:
             edit.path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(edit.path, "wb") as file:
-                image.save(file, format=FORMATS[suffix])
+                image.save(file, format=FORMATS[edit.path.suffix.lower()])
             with open(self._manifest, "ab") as manifest:
                 manifest.write(msgspec.json.encode(full) + b"\n")
                 manifest.flush()
@@ -334,3 +312,18 @@ class AugmentCache:
     def _stated_dataset(self) -> str:
         """Return the dataset name in the rows, or the empty string."""
         return next((str(edit.provenance["dataset"]) for edit in self.edits if edit.provenance.get("dataset")), "")
+
+
+def _check_file_name(name: str) -> None:
+    """Check the file name of a new edit.
+
+    Raises:
+        DataError: it has a split word, is not below `images/`, or has the ending of no format.
+    """
+    if found := SPLIT_WORDS.search(name):
+        raise DataError(
+            f"augment cache: file_name '{name}' has the word '{found[1]}', which Hugging Face's "
+            "imagefolder takes for a split; use AugmentCache.file_name"
+        )
+    if Path(name).suffix.lower() not in FORMATS or not name.startswith("images/"):
+        raise DataError(f"augment cache: file_name is '{name}', expected a .png or .jpg below images/")

@@ -150,3 +150,33 @@ def _images_exist(folder: Path, columns: ManifestColumns) -> bool:
     except (OSError, UnicodeEncodeError):
         return False
     return bool(pc.all(pc.is_in(names, value_set=pa.concat_arrays(found))).as_py()) if found else True
+
+
+def edits_of_training_images(edits: Sequence[Edit], dataset: Dataset, folder: Path, *, partial: bool) -> Sequence[Edit]:
+    """Return the edits of a dataset's training images, looked at one by one.
+
+    Args:
+        edits: of the entry.
+        dataset: dataset to train on.
+        folder: of the entry, for messages.
+        partial: whether the dataset was reduced; edits of removed images are then skipped.
+
+    Raises:
+        DataError: a source that the dataset lacks, or another label than its own.
+    """
+    splits = dataset.splits.values()
+    labels = {name: label for split in splits for name, label in zip(split.sample_ids, split.labels, strict=True)}
+    unknown = [edit for edit in edits if edit.source_id not in labels]
+    if unknown and (not partial or len(unknown) == len(edits)):
+        raise DataError(
+            f"augment cache {folder}: {len(unknown)} of {len(edits)} edits were made from images that "
+            f"'{dataset.name}' in {dataset.root} lacks (first: '{unknown[0].source_id}'); correct data.root or cache.key"
+        )
+    for edit in edits:
+        if edit.label != labels.get(edit.source_id, edit.label) or not 0 <= edit.label < dataset.num_classes:
+            raise DataError(
+                f"{folder / MANIFEST}: '{edit.aug_id}' has the label {edit.label}, but its source '{edit.source_id}' has "
+                f"{labels.get(edit.source_id, 'none')}; the cache was made with another class list: make it again"
+            )
+    trained = set(dataset.train.sample_ids)
+    return tuple(edit for edit in edits if edit.source_id in trained)
