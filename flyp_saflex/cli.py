@@ -61,8 +61,8 @@ def generate(arguments: argparse.Namespace, config: Config) -> None:
     shard = parse_shard(arguments.shard)
     from flyp_saflex.editing.generate import generate as run
 
-    loop = {"pilot": arguments.pilot, "plan_file": arguments.plan}
-    run(config, shard=shard, limit=arguments.limit, dry_run=arguments.dry_run, **loop)
+    parts = {"pilot": arguments.pilot, "plan_file": arguments.plan}
+    run(config, shard=shard, limit=arguments.limit, dry_run=arguments.dry_run, **parts)
 
 
 def plan(arguments: argparse.Namespace) -> None:

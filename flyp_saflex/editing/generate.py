@@ -158,9 +158,8 @@ def _work(
     dataset = load_dataset(config.data, seed=config.seed, limit=limit)
     check_plan(settings, dataset, box_crop=config.data.box_crop)
     in_loop = check_loop(settings, dataset.train.samples, pilot, plan_file)
-    plan_of = "" if in_loop else settings.plan
-    places = read_places(settings.places, dataset.train.samples) if plan_of == "bias" else {}
-    hard = read_hardness(Path(settings.hard_run), dataset) if plan_of == "hard" else None
+    places = read_places(settings.places, dataset.train.samples) if settings.plan == "bias" else {}
+    hard = read_hardness(Path(settings.hard_run), dataset) if settings.plan == "hard" else None
     stated = stated_settings(config, settings, wordings, in_loop=in_loop) | ({"places": places} if places else {})
     stated |= {"hard_run": hard.digest} if hard else {}
     followed = read_plan_file(plan_file) if plan_file else None
