@@ -1,4 +1,4 @@
-"""Allocation of edits to cells (class x text x level) by an upper confidence bound on their usefulness; no image, no model.
+"""Allocation of edits to cells (class x text x level) by an upper confidence bound on their usefulness.
 
     usefulness of an edit   weight that a run gave it under its own class, 0..1; 0 if it was dropped or relabelled
     prior of a cell         text's mean + class's mean + level's mean - 2 x mean of all
@@ -38,7 +38,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """Estimates per cell and per text (over all classes and levels), and share of the edits per cell; they sum to 1."""
+    """Estimates per cell and per text, and share of the next edits per cell; the shares sum to 1."""
 
     cells: Mapping[Cell, Estimate]
     texts: Mapping[int | float | None, Estimate]

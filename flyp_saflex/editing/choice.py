@@ -91,7 +91,7 @@ def check_number(option: str, number: int, samples: Sequence[Sample], other: str
 
 
 def spread(plan: EditPlan, num: int, *, seed: int) -> EditPlan:
-    """Return `num` of the planned edits, evenly over class x text x level, and evenly over each of the three if there are fewer.
+    """Return `num` of the planned edits, evenly over class x text x level; nearly so over each if fewer.
 
     Classes take turns; class number r goes through the texts from text r on, and takes the next level when it comes back to one.
     """

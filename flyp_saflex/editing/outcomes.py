@@ -1,4 +1,4 @@
-"""Outcomes of edits in a finished run: how many of each cell were kept, with which gain; read from its log and its cache entry.
+"""Outcomes of edits in a finished run: kept or dropped, with their gains.
 
 Decisions that evidence made before training (decisions.safetensors, presets such as `posterior`) count as they are. Without
 them the log of augmented rows (augmented.jsonl, `train.log_augmented`) gives the share of an edit's steps in which it was kept.
@@ -32,7 +32,7 @@ from flyp_saflex.user_text import quoted
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run made of one edit.
+    """Outcome of one edit in a run.
 
     Attributes:
         cell: class, text and level of the edit.
@@ -65,7 +65,7 @@ class RunOutcomes:
 
 
 def read_outcomes(run: Path) -> RunOutcomes:
-    """Read what a run made of its cached edits.
+    """Read the outcomes of a run's cached edits.
 
     Raises:
         RunError: no run folder, or a run without a record of augmented rows or of its data.

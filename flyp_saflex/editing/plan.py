@@ -180,7 +180,7 @@ def plan_edits(
     suffix: str = ".png",
     levels: Sequence[float] = (),
 ) -> EditPlan:
-    """Return all edits, image by image, so that each source is read only once, and level by level, which share batches.
+    """Return all edits, image by image, so that each source is read once, and then level by level.
 
     Raises:
         DataError: a text has a `{}` but there is no name for the class.

@@ -26,7 +26,7 @@ from flyp_saflex.user_text import quoted
 
 
 class PlannedCell(msgspec.Struct, frozen=True, kw_only=True):
-    """One cell: class index, number of the text, level, edits so far, shrunk usefulness, upper bound, share of the next edits."""
+    """One cell: class index, text number, level, edits so far, usefulness, its upper bound, share of the next edits."""
 
     label: int
     text: int

@@ -1,4 +1,4 @@
-"""The command `flyp-saflex plan`: what a run made of its edits, as a table, and a plan file for the next ones."""
+"""The command `flyp-saflex plan`: a table of the edits that a run kept, and a plan file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST_NAME = 40
 
 
 def plan(run: Path, out: Path | None = None, *, floor: float = FLOOR, explore: float = EXPLORE) -> str:
-    """Print what a run made of its edits per text, class and level, and write a plan file; return what was printed.
+    """Print the outcomes of a run's edits per text, class and level, write a plan file, return the text.
 
     Args:
         run: folder of a run with SAFLEX on cached edits.

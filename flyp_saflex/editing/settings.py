@@ -158,7 +158,7 @@ def resolve(config: EditorConfig) -> EditorConfig:
 
 
 def levels_of(settings: EditorConfig) -> tuple[str, tuple[float, ...]]:
-    """Return the option whose levels edits are made at, and the levels; an empty name and none if there is one level."""
+    """Return the option whose levels edits are made at, and the levels; without levels two empty values."""
     return next(((single, levels) for name, single in LEVELS.items() if (levels := getattr(settings, name))), ("", ()))
 
 

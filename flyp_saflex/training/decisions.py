@@ -110,7 +110,7 @@ class Recorded:
 
 
 def recorded_decisions(run: Path) -> Recorded | None:
-    """Return what a run decided about its edits before training; None where it decided nothing, or did not record the names."""
+    """Return a run's decisions about its edits before training; None where there are none, or none with names."""
     try:
         stored = load_file(run / FILE)
     except (OSError, SafetensorError):

@@ -1,4 +1,4 @@
-"""The whole loop on the drawn world with the tiny editor: pilot, run, plan, edits by the plan, run; two useless texts are dropped."""
+"""The whole loop on the drawn world with the tiny editor: pilot, run, plan, more edits, run; two useless texts are dropped."""
 
 from __future__ import annotations
 

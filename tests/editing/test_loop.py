@@ -93,7 +93,7 @@ def test_a_pilot_is_even_over_classes_texts_and_levels(num: int) -> None:
     counts = [Counter(cell[part] for cell in cells) for part in range(3)]
     for part, kinds in ((0, 10), (1, 4), (2, 3)):
         assert len(counts[part]) == kinds
-        assert max(counts[part].values()) - min(counts[part].values()) <= (1 if part == 0 else max(2, 0.25 * num / kinds))
+        assert max(counts[part].values()) - min(counts[part].values()) <= (1 if part == 0 else max(2, 0.35 * num / kinds))
     per_cell = Counter(cells)
     assert max(per_cell.values()) - min(per_cell[cell] for cell in every.cells()) <= 1
     assert spread(every, num, seed=0).file_names == chosen.file_names
@@ -230,7 +230,7 @@ def test_plan_files_and_pilots_that_cannot_be_followed_are_one_line(piloted, con
         assert "\n" not in str(caught.value)
 
     refused(DataError, r"was made for other data", "data.select_fraction=0.5")
-    refused(DataError, r"edits of another recipe \(seed: 0 -> 1\)", "seed=1")
+    refused(DataError, r"edits of another recipe \(seed: 3 -> 1\)", "seed=1")
     other = tmp_path / "other.toml"
     other.write_text(TEXTS.replace("near a lake", "in a lake"))
     refused(DataError, r"edits of another recipe \(other texts\)", f"editor.prompts={other}")
@@ -279,5 +279,5 @@ def test_hard_without_a_run_of_this_data_is_one_line(config, tmp_path: Path) -> 
     with pytest.raises(RunError, match=r"editor\.hard_run = .*nowhere has no data\.json"):
         generate(config("editor.plan=hard", f"editor.hard_run={tmp_path / 'nowhere'}"))
     train(config("train.steps=0", "train.epochs=0", "data.select_fraction=0.5"), tmp_path / "other")
-    with pytest.raises(DataError, match=r"was trained on other data \(split 'train': 12 images became"):
+    with pytest.raises(DataError, match=r"was trained on other data \(split 'train': 6 images became 12"):
         generate(config("editor.plan=hard", f"editor.hard_run={tmp_path / 'other'}", "data.select_fraction=0.25"))
