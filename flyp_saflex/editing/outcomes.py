@@ -94,7 +94,7 @@ def read_outcomes(run: Path) -> RunOutcomes:
         raise DataError(f"augment cache {entry.folder} has no {SETTINGS}: its edits were not made by `flyp-saflex generate`")
     texts = {
         (label, str(text["text"]).replace("{}", name)): number
-        for number, text in enumerate(settings["texts"])
+        for number, text in reversed(list(enumerate(settings["texts"])))  # of texts alike for a class the first counts
         for label, name in enumerate(record.class_names)
     }
     level_name = next((single for name, single in LEVELS.items() if settings.get(name)), "")

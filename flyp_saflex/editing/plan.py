@@ -182,6 +182,8 @@ def plan_edits(
 ) -> EditPlan:
     """Return all edits, image by image, so that each source is read once, and then level by level.
 
+    Texts that are the same once the class name is filled in are one edit, of the first of them.
+
     Raises:
         DataError: a text has a `{}` but there is no name for the class.
     """
@@ -190,10 +192,14 @@ def plan_edits(
     number_of = {id(wording): number for number, wording in enumerate(wordings)}
     for source, (sample_id, label) in enumerate(zip(sample_ids_of(samples), labels_of(samples), strict=True)):
         drawn = draw_wordings(wordings, sample_id, seed=seed, number=texts_per_image)
+        known: set[tuple[float | None, str]] = set()
         for level, wording in product(levels or (None,), drawn):
             if (label, wording.text) not in texts:
                 texts[label, wording.text] = _text(wording, sample_id, label, class_names)
             text = texts[label, wording.text]
+            if (level, text) in known:
+                continue
+            known.add((level, text))
             named = text if level is None else f"{text}\n{level:g}"
             for k in range(per_text):
                 file_name = AugmentCache.file_name(sample_id, named, k, suffix)

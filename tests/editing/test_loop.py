@@ -236,7 +236,7 @@ def test_plan_files_and_pilots_that_cannot_be_followed_are_one_line(piloted, con
     refused(DataError, r"edits of another recipe \(other texts\)", f"editor.prompts={other}")
     refused(
         DataError,
-        r"edits of another recipe \(strengths: None -> \[0\.3, 0\.5\]\)",
+        r"edits of another recipe \(strength: 0\.5 -> 0\.3\)",
         "editor.strengths=[0.3, 0.5]",
         "editor.strength=0.3",
     )
