@@ -4,7 +4,8 @@
     prior of a cell         text's mean + class's mean + level's mean - 2 x mean of all
     mean, variance          of Beta(PRIOR x prior + sum, PRIOR x (1 - prior) + edits - sum) after the cell's own edits
     upper bound             mean + 1.28 standard deviations, below which usefulness is with a probability of about 90 %
-    funded                  cells whose bound reaches the mean of all or of their class, the lower one, and `floor`
+    funded                  cells whose bound reaches the mean of all or of their class, the lower one, and `floor`; of a
+                            text whose own bound is below the mean of all, cells whose mean reaches it
     share of the budget     1 - explore, evenly over funded cells; explore, evenly over the cells of funded texts and classes
 
 The means of texts, classes and levels are shrunk in the same way towards the mean of all, and a cell counts in them as at most
@@ -72,12 +73,9 @@ def allocate(
         for label, text, level in cells
     }
     bar = {label: max(floor, min(overall, found.mean)) for label, found in classes.items()}
-    funded = [cell for cell in cells if estimates[cell].upper >= bar[cell[0]]]
-    explored = [
-        (label, text, level)
-        for label, text, level in cells
-        if of_text[text].upper >= max(floor, overall) and of_class[label].upper >= floor
-    ]
+    is_open = {text: found.upper >= max(floor, overall) for text, found in of_text.items()}
+    funded = [cell for cell in cells if (estimates[cell].upper if is_open[cell[1]] else estimates[cell].mean) >= bar[cell[0]]]
+    explored = [(label, text, level) for label, text, level in cells if is_open[text] and of_class[label].upper >= floor]
     if not funded:
         return Allocation(estimates, of_text, {})
     explore = explore if explored else 0.0
