@@ -6,7 +6,8 @@
     upper bound             mean + 1.28 standard deviations, below which usefulness is with a probability of about 90 %
     funded                  cells whose bound reaches the mean of all or of their class, the lower one, and `floor`; of a
                             text whose own bound is below the mean of all, cells whose mean reaches it
-    share of the budget     1 - explore, evenly over funded cells; explore, evenly over the cells of funded texts and classes
+    share of the budget     1 - explore, evenly over funded cells; explore, evenly over the cells of texts whose
+                            bound reaches half of the mean, and of classes whose bound reaches `floor`
 
 The means of texts, classes and levels are shrunk in the same way towards the mean of all, and a cell counts in them as at most
 PRIOR edits, so that they do not lean to the cells that got most. A cell with few edits thus resembles its text and its class,
@@ -75,7 +76,11 @@ def allocate(
     bar = {label: max(floor, min(overall, found.mean)) for label, found in classes.items()}
     is_open = {text: found.upper >= max(floor, overall) for text, found in of_text.items()}
     funded = [cell for cell in cells if (estimates[cell].upper if is_open[cell[1]] else estimates[cell].mean) >= bar[cell[0]]]
-    explored = [(label, text, level) for label, text, level in cells if is_open[text] and of_class[label].upper >= floor]
+    explored = [
+        (label, text, level)
+        for label, text, level in cells
+        if of_text[text].upper >= max(floor, overall / 2) and of_class[label].upper >= floor
+    ]
     if not funded:
         return Allocation(estimates, of_text, {})
     explore = explore if explored else 0.0
