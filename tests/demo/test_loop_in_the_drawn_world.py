@@ -51,7 +51,7 @@ def test_the_plan_drops_texts_that_lose_the_animal(tmp_path: Path, capsys: pytes
 
     run("generate", "--pilot", str(PILOT))
     pilot = domains()
-    assert set(pilot.values()) == {PILOT // len(edits)}
+    assert min(pilot.values()) >= 0.9 * PILOT / len(edits)  # two texts are one for pictures of nobody
     run("train", "--run-dir", str(tmp_path / "pilot"))
     assert cli.main(["plan", str(tmp_path / "pilot"), "--out", str(tmp_path / "plan.json")]) == 0
     table = capsys.readouterr().out
