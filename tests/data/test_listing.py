@@ -161,7 +161,7 @@ def test_unused_domains_and_folders_beside_splits_are_counted(tmp_path: Path):
     (root / "q" / "list.csv").touch()
     dataset = read(root, train_domains=("p",), test_domains=("s",))
     assert dataset.notes[-1] == (
-        f"61 files in {root} = 40 in splits + 21 left out (20 images of domains that no data.*_domains names, 1 .csv files)"
+        f"61 files in {root} = 40 in splits + 21 left out (20 images of domains that no data.*_domains names, 1 .csv file)"
     )
     root = make(tmp_path / "t", "train/cat", "train/dog", "val/cat")
     (root / "labels").mkdir()
