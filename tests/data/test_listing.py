@@ -168,7 +168,7 @@ def test_unused_domains_and_folders_beside_splits_are_counted(tmp_path: Path):
     (root / "labels" / "all.json").touch()
     dataset = read(root)
     assert f"folders in {root} without an image are taken for no split: labels" in dataset.notes
-    assert f"31 files in {root} = 30 in splits + 1 left out (1 .json files)" in dataset.notes
+    assert f"31 files in {root} = 30 in splits + 1 left out (1 .json file)" in dataset.notes
 
 
 def test_a_class_whose_files_cannot_be_read_says_which_they_are(tmp_path: Path):
