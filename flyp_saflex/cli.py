@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flyp_saflex import recipe, runtime
+from flyp_saflex import extras, recipe, runtime
 from flyp_saflex.arguments import Folder, VersionAction, parse_alphas, parse_shard
 from flyp_saflex.config import Config
 from flyp_saflex.errors import UserError
@@ -298,6 +298,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return CLOSED_PIPE
 
 
+def _told(error: UserError) -> int:
+    print(f"flyp-saflex: {quoted(str(error), sys.maxsize)}", file=sys.stderr)
+    return 2
+
+
 def _output_is_closed() -> bool:
     """Return whether the reader of the output is gone."""
     if not hasattr(select, "poll"):
@@ -321,9 +326,13 @@ def _run(argv: Sequence[str] | None) -> int:
                 arguments.handler(arguments, config)
         else:
             arguments.handler(arguments)
+    except ModuleNotFoundError as error:
+        refused = extras.explained(error, f"flyp-saflex {arguments.command}")
+        if refused is None:
+            raise
+        return _told(refused)
     except UserError as error:
-        print(f"flyp-saflex: {quoted(str(error), sys.maxsize)}", file=sys.stderr)
-        return 2
+        return _told(error)
     except KeyboardInterrupt:
         print("flyp-saflex: interrupted", file=sys.stderr)
         return 130

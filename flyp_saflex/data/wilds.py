@@ -25,6 +25,7 @@ from flyp_saflex.data.class_prompts import load_prompts
 from flyp_saflex.data.text import listed, shown
 from flyp_saflex.data.wilds_archive import MIRROR
 from flyp_saflex.errors import DataError
+from flyp_saflex.extras import require
 from flyp_saflex.records import Dataset, Role, Sample, Samples, Shift, Split
 
 FOLDER = "iwildcam_v2.0"
@@ -60,6 +61,7 @@ def read_iwildcam(config: DataConfig) -> Dataset:
     Raises:
         DataError: metadata or images are missing, or a row of the metadata cannot be used.
     """
+    require("data.name = iwildcam", "wilds")  # for its evaluator, at the end
     folder = _folder(config, needed="metadata.csv")
     prompts = load_prompts(config.prompts or "iwildcam")
     table = _metadata(folder / "metadata.csv", len(prompts.class_names))
