@@ -9,6 +9,7 @@
     UPSTREAMS        augment.upstream        Upstream: a pool of edits, an operation per item, or a mix over the batch
     WEIGHT_RULES     saflex.weight_rule      function: gains, labels, upstream labels, penalty -> weights
     EVIDENCE         saflex.evidence         function: EditFeatures -> scores of every label (tasks/clip_evidence.py)
+    AVERAGES         evaluate --average      Average of the weights of several runs (evaluation/averages.py)
     METRICS          train.select_metric     Metric: title, unit, direction, function of Scores
     EDITORS          editor.kind             EditorKind: usual values, inputs, loader (editing/settings.py)
     PRESETS          editor.preset           EditorPreset: kind, advised options, licence, memory (editing/presets.py)
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from flyp_saflex.config import DataConfig
     from flyp_saflex.editing.presets import EditorPreset
     from flyp_saflex.editing.settings import EditorKind
+    from flyp_saflex.evaluation.averages import Average
     from flyp_saflex.evaluation.metrics import Scores
     from flyp_saflex.records import Dataset
     from flyp_saflex.saflex.objectives import Objective
@@ -261,6 +263,16 @@ EVIDENCE: Table[Callable[[EditFeatures], Tensor]] = Table(
         "zero-shot": "tasks.clip_evidence:zero_shot",
         "source": "tasks.clip_evidence:source_final",
         "source-middle": "tasks.clip_evidence:source_middle",
+    },
+)
+AVERAGES: Table[Average] = Table(
+    "--average",
+    {
+        "model-stock": "evaluation.averages:MODEL_STOCK",
+        "soup": "evaluation.averages:SOUP",
+        "greedy": "evaluation.averages:GREEDY",
+        "lines": "evaluation.averages:LINES",
+        "wise": "evaluation.averages:WISE",
     },
 )
 METRICS: Table[Metric] = Table(
