@@ -62,9 +62,7 @@ def evaluate_average(
     """
     average, overrides = AVERAGES[name], tuple(overrides)
     if len(runs) < average.fewest or len({run.resolve() for run in runs}) < len(runs):
-        raise RunError(
-            f"--average {name}: found {len(runs)} runs, expected {average.fewest} or more, each once; give further runs"
-        )
+        raise RunError(f"--average {name}: found {len(runs)} runs, expected {average.fewest} or more, each once; give others")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"--out {out}: it is not empty, and an average is a run of its own: choose a new folder")
     config = open_run(runs[0], overrides)
@@ -141,8 +139,8 @@ def _average(
         positions_N, arrays = predict_split(variants, split, images, state=state)
         chosen = [split.samples[position] for position in positions_N]
         rows = [metric_row(scores_of(chosen, logits_NK, split.own_classes)) for logits_NK in arrays]
-        values = [row[config.train.select_metric] for row in rows]
-        if any(value is None for value in values):
+        values = [value for row in rows if (value := row[config.train.select_metric]) is not None]
+        if len(values) < len(rows):
             raise ConfigError(f"train.select_metric = {config.train.select_metric} has no value on {chosen_on}: choose another")
         return [value if metric.larger_is_better else -value for value in values]
 

@@ -101,8 +101,8 @@ def greedy_soup(runs: Finetuned) -> tuple[State, dict[str, Any]]:
 def model_stock(runs: Finetuned) -> tuple[State, dict[str, Any]]:
     """Move every tensor of the mean towards the pretrained one, the farther the less the runs agree about it.
 
-    c is the mean over pairs of runs, per tensor as in the authors' code. Runs that disagree (c < 0) give the pretrained tensor: the
-    formula, made for c >= 0, would extrapolate beyond it. A tensor that no run has changed stays.
+    c is the mean over pairs of runs, per tensor as in the authors' code. Runs that disagree (c < 0) give the pretrained tensor:
+    the formula, made for c >= 0, would extrapolate beyond it. A tensor that no run has changed stays.
     """
     start, ratios = runs.known_start, {}
     averaged = dict(mean_state(runs.states))
