@@ -156,6 +156,22 @@ class TrainConfig:
     objective: str = ""
     """Loss, a name in `tables.OBJECTIVES` over the same labels as the method's: `contrastive` or `sigmoid` (SigLIP's, with
     `logit_bias` trained) for `flyp`. Empty: the method's; `sigmoid` for `flyp` with a model that has `logit_bias`."""
+    extra_loss: str = ""
+    """Further loss of the classes, a name in `tables.EXTRA_LOSSES`: `cross-entropy` over the class captions beside FLYP's loss,
+    `supcon` (supervised contrastive, of images). Baselines: SAFLEX is refused beside them. Empty: none."""
+    extra_weight: Positive = 1.0
+    """Factor of `extra_loss`."""
+    distill: Literal["none", "features", "logits"] = "none"
+    """Distillation on the training rows: squared distance of embeddings from a teacher's (`features`), or divergence of the
+    softmax over images and over captions (`logits`, as CaRot)."""
+    distill_teacher: Literal["pretrained", "ema"] = "pretrained"
+    """Teacher: the model as it started, or the running average of the weights under training."""
+    distill_weight: Positive = 1.0
+    """Factor of the distillation."""
+    distill_decay: BelowOne = 0.999
+    """`distill_teacher = "ema"`: decay of the average per optimiser step."""
+    l2_sp: NonNegative = 0.0
+    """L2-SP: alpha of the penalty alpha / 2 * |w - w_0|^2 towards the weights of the start; 0: none."""
     proxies: Literal["captions", "batch"] = "captions"
     """Proxy classes of `flyp`: `captions`: each distinct caption of the batch once; `batch`: one per row, as published."""
     steps: Natural = 0
@@ -268,6 +284,9 @@ class EvaluateConfig:
     """Split of role `select` that chooses alpha; empty: `train.select_split`."""
     bootstrap: Natural = 1000
     """Bootstrap resamples for the 95 % intervals; 0: no intervals."""
+    calibrate: bool = False
+    """Temperature scaling (arXiv 1706.04599): fit a temperature on the select split, and tell the calibration error with it as
+    `ece_calibrated`; the select split's own is of the images that it was fitted on."""
     save_predictions: bool = True
     """Write predictions/<split>.parquet."""
 

@@ -6,6 +6,7 @@
     METHODS          train.method            Method: task, objective and phases by name
     TASKS            (of the method)         subclass of Task (tasks/task.py)
     OBJECTIVES       train.objective         Objective (saflex/objectives.py)
+    EXTRA_LOSSES     train.extra_loss        ExtraLoss, added to the objective (saflex/extra_losses.py)
     UPSTREAMS        augment.upstream        Upstream: a pool of edits, an operation per item, or a mix over the batch
     WEIGHT_RULES     saflex.weight_rule      function: gains, labels, upstream labels, penalty -> weights
     EVIDENCE         saflex.evidence         function: EditFeatures -> scores of every label (tasks/clip_evidence.py)
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from flyp_saflex.evaluation.averages import Average
     from flyp_saflex.evaluation.metrics import Scores
     from flyp_saflex.records import Dataset
+    from flyp_saflex.saflex.extra_losses import ExtraLoss
     from flyp_saflex.saflex.objectives import Objective
     from flyp_saflex.tasks.clip_evidence import EditFeatures
     from flyp_saflex.tasks.task import Task
@@ -216,6 +218,14 @@ OBJECTIVES: Table[Objective] = Table(
         "cross-entropy": "saflex.objectives:CROSS_ENTROPY",
     },
 )
+EXTRA_LOSSES: Table[ExtraLoss] = Table(
+    "train.extra_loss",
+    {
+        "cross-entropy": "saflex.extra_losses:CROSS_ENTROPY",
+        "supcon": "saflex.extra_losses:SUPCON",
+    },
+    may_be_empty=True,
+)
 _PROBE = PhasePlan(name="linear-probe", only_head=True, steps="probe_steps")
 METHODS: Table[Method] = Table(
     "train.method",
@@ -322,5 +332,7 @@ PRESETS: Table[EditorPreset] = Table(
     },
     may_be_empty=True,
 )
-CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, OBJECTIVES, UPSTREAMS, WEIGHT_RULES, EVIDENCE, METRICS, EDITORS, PRESETS)
+CHOICES: tuple[Table[Any], ...] = (
+    *(DATASETS, METHODS, OBJECTIVES, EXTRA_LOSSES, UPSTREAMS, WEIGHT_RULES, EVIDENCE, METRICS, EDITORS, PRESETS),
+)
 """Tables whose names are values of an option: `recipe.py` checks these options."""

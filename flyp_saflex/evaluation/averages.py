@@ -153,12 +153,13 @@ def scaled(start: State, finetuned: State, factors: Mapping[str, float]) -> Stat
 def depths_of(state: State) -> dict[str, float]:
     """Return l / (L - 1) of the block that every tensor belongs to; 0 outside of the blocks, and for a tower of one block."""
     found = {name: match for name in state if (match := BLOCK.match(name))}
-    last: dict[str, int] = {}
+    numbers: dict[str, set[int]] = {}
     for match in found.values():
-        last[match["tower"]] = max(last.get(match["tower"], 0), int(match["number"]))
+        numbers.setdefault(match["tower"], set()).add(int(match["number"]))
     depths = dict.fromkeys(state, 0.0)
     for name, match in found.items():
-        depths[name] = int(match["number"]) / max(last[match["tower"]], 1)
+        first, last = min(numbers[match["tower"]]), max(numbers[match["tower"]])  # a ResNet counts its stages from 1
+        depths[name] = (int(match["number"]) - first) / max(last - first, 1)
     return depths
 
 
