@@ -215,6 +215,16 @@ class TrainConfig:
     first, then gradients in parts. The step is the same, in less memory, for one more forward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    adapter: Literal["none", "lora"] = "none"
+    """`lora`: train updates of low rank of the towers' linear layers (LoRA), `logit_scale` and a linear head alone; the saved
+    model has them merged."""
+    lora_rank: Count = 8
+    """`lora`: rank of an update."""
+    lora_alpha: Positive = 16.0
+    """`lora`: updates are multiplied by alpha / rank."""
+    lora_targets: tuple[str, ...] = ("all",)
+    """`lora`: layers, by the last part of their name: `in_proj`, `out_proj`, `c_fc`, `c_proj` of open_clip's blocks; `all`: every
+    linear layer."""
     freeze_text: bool = False
     """Keep the text tower as pretrained."""
     freeze_image: bool = False
@@ -262,6 +272,9 @@ class SaflexConfig(SaflexSettings):
     """Preset that gives the unset options below their values: `posterior`, `robust`, `paper-log` or `paper-prob`."""
     validation_split: str = "id_val"
     """Split of role `select` for the validation loss that weights and labels are chosen to lower."""
+    gradient_rows: Literal["validation", "train"] = "validation"
+    """Rows whose gradient decides: those of `validation_split` (SAFLEX), or of the training split, without augmentation: a row is
+    kept by its alignment with the running average of the training gradient. After the idea of FROST, not its published code."""
     select: Literal["auto", "always", "never"] = "auto"
     """Decide the weights first and train on the kept rows only: the same step, cheaper if few rows are kept. `auto`: while the
     running average of the kept fraction is low enough to save time. Applies to the filters of `augment.filter` as well."""

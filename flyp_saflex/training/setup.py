@@ -247,7 +247,7 @@ def _check_against(config: Config, dataset: Dataset, notes: list[str]) -> None:
     train = config.train
     if train.select_split:
         split_for(dataset, train.select_split, "select")
-    if config.saflex.enabled:
+    if config.saflex.enabled and config.saflex.gradient_rows == "validation":
         split_for(dataset, config.saflex.validation_split, "select")
     if train.batch_size > len(dataset.train):
         raise ConfigError(
