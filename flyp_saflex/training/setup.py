@@ -220,6 +220,8 @@ def _saflex(config: Config, task: Task, edits: Sequence[Edit] | None, notes: lis
         usual, robust = PRESETS[config.saflex.preset], PRESETS["robust"]
         left = {field.name for field in fields(settings) if getattr(settings, field.name) == getattr(usual, field.name)}
         settings = replace(settings, evidence=(), **{name: getattr(robust, name) for name in left - {"evidence"}})
+    if config.saflex.gradient_rows == "train" and not settings.needs_gains:
+        notes.append("saflex.gradient_rows has no effect where no gain decides: set saflex.preset=robust")
     return Saflex(settings)
 
 
