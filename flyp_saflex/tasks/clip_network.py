@@ -29,8 +29,10 @@ class ClipNetwork(Network):
         num_frozen: image blocks behind which the tower is cut.
         head: linear classifier [K, D] on normalised embeddings, or None for captions as columns.
         fixed: names of the model's parameters that are never trained.
-        adapts: whether the model has LoRA, so that of the towers only its updates are trained.
         with_bias: whether the model's `logit_bias` is added to the logits of captions, and trained: a softmax never sees it.
+
+    Attributes:
+        adapts: whether the model has LoRA, so that of the towers only its updates are trained.
     """
 
     def __init__(
@@ -41,14 +43,13 @@ class ClipNetwork(Network):
         head: nn.Linear | None = None,
         fixed: frozenset[str] = frozenset(),
         with_bias: bool = False,
-        adapts: bool = False,
     ) -> None:
         super().__init__()
         self.clip = model
         self.tower = ImageTower(model.visual, num_frozen)
         self.num_frozen = self.tower.num_frozen
         self.head = head  # after the towers: the order of parameters is that of checkpoints
-        self.fixed, self.with_bias, self.adapts = fixed, with_bias, adapts
+        self.fixed, self.with_bias, self.adapts = fixed, with_bias, False
         self.text_is_frozen = False
         self._frozen_texts: dict[tuple[tuple[int, ...], bool], Tensor] = {}
 
