@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): a trained update of low rank beside every frozen weight matrix, W + (alpha / rank) B A.
+"""LoRA (arXiv 2106.09685): trained low-rank updates beside frozen weight matrices, W + (alpha / rank) B A.
 
 A is drawn as a linear layer's weight, B starts at zero, so that the model starts as it was. The update is a parametrization of
 the weight (`torch.nn.utils.parametrize`): whatever reads the weight, open_clip's blocks or ours, reads the sum. `plain_state`

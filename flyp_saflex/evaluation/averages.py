@@ -1,4 +1,4 @@
-"""Averages of the weights of several runs that started from one model, with the choice that a method makes on a select split.
+"""Averages of the weights of several runs, with the choice that some of them make on a select split.
 
     soup         theta = mean_i theta_i                                                        arXiv 2203.05482
     greedy       the same over the runs that do not lower the score, from the best on          arXiv 2203.05482
@@ -99,7 +99,7 @@ def greedy_soup(runs: Finetuned) -> tuple[State, dict[str, Any]]:
 
 
 def model_stock(runs: Finetuned) -> tuple[State, dict[str, Any]]:
-    """Move every tensor of the mean towards the pretrained one, the farther the less the runs agree about it.
+    """Move every tensor of the mean towards the pretrained one where the runs disagree.
 
     c is the mean over pairs of runs, per tensor as in the authors' code. Runs that disagree (c < 0) give the pretrained tensor:
     the formula, made for c >= 0, would extrapolate beyond it. A tensor that no run has changed stays.
@@ -115,7 +115,7 @@ def model_stock(runs: Finetuned) -> tuple[State, dict[str, Any]]:
 
 
 def stock_ratio(changes: Sequence[Tensor]) -> float:
-    """Return Model Stock's ratio t = N c / (1 + (N - 1) c), 0..1, of the changes of one tensor by N runs."""
+    """Return Model Stock's ratio t, 0..1, of the changes of one tensor by N runs."""
     if any(not change.any() for change in changes):  # no angle: all stay, or one run has not moved
         return 1.0 if not any(change.any() for change in changes) else 0.0
     pairs = [float(cosine_similarity(one.flatten(), other.flatten(), dim=0)) for one, other in combinations(changes, 2)]
@@ -124,9 +124,9 @@ def stock_ratio(changes: Sequence[Tensor]) -> float:
 
 
 def lines(runs: Finetuned) -> tuple[State, dict[str, Any]]:
-    """Scale the change of every block by its depth: a in the first, 1 in the last (b = 1 - a); a is chosen.
+    """Scale the change of every block by its depth; the smallest factor a is chosen.
 
-    Tensors outside of the blocks are scaled by a, as in the authors' code. Each tower has its own depth.
+    The first block has factor a, the last 1 (b = 1 - a). Tensors outside of the blocks are scaled by a, as in the authors' code. Each tower has its own depth.
     """
     mean, start = mean_state(runs.states), runs.known_start
     depths = depths_of(mean)
@@ -151,7 +151,10 @@ def scaled(start: State, finetuned: State, factors: Mapping[str, float]) -> Stat
 
 
 def depths_of(state: State) -> dict[str, float]:
-    """Return l / (L - 1) of the block that every tensor belongs to; 0 outside of the blocks, and for a tower of one block."""
+    """Return the depth l / (L - 1) of every tensor's block.
+
+    It is 0 outside of the blocks, and in a tower of one block.
+    """
     found = {name: match for name in state if (match := BLOCK.match(name))}
     numbers: dict[str, set[int]] = {}
     for match in found.values():
