@@ -126,7 +126,8 @@ def stock_ratio(changes: Sequence[Tensor]) -> float:
 def lines(runs: Finetuned) -> tuple[State, dict[str, Any]]:
     """Scale the change of every block by its depth; the smallest factor a is chosen.
 
-    The first block has factor a, the last 1 (b = 1 - a). Tensors outside of the blocks are scaled by a, as in the authors' code. Each tower has its own depth.
+    The first block has factor a, the last 1 (b = 1 - a). Tensors outside of the blocks are scaled by a, as in the authors' code.
+    Each tower has its own depth.
     """
     mean, start = mean_state(runs.states), runs.known_start
     depths = depths_of(mean)
