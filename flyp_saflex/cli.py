@@ -16,10 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flyp_saflex import recipe, runtime
+from flyp_saflex import extras, recipe, runtime
 from flyp_saflex.arguments import Folder, VersionAction, parse_alphas, parse_shard
 from flyp_saflex.config import Config
 from flyp_saflex.errors import UserError
+from flyp_saflex.tables import AVERAGES
 from flyp_saflex.user_text import quoted
 
 CLOSED_PIPE = 141
@@ -88,33 +89,28 @@ def train(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Evaluate a run on every split of its dataset, optionally with WiSE-FT weights between pretrained and finetuned."""
+    """Evaluate a run on every split of its dataset, optionally with WiSE-FT weights; or the average of several runs."""
     alphas = None if arguments.wise_alphas is None else parse_alphas(arguments.wise_alphas)
+    shared = {"wise_alphas": alphas, "overrides": arguments.set, "limit": arguments.limit, "dry_run": arguments.dry_run}
+    if arguments.average:
+        if arguments.on or arguments.wilds_submission or arguments.out is None:
+            raise UserError("--average needs --out DIR, and goes without --on and --wilds-submission: evaluate DIR for those")
+        from flyp_saflex.evaluation.average_runs import evaluate_average
+
+        evaluate_average(arguments.runs, arguments.average, arguments.out, splits=arguments.split, **shared)
+        return
+    if len(arguments.runs) > 1 or arguments.out is not None:
+        raise UserError("evaluate: several runs and --out go with --average NAME; without it give one run per command")
     if arguments.on:
         if arguments.split or arguments.wilds_submission:
             raise UserError("--on tests other sets: it goes without --split and --wilds-submission; give two commands")
         from flyp_saflex.evaluation.other_sets import evaluate_on
 
-        evaluate_on(
-            arguments.run,
-            arguments.on,
-            wise_alphas=alphas,
-            overrides=arguments.set,
-            limit=arguments.limit,
-            dry_run=arguments.dry_run,
-        )
+        evaluate_on(arguments.runs[0], arguments.on, **shared)
         return
     from flyp_saflex.evaluation.evaluate import evaluate as run
 
-    run(
-        arguments.run,
-        splits=arguments.split,
-        wise_alphas=alphas,
-        overrides=arguments.set,
-        limit=arguments.limit,
-        dry_run=arguments.dry_run,
-        wilds_submission=arguments.wilds_submission,
-    )
+    run(arguments.runs[0], splits=arguments.split, wilds_submission=arguments.wilds_submission, **shared)
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -233,9 +229,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(filter, [with_recipe])
     add(train, [with_recipe])
     command = add(evaluate, [shared])
-    command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
+    command.add_argument("runs", type=Folder("RUN"), nargs="+", metavar="RUN", help="run folder written by train")
     command.add_argument("--split", action="append", default=[], metavar="S", help="evaluate this split only; repeatable")
     command.add_argument("--wise-alphas", metavar="A,B,...", help="alphas of a WiSE-FT sweep, for example 0,0.25,0.5,0.75,1")
+    command.add_argument(
+        "--average", default="", metavar="NAME", help=f"average the runs' weights: {', '.join(AVERAGES)}; needs --out"
+    )
+    command.add_argument("--out", type=Folder("--out"), metavar="DIR", help="new run folder of the average")
     command.add_argument(
         "--on",
         action="append",
@@ -313,6 +313,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return CLOSED_PIPE
 
 
+def _told(error: UserError) -> int:
+    print(f"flyp-saflex: {quoted(str(error), sys.maxsize)}", file=sys.stderr)
+    return 2
+
+
 def _output_is_closed() -> bool:
     """Return whether the reader of the output is gone."""
     if not hasattr(select, "poll"):
@@ -336,9 +341,13 @@ def _run(argv: Sequence[str] | None) -> int:
                 arguments.handler(arguments, config)
         else:
             arguments.handler(arguments)
+    except ModuleNotFoundError as error:
+        refused = extras.explained(error, f"flyp-saflex {arguments.command}")
+        if refused is None:
+            raise
+        return _told(refused)
     except UserError as error:
-        print(f"flyp-saflex: {quoted(str(error), sys.maxsize)}", file=sys.stderr)
-        return 2
+        return _told(error)
     except KeyboardInterrupt:
         print("flyp-saflex: interrupted", file=sys.stderr)
         return 130

@@ -159,6 +159,22 @@ class TrainConfig:
     objective: str = ""
     """Loss, a name in `tables.OBJECTIVES` over the same labels as the method's: `contrastive` or `sigmoid` (SigLIP's, with
     `logit_bias` trained) for `flyp`. Empty: the method's; `sigmoid` for `flyp` with a model that has `logit_bias`."""
+    extra_loss: str = ""
+    """Further loss of the classes, a name in `tables.EXTRA_LOSSES`: `cross-entropy` over the class captions beside FLYP's loss,
+    `supcon` (supervised contrastive, of images). Baselines: SAFLEX is refused beside them. Empty: none."""
+    extra_weight: Positive = 1.0
+    """Factor of `extra_loss`."""
+    distill: Literal["none", "features", "logits"] = "none"
+    """Distillation on the training rows: squared distance of embeddings from a teacher's (`features`), or divergence of the
+    softmax over images and over captions (`logits`, as CaRot)."""
+    distill_teacher: Literal["pretrained", "ema"] = "pretrained"
+    """Teacher: the model as it started, or the running average of the weights under training."""
+    distill_weight: Positive = 1.0
+    """Factor of the distillation."""
+    distill_decay: BelowOne = 0.999
+    """`distill_teacher = "ema"`: decay of the average per optimiser step."""
+    l2_sp: NonNegative = 0.0
+    """L2-SP: alpha of the penalty alpha / 2 * |w - w_0|^2 towards the weights of the start; 0: none."""
     proxies: Literal["captions", "batch"] = "captions"
     """Proxy classes of `flyp`: `captions`: each distinct caption of the batch once; `batch`: one per row, as published."""
     steps: Natural = 0
@@ -202,6 +218,16 @@ class TrainConfig:
     first, then gradients in parts. The step is the same, in less memory, for one more forward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    adapter: Literal["none", "lora"] = "none"
+    """`lora`: train updates of low rank of the towers' linear layers (LoRA), `logit_scale` and a linear head alone; the saved
+    model has them merged."""
+    lora_rank: Count = 8
+    """`lora`: rank of an update."""
+    lora_alpha: Positive = 16.0
+    """`lora`: updates are multiplied by alpha / rank."""
+    lora_targets: tuple[str, ...] = ("all",)
+    """`lora`: layers, by the last part of their name: `in_proj`, `out_proj`, `c_fc`, `c_proj` of open_clip's blocks; `all`: every
+    linear layer."""
     freeze_text: bool = False
     """Keep the text tower as pretrained."""
     freeze_image: bool = False
@@ -249,6 +275,9 @@ class SaflexConfig(SaflexSettings):
     """Preset that gives the unset options below their values: `posterior`, `robust`, `paper-log` or `paper-prob`."""
     validation_split: str = "id_val"
     """Split of role `select` for the validation loss that weights and labels are chosen to lower."""
+    gradient_rows: Literal["validation", "train"] = "validation"
+    """Rows whose gradient decides: those of `validation_split` (SAFLEX), or of the training split, without augmentation: a row is
+    kept by its alignment with the running average of the training gradient. After the idea of FROST, not its published code."""
     select: Literal["auto", "always", "never"] = "auto"
     """Decide the weights first and train on the kept rows only: the same step, cheaper if few rows are kept. `auto`: while the
     running average of the kept fraction is low enough to save time. Applies to the filters of `augment.filter` as well."""
@@ -271,6 +300,9 @@ class EvaluateConfig:
     """Split of role `select` that chooses alpha; empty: `train.select_split`."""
     bootstrap: Natural = 1000
     """Bootstrap resamples for the 95 % intervals; 0: no intervals."""
+    calibrate: bool = False
+    """Temperature scaling (arXiv 1706.04599): fit a temperature on the select split, and tell the calibration error with it as
+    `ece_calibrated`; the select split's own is of the images that it was fitted on."""
     save_predictions: bool = True
     """Write predictions/<split>.parquet."""
 

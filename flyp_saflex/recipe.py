@@ -164,6 +164,16 @@ def check(config: Config) -> list[str]:
             f"train.freeze_image and train.freeze_text leave train.method = {train.method} nothing to train but logit_scale: "
             "unfreeze one or use train.method=linear-probe"
         )
+    if train.adapter != "none" and (train.l2_sp or train.method == "linear-probe"):
+        reason = "train.l2_sp" if train.l2_sp else "train.method = linear-probe"
+        problems.append(
+            f'train.adapter = "{train.adapter}" goes without {reason}: its updates start at zero; leave one of them out'
+        )
+    if train.adapter != "none" and train.freeze_text and saflex.enabled and saflex.scope == "head":
+        problems.append(
+            f'train.adapter = "{train.adapter}" and train.freeze_text leave saflex.scope = "head" nothing but logit_scale: set '
+            "saflex.scope=all or train.freeze_text=false"
+        )
     if saflex.select == "always" and not (saflex.enabled or augment.filter in ("argmax", "lowest-loss", "random")):
         problems.append(
             'saflex.select = "always", but nothing is dropped while training with saflex.enabled = false and '
@@ -197,7 +207,7 @@ def check(config: Config) -> list[str]:
         )
     splits = set(config.data.add_to_train)
     for option, value in (("train.select_split", train.select_split), ("saflex.validation_split", saflex.validation_split)):
-        used = value and (option.startswith("train") or saflex.enabled)
+        used = value and (option.startswith("train") or (saflex.enabled and saflex.gradient_rows == "validation"))
         if used and value in splits:
             problems.append(f"{option} = {value} is also in data.add_to_train: a split that is trained on selects nothing")
     return problems

@@ -6,9 +6,11 @@
     METHODS          train.method            Method: task, objective and phases by name
     TASKS            (of the method)         subclass of Task (tasks/task.py)
     OBJECTIVES       train.objective         Objective (saflex/objectives.py)
+    EXTRA_LOSSES     train.extra_loss        ExtraLoss, added to the objective (saflex/extra_losses.py)
     UPSTREAMS        augment.upstream        Upstream: a pool of edits, an operation per item, or a mix over the batch
     WEIGHT_RULES     saflex.weight_rule      function: gains, labels, upstream labels, penalty -> weights
     EVIDENCE         saflex.evidence         function: EditFeatures -> scores of every label (tasks/clip_evidence.py)
+    AVERAGES         evaluate --average      Average of the weights of several runs (evaluation/averages.py)
     METRICS          train.select_metric     Metric: title, unit, direction, function of Scores
     EDITORS          editor.kind             EditorKind: usual values, inputs, loader (editing/settings.py)
     PRESETS          editor.preset           EditorPreset: kind, advised options, licence, memory (editing/presets.py)
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
     from flyp_saflex.config import DataConfig
     from flyp_saflex.editing.presets import EditorPreset
     from flyp_saflex.editing.settings import EditorKind
+    from flyp_saflex.evaluation.averages import Average
     from flyp_saflex.evaluation.metrics import Scores
     from flyp_saflex.records import Dataset
+    from flyp_saflex.saflex.extra_losses import ExtraLoss
     from flyp_saflex.saflex.objectives import Objective
     from flyp_saflex.tasks.clip_evidence import EditFeatures
     from flyp_saflex.tasks.task import Task
@@ -214,6 +218,14 @@ OBJECTIVES: Table[Objective] = Table(
         "cross-entropy": "saflex.objectives:CROSS_ENTROPY",
     },
 )
+EXTRA_LOSSES: Table[ExtraLoss] = Table(
+    "train.extra_loss",
+    {
+        "cross-entropy": "saflex.extra_losses:CROSS_ENTROPY",
+        "supcon": "saflex.extra_losses:SUPCON",
+    },
+    may_be_empty=True,
+)
 _PROBE = PhasePlan(name="linear-probe", only_head=True, steps="probe_steps")
 METHODS: Table[Method] = Table(
     "train.method",
@@ -263,6 +275,16 @@ EVIDENCE: Table[Callable[[EditFeatures], Tensor]] = Table(
         "source-middle": "tasks.clip_evidence:source_middle",
     },
 )
+AVERAGES: Table[Average] = Table(
+    "--average",
+    {
+        "model-stock": "evaluation.averages:MODEL_STOCK",
+        "soup": "evaluation.averages:SOUP",
+        "greedy": "evaluation.averages:GREEDY",
+        "lines": "evaluation.averages:LINES",
+        "wise": "evaluation.averages:WISE",
+    },
+)
 METRICS: Table[Metric] = Table(
     "train.select_metric",
     {
@@ -310,5 +332,7 @@ PRESETS: Table[EditorPreset] = Table(
     },
     may_be_empty=True,
 )
-CHOICES: tuple[Table[Any], ...] = (DATASETS, METHODS, OBJECTIVES, UPSTREAMS, WEIGHT_RULES, EVIDENCE, METRICS, EDITORS, PRESETS)
+CHOICES: tuple[Table[Any], ...] = (
+    *(DATASETS, METHODS, OBJECTIVES, EXTRA_LOSSES, UPSTREAMS, WEIGHT_RULES, EVIDENCE, METRICS, EDITORS, PRESETS),
+)
 """Tables whose names are values of an option: `recipe.py` checks these options."""

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flyp_saflex"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "user_text", "ranges", "tables", "presets", "comparing", "offline", "network_options", "config", "option_docs",
-    "records", "runtime", "recipe",  # the ground
+    "errors", "user_text", "ranges", "tables", "presets", "comparing", "offline", "extras", "network_options", "config",
+    "option_docs", "records", "runtime", "recipe",  # the ground
     "saflex", "clip",  # the papers in tensors, the models
     "storage", "images", "data",  # what lies on disk, pixels, datasets
     "tasks", "step", "evaluation", "training", "predicting",  # a model's step, its scores, the loop

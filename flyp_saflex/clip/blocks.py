@@ -20,14 +20,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flyp_saflex.clip.lora import is_attention
+
 
 def is_plain_block(block: Any) -> bool:
     """Return whether a block is open_clip's standard block, without attention extras, attention dropout or hooks."""
-    attention = getattr(block, "attn", None)
+    attention: Any = getattr(block, "attn", None)
     return (
         type(block).__name__ == "ResidualAttentionBlock"
         and not hasattr(block, "ln_1_kv")
-        and type(attention) is nn.MultiheadAttention
+        and is_attention(attention)
         and attention.in_proj_weight is not None
         and attention.in_proj_bias is not None
         and attention.bias_k is None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
-
-from transformers import dynamic_module_utils
 
 from flyp_saflex.errors import ModelError
 
@@ -67,6 +66,11 @@ def check_config(config: Any, source: str) -> dict[str, Any]:
 @contextmanager
 def no_remote_code() -> Iterator[None]:
     """Let transformers refuse a model that brings code, at once, instead of asking on the terminal whether to run it."""
+    if find_spec("transformers") is None:  # then there is none that could
+        yield
+        return
+    from transformers import dynamic_module_utils
+
     before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from flyp_saflex.clip.foreign_code import check_config, no_remote_code
 from flyp_saflex.clip.image_tower import check_cut
+from flyp_saflex.clip.lora import plain_state
 from flyp_saflex.clip.text_tower import check_text
 from flyp_saflex.clip.weights_files import foreign_form, notes_on_file, published_preprocessing
 from flyp_saflex.errors import ModelError, nearest
@@ -151,7 +152,7 @@ def save_clip(clip: Clip, folder: Path) -> None:
 
     `open_clip.create_model("local-dir:FOLDER")` loads it and gives the same logits. A tokenizer with files of its own (Hugging
     Face's) is saved with it, as `open_clip.get_tokenizer("local-dir:FOLDER")` takes them from there, and so is the configuration
-    of a text tower of transformers, which `load_clip` takes from there.
+    of a text tower of transformers, which `load_clip` takes from there. LoRA's updates are merged.
     """
     from safetensors.torch import save_file
 
@@ -159,7 +160,7 @@ def save_clip(clip: Clip, folder: Path) -> None:
     config = deepcopy(clip.config)
     config["model_cfg"].get("vision_cfg", {}).pop("timm_model_pretrained", None)
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    state = {key: value.detach().to("cpu").clone().contiguous() for key, value in clip.model.state_dict().items()}
+    state = {key: value.detach().to("cpu").clone().contiguous() for key, value in plain_state(clip.model).items()}
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     if isinstance(clip.tokenizer, HFTokenizer):
         clip.tokenizer.save_pretrained(folder)

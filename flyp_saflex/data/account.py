@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -31,7 +32,7 @@ class Account:
     def reasons(self) -> str:
         """Return what was left out and why, the largest numbers first; empty if nothing was."""
         rows = self.left_out.most_common()
-        shown = [f"{count} {reason}" for reason, count in rows[:SHOWN_REASONS]]
+        shown = [f"{count} {_of_one(reason) if count == 1 else reason}" for reason, count in rows[:SHOWN_REASONS]]
         if rest := rows[SHOWN_REASONS:]:
             shown.append(f"{sum(count for _, count in rest)} for {len(rest)} other reasons")
         return ", ".join(shown)
@@ -46,3 +47,7 @@ class Account:
         assert self.found == used + left, f"{self.found} {self.what}, but {used} used and {left} left out"
         line = f"{self.found} {self.what} = {used} in splits"
         return f"{line} + {left} left out ({self.reasons()})" if left else line
+
+
+def _of_one(reason: str) -> str:
+    return re.sub(r"\b(image|file|line)s\b", r"\1", reason, count=1)

@@ -20,6 +20,7 @@ from flyp_saflex.data.parts import POOL, Part, domain_parts, names_domains, pool
 from flyp_saflex.data.splitting import canonical_split, hold_out, in_reporting_order, split_by_name, split_notes
 from flyp_saflex.data.text import listed, nfc, shown
 from flyp_saflex.errors import DataError, nearest
+from flyp_saflex.extras import require
 from flyp_saflex.records import Dataset, Sample, Split, StoredImage
 
 if TYPE_CHECKING:
@@ -121,12 +122,8 @@ def read_hf(config: DataConfig) -> Dataset:
 
 def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
     """Return the splits by name as the `datasets` library finds them."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            'data.name = "hf" needs the package datasets, which is not installed; pip install "flyp-saflex[hf]"'
-        ) from None
+    require("data.name = hf", "datasets")
+    import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     if not config.root:

@@ -35,7 +35,7 @@ class Table:
     columns: dict[str, list[str]]
     num_rows: int
     first_row: int
-    rows: list[int] = field(default_factory=list)
+    rows: Sequence[int] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 

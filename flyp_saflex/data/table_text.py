@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from operator import itemgetter
@@ -17,6 +18,10 @@ from flyp_saflex.errors import DataError
 OTHER_DELIMITERS = (",", ";", "\t", "|")
 SEP_LINE = re.compile(r'"?sep=(.)"?')
 """Excel's first line of a CSV, which names the delimiter."""
+BLOCK_ROWS = 16_384
+"""Rows that are held as rows before they are moved to the columns."""
+MOST_KNOWN = 65_536
+"""Distinct cells of a column that are looked up to be kept once."""
 
 
 def load_delimited(file: Path, wanted: Sequence[str], delimiter: str) -> Table:
@@ -66,15 +71,13 @@ class _Reader:
         """
         with open(self.file, encoding="utf-8-sig", newline="") as lines:
             header = self._header(lines)
-            cells, rows = self._rows(lines, header)
-        columns = zip(*cells, strict=True) if cells else iter([()] * len(self.wanted))
-        text = {name: [cell.strip() for cell in column] for name, column in zip(self.wanted, columns, strict=True)}
+            columns, rows = self._rows(lines, header)
         regular = not rows or rows[-1] - rows[0] == len(rows) - 1
         first = rows[0] if rows else self.first_line
         return Table(
             file=self.file,
-            columns=text,
-            num_rows=len(cells),
+            columns=dict(zip(self.wanted, columns, strict=True)),
+            num_rows=len(rows),
             first_row=first,
             rows=[] if regular else rows,
             left_out=self.left_out,
@@ -115,15 +118,16 @@ class _Reader:
     def _named_in(self, header: Sequence[str]) -> bool:
         return all(name in header for name in self.wanted)
 
-    def _rows(self, lines: TextIO, header: Sequence[str]) -> tuple[list[Sequence[str]], list[int]]:
-        """Return the wanted cells of every row and the rows' numbers."""
+    def _rows(self, lines: TextIO, header: Sequence[str]) -> tuple[list[list[str]], array[int]]:
+        """Return the wanted columns and the rows' numbers."""
         width, last = len(header), 0
         places = [header.index(name) for name in self.wanted]
         pick = itemgetter(*places) if len(places) > 1 else lambda cells: (cells[places[0]],)
         path = places[0]
         reader = csv.reader(lines, delimiter=self.delimiter, skipinitialspace=True, strict=True, quoting=self.quoting)
+        columns = _Columns(len(places))
         rows: list[Sequence[str]] = []
-        numbers: list[int] = []
+        numbers = array("q")
         try:
             for record in reader:
                 number, last, num_lines = self.first_line + last, reader.line_num, reader.line_num - last
@@ -137,13 +141,16 @@ class _Reader:
                 else:
                     rows.append(pick(cells))
                     numbers.append(number)
+                    if len(rows) == BLOCK_ROWS:
+                        columns.take(rows)
         except csv.Error as error:
             number = self.first_line + last
             raise DataError(
                 f"{self.file} row {number}: {self._quote_error(str(error))}; "
                 'close the quotation mark, and write one inside of a quoted cell twice ("")'
             ) from None
-        return rows, numbers
+        columns.take(rows)
+        return columns.cells, numbers
 
     def _mended(self, cells: list[str], header: Sequence[str], number: int) -> list[str]:
         """Return the cells of a row of another width: empty ones added or taken off, none of an empty line, one of a comment.
@@ -192,6 +199,29 @@ class _Reader:
         if "expected after" in error:
             return f"a quotation mark is opened in this row and closed before text that is not {_told(self.delimiter)}"
         return error
+
+
+class _Columns:
+    """Cells by column, stripped; of equal cells (a class, a split, a camera) one is kept.
+
+    Args:
+        num_columns: columns; the first one is that of the paths, which do not repeat.
+    """
+
+    def __init__(self, num_columns: int) -> None:
+        self.cells: list[list[str]] = [[] for _ in range(num_columns)]
+        self._known: list[dict[str, str]] = [{} for _ in range(num_columns)]
+
+    def take(self, rows: list[Sequence[str]]) -> None:
+        """Move rows to the columns; empties the list."""
+        if not rows:
+            return
+        paths, *others = zip(*rows, strict=True)
+        self.cells[0] += [path.strip() for path in paths]
+        for column, known, cells in zip(self.cells[1:], self._known[1:], others, strict=True):
+            stripped = map(str.strip, cells)
+            column.extend([known.setdefault(cell, cell) for cell in stripped] if len(known) < MOST_KNOWN else stripped)
+        rows.clear()
 
 
 def _told(delimiter: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
@@ -26,12 +25,13 @@ from flyp_saflex.data.class_prompts import load_prompts
 from flyp_saflex.data.text import listed, shown
 from flyp_saflex.data.wilds_archive import MIRROR
 from flyp_saflex.errors import DataError
+from flyp_saflex.extras import require
 from flyp_saflex.records import Dataset, Role, Sample, Samples, Shift, Split
 
 FOLDER = "iwildcam_v2.0"
-RELEASE = "RELEASE_v2.0.txt"
 COLUMNS = ("split", "filename", "y", "location_remapped", "sequence_remapped", "datetime")
 NUMBERS = ("y", "location_remapped", "sequence_remapped")
+DATE = "%Y-%m-%d %H:%M:%S.%f"
 OFFICIAL: dict[str, tuple[Role, Shift]] = {
     "train": ("train", "id"),
     "id_val": ("select", "id"),
@@ -51,7 +51,9 @@ MINI_SUFFIX = "-21bc-11ea-a13a-137349068a90"
 
 
 def read_iwildcam(config: DataConfig) -> Dataset:
-    """Read WILDS iWildCam v2.0 through the `wilds` package.
+    """Read WILDS iWildCam v2.0: the splits of its metadata, in its order, as the `wilds` package reads them.
+
+    The package itself takes every date apart, row by row, which takes longer than all the rest; it serves the evaluation.
 
     `data.root` holds `iwildcam_v2.0`, or is that folder under any name, with `metadata.csv` and the images in `train/` or
     `images/` (flat or in folders, as on LILA).
@@ -59,16 +61,14 @@ def read_iwildcam(config: DataConfig) -> Dataset:
     Raises:
         DataError: metadata or images are missing, or a row of the metadata cannot be used.
     """
+    require("data.name = iwildcam", "wilds")  # for its evaluator, at the end
     folder = _folder(config, needed="metadata.csv")
     prompts = load_prompts(config.prompts or "iwildcam")
     table = _metadata(folder / "metadata.csv", len(prompts.class_names))
-    official, notes = _open(folder)
     account = Account(f"rows of {folder / 'metadata.csv'}", found=len(table))
     names = table["filename"].tolist()
     root, homes = _locate(folder, names)
-    locations = official.metadata_array[:, official.metadata_fields.index("location")].tolist()
-    sequences = official.metadata_array[:, official.metadata_fields.index("sequence")].tolist()
-    labels = official.y_array.tolist()
+    locations, sequences, labels = (table[column].tolist() for column in ("location_remapped", "sequence_remapped", "y"))
 
     def samples(rows: list[int]) -> Sequence[Sample]:
         columns = Samples(
@@ -87,7 +87,7 @@ def read_iwildcam(config: DataConfig) -> Dataset:
             name=name,
             role=role,
             shift=shift,
-            samples=samples(official.get_subset(name).indices.tolist()),
+            samples=samples(table.index[table["split"] == name].tolist()),
         )
         for name, (role, shift) in OFFICIAL.items()
     }
@@ -98,7 +98,7 @@ def read_iwildcam(config: DataConfig) -> Dataset:
         splits=splits,
         templates=prompts.templates,
         evaluator=lambda samples, predictions: official_metrics(predictions, [sample.label for sample in samples]),
-        notes=(*notes, account.note(sum(len(split) for split in splits.values()))),
+        notes=(account.note(sum(len(split) for split in splits.values())),),
     )
 
 
@@ -228,28 +228,26 @@ def _metadata(path: Path, num_classes: int) -> pd.DataFrame:
             f"{path} row {row + 2}: column 'y' is {table['y'][row]}, but prompts/iwildcam has {num_classes} classes "
             f"(0..{num_classes - 1}). Drop the row or update the class file."
         )
+    _check_as_wilds(path, table)
     return table
 
 
-def _open(folder: Path) -> tuple[Any, tuple[str, ...]]:
-    """Open the folder with the `wilds` package; without its release file or name, through a temporary folder of links."""
-    from wilds import get_dataset
-
-    try:
-        if folder.name == FOLDER and (folder / RELEASE).is_file():
-            return get_dataset("iwildcam", root_dir=str(folder.parent), download=False), ()
-        with tempfile.TemporaryDirectory() as temporary:
-            shadow = Path(temporary) / FOLDER
-            shadow.mkdir()
-            os.symlink(folder / "metadata.csv", shadow / "metadata.csv")
-            (shadow / RELEASE).touch()
-            note = f"{folder} is not named {FOLDER} or has no {RELEASE}: opened through a temporary link, nothing written into it"
-            return get_dataset("iwildcam", root_dir=temporary, download=False), (note,)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or "the values of y, location_remapped or sequence_remapped have gaps"
+def _check_as_wilds(path: Path, table: pd.DataFrame) -> None:
+    """Refuse what the `wilds` package refuses: numbers with gaps, and dates that are none."""
+    for column in NUMBERS:
+        missing = sorted(set(range(int(table[column].max()) + 1)).difference(table[column]))
+        if missing:
+            raise DataError(
+                f"{path}: column '{column}' runs to {table[column].max()}, but has no {missing[0]}; the wilds package refuses "
+                "numbers with gaps; copy WILDS' own file again"
+            )
+    wrong = pd.to_datetime(table["datetime"], format=DATE, errors="coerce").isna()
+    if wrong.any():
+        row = int(wrong.argmax())
         raise DataError(
-            f"{folder / 'metadata.csv'}: the wilds package refuses it: {reason}; copy WILDS' own file again"
-        ) from None
+            f"{path} row {row + 2}: column 'datetime' is '{shown(str(table['datetime'][row]))}', expected a time such as "
+            "2013-06-01 15:40:00.000; the wilds package refuses it; drop the row or copy WILDS' own file again"
+        )
 
 
 def _locate(folder: Path, names: Sequence[str]) -> tuple[Path, dict[str, Path]]:

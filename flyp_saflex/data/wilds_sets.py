@@ -27,6 +27,7 @@ from flyp_saflex.data.class_names import class_list
 from flyp_saflex.data.folder import existing_root
 from flyp_saflex.data.text import shown
 from flyp_saflex.errors import DataError
+from flyp_saflex.extras import require
 from flyp_saflex.records import Dataset, Role, Sample, Shift, Split
 
 
@@ -65,6 +66,7 @@ class WildsSet:
         Raises:
             DataError: metadata or images are missing, or the package refuses the metadata.
         """
+        require(f"data.name = {self.name}", "wilds")
         root = existing_root(config, f"{self.folder} as WILDS unpacks it ({', '.join(self.files)} and the images)")
         folder = root / self.folder if (root / self.folder).is_dir() else root
         if missing := [name for name in self.files if not (folder / name).is_file()]:

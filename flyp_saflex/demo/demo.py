@@ -40,6 +40,7 @@ from flyp_saflex.demo.world import CLASSES, FOLDER
 from flyp_saflex.editing.generate import generate
 from flyp_saflex.errors import RunError, UserError
 from flyp_saflex.evaluation.statistics import paired_difference, summarise
+from flyp_saflex.extras import require
 from flyp_saflex.storage.augment_cache import SHEETS
 from flyp_saflex.storage.files import atomic_write, write_json
 from flyp_saflex.storage.results import align, percent, read_results
@@ -86,13 +87,14 @@ def demo(out: Path, *, seeds: int = 1, num_images: int = 2400, steps: int = 0) -
 
     Raises:
         RunError: the folder holds other files, cannot be written, or is in use.
-        UserError: several processes, or fewer than one seed.
+        UserError: several processes, fewer than one seed, or an extra that is not installed.
         DataError: `num_images` is below 400.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the demo runs in one process: start it as `flyp-saflex demo`, without accelerate launch")
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: expected 1 or more")
+    require("flyp-saflex demo", "diffusers", "transformers", "wilds", "matplotlib")
     started = time.monotonic()
     changes = [f"train.steps={steps}"] if steps else []
     settings = {"num_images": num_images, "recipe": recipe.dumps(recipe.load("demo", changes))}

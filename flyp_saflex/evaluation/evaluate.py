@@ -23,10 +23,11 @@ from flyp_saflex.clip.model import RANDOM
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
+from flyp_saflex.evaluation.calibration import calibration_error, fit_temperature
 from flyp_saflex.evaluation.load_run import check_folder, check_model, load_run
 from flyp_saflex.evaluation.predict import Variant, predict_split
 from flyp_saflex.evaluation.run_data import compare_data
-from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split
+from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split, scores_of
 from flyp_saflex.evaluation.weight_averaging import WeightAverage
 from flyp_saflex.evaluation.wilds_submission import check_submission, write_submission
 from flyp_saflex.images.loader import ImageLoader
@@ -78,7 +79,10 @@ def evaluate(
         if any(alpha != 1 for alpha in alphas):
             check_start(config, alphas)
         dataset = load_dataset(config.data, seed=config.seed, limit=limit, test_set=on)
-        select = "" if on else select_split(config, dataset, choose=len(alphas) > 1)
+        calibrates = config.evaluate.calibrate and not on
+        select = "" if on else select_split(config, dataset, choose=len(alphas) > 1 or calibrates)
+        if calibrates and not select:
+            raise ConfigError("evaluate.calibrate fits the temperature on a select split: set evaluate.select_split")
         todo = splits_to_evaluate(dataset, splits, first=select)
         if wilds_submission:
             check_submission(config, dataset, todo, limit=limit)
@@ -118,10 +122,19 @@ def evaluate(
         average = WeightAverage(task, start, precision=config.train.precision, lowered=lowered)
         variants = {alpha: average.variant(alpha) for alpha in alphas}
         extras = {key: value for key, value in (("limit", limit), ("overrides", telling(overrides))) if value}
+        temperatures = results.temperatures(select) if calibrates else None
         for split in todo:
             started = time.monotonic()
             scored = evaluate_split(
-                variants, split, loader, bootstrap=config.evaluate.bootstrap, seed=config.seed, state=state, extras=extras
+                variants,
+                split,
+                loader,
+                bootstrap=config.evaluate.bootstrap,
+                seed=config.seed,
+                state=state,
+                extras=extras,
+                temperatures=temperatures,
+                fits=split.name == select,
             )
             if dataset.evaluator is not None:
                 for part in scored.values():
@@ -151,6 +164,8 @@ def evaluate_split(
     seed: int = 0,
     state: PartialState | None = None,
     extras: Mapping[str, Any] | None = None,
+    temperatures: dict[Any, float] | None = None,
+    fits: bool = False,
 ) -> dict[Any, Scored]:
     """Score several models on one split, reading its images once.
 
@@ -162,6 +177,8 @@ def evaluate_split(
         seed: seed of the resamples.
         state: accelerate's state, to share the images among its processes; None: this process reads all of them.
         extras: further fields of every row.
+        temperatures: by the same keys; a row then has the temperature and the calibration error with it. None: not asked for.
+        fits: whether the temperatures are fitted on this split, and put there.
 
     Returns:
         A row and the predictions by key. Unreadable images are left out of both and counted in the row.
@@ -174,6 +191,13 @@ def evaluate_split(
     scored = {}
     for key, logits_NK in zip(variants, arrays, strict=True):
         scored[key] = score_split(split, index_N, logits_NK, bootstrap=bootstrap, seed=seed)
+        if temperatures is not None:
+            scores = scores_of([split.samples[place] for place in index_N], logits_NK, split.own_classes)
+            if fits:
+                temperatures[key] = fit_temperature(scores.logits_NK, scores.labels_N)
+            if key in temperatures:
+                after = calibration_error(scores.logits_NK, scores.labels_N, temperatures[key])
+                scored[key].row.update(temperature=temperatures[key], ece_calibrated=after)
         scored[key].row.update(extras or {})
     return scored
 

@@ -35,7 +35,8 @@ def check_submission(config: Config, dataset: Dataset, todo: Sequence[Split], *,
             "leaderboard does not permit; train without it"
         )
     split = dataset.splits.get(config.saflex.validation_split)
-    if config.saflex.enabled and split is not None and split.shift == "ood":
+    takes_it = config.saflex.enabled and config.saflex.gradient_rows == "validation"
+    if takes_it and split is not None and split.shift == "ood":
         raise ConfigError(
             f"--wilds-submission: SAFLEX took its validation gradient from the OOD split '{split.name}', which the leaderboard "
             "permits for model selection only; train with saflex.validation_split=id_val"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from flyp_saflex.clip.image_tower import ImageTower
-from flyp_saflex.errors import ConfigError
+from flyp_saflex.extras import require
 from flyp_saflex.tasks.clip_task import ClipTask
 
 OPSET = 18
@@ -48,11 +47,7 @@ def check_onnx() -> None:
     Raises:
         ConfigError: it is not.
     """
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"--to onnx needs {' and '.join(missing)}, which is not installed; install it: pip install 'flyp-saflex[onnx]'"
-        )
+    require("--to onnx", *NEEDED)
 
 
 def save_onnx(task: ClipTask, path: Path) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from flyp_saflex.errors import ConfigError, DataError
+from flyp_saflex.errors import DataError
+from flyp_saflex.extras import require
 
 
 def check_cleanlab() -> None:
@@ -25,8 +25,7 @@ def check_cleanlab() -> None:
     Raises:
         ConfigError: it is not.
     """
-    if find_spec("cleanlab") is None:
-        raise ConfigError("--issues needs cleanlab, which is not installed; install it: pip install 'flyp-saflex[issues]'")
+    require("--issues", "cleanlab")
 
 
 def label_issues(labels_N: ArrayLike, probabilities_NK: ArrayLike) -> NDArray[np.int64]:

@@ -53,10 +53,11 @@ def loss_in_parts(step: StepLoss, rows: Rows, space: LabelSpace, generator: torc
     """Take the loss and its gradient at the features of all rows; leave the network's backward passes to `surrogates`."""
     network, size = step.task.network, step.rows_at_once
     found = leaves(features(step.forward, network, rows.inputs, space.tokens_UL, size))
-    logits_NC = found.logits(step.processes.gather_features(found.images_ND), space.inverse_C)
+    images_ND = step.processes.gather_features(found.images_ND)
+    logits_NC = found.logits(images_ND, space.inverse_C)
     logits_AC = logits_NC.detach()[space.augmented_N]
     result = step.augmented.decide(rows, found.rows_from(rows.num_train), logits_AC, space, generator)
-    loss = step.objective.loss(logits_NC, result.assignment_NC, result.weights_N)
+    loss = step.loss_of(found, images_ND, logits_NC, result, rows, space)
     gradient = gradients(loss, found)
     kept_N = result.weights_N.view(-1, len(rows.inputs))[step.processes.rank] > 0
     chosen_S = kept_N.nonzero()[:, 0] if bool(kept_N.any()) else torch.zeros(1, dtype=torch.long, device=kept_N.device)

@@ -48,8 +48,9 @@ def loss_of_kept(step: StepLoss, rows: Rows, space: LabelSpace, generator: torch
     out = step.forward(rows.inputs[chosen_S], space.tokens_UL if seen is None else space.tokens_UL[:0])
     if seen is not None:
         out = out._replace(columns_CD=seen.columns_CD)
-    logits_SC = out.logits(step.processes.gather_features(out.images_ND), space.inverse_C)
-    result.loss = loss = step.objective.loss(logits_SC, result.assignment_NC[among_all_S], result.weights_N[among_all_S])
+    images_SD = step.processes.gather_features(out.images_ND)
+    logits_SC = out.logits(images_SD, space.inverse_C)
+    result.loss = loss = step.loss_of(out, images_SD, logits_SC, result, rows, space, among_all_S)
     result.surrogates, result.selected = [lambda: loss], True
     return result
 

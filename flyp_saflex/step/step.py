@@ -6,7 +6,7 @@ every process computes the same loss; averaged gradients are then those of one p
 A step is one pass (`_in_one_pass`), or two for the same loss and gradient: `skip_dropped.py` decides first and trains on the
 kept rows; `gradcache.py` takes all features first and their backward passes a few rows at a time.
 
-Shapes: N rows of all processes, A of them augmented, C columns, K labels.
+Shapes: N rows of all processes, S of them in a pass, A augmented, C columns, K labels.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step.augmented_rows import AugmentedRows, Filter, StepResult
+from flyp_saflex.step.extra_terms import ExtraTerms
 from flyp_saflex.step.gradcache import loss_in_parts
 from flyp_saflex.step.skip_dropped import Selecting, loss_of_kept
 from flyp_saflex.step.validation_gradient import Validation, ValidationGradient
@@ -39,6 +41,7 @@ class StepLoss:
         rows_at_once: rows per forward and backward pass, of training and validation; 0: a part's training rows all at once.
         selecting: whether to decide about augmented rows before training on them; None: never. Its running average is
             kept up to date here.
+        terms: what is added to the objective; None: nothing.
     """
 
     def __init__(
@@ -53,7 +56,9 @@ class StepLoss:
         processes: Processes | None = None,
         rows_at_once: int = 0,
         selecting: Selecting | None = None,
+        terms: ExtraTerms | None = None,
     ) -> None:
+        self.terms = terms or ExtraTerms()
         self.task, self.objective, self.forward = task, objective, forward or task.network
         self.saflex = saflex
         self.processes, self.rows_at_once = processes or Processes(), rows_at_once
@@ -79,7 +84,7 @@ class StepLoss:
             seed: of the step, for a random caption template of the classes.
             generator: of the `random` filter; seeded alike on every process.
         """
-        space = self.task.label_space(rows, self.objective.over, seed, self.processes.gather)
+        space = self.terms.widened(self.task.label_space(rows, self.objective.over, seed, self.processes.gather), self.task)
         if self.rows_at_once and len(rows.inputs) > self.rows_at_once:
             return loss_in_parts(self, rows, space, generator)
         if self.selecting.on and bool(space.augmented_N.any()) and self.task.network.trains_rows():
@@ -90,14 +95,54 @@ class StepLoss:
         # Step 1: logits of all rows over the columns.
         with self.augmented.recording(rows) as primal:
             out = self.forward(rows.inputs, space.tokens_UL)
-        logits_NC = out.logits(self.processes.gather_features(out.images_ND), space.inverse_C)
+        images_ND = self.processes.gather_features(out.images_ND)
+        logits_NC = out.logits(images_ND, space.inverse_C)
         # Step 2, Eq. (9)-(11): weights and labels of the augmented rows.
         logits_AC = logits_NC.detach()[space.augmented_N]
         result = self.augmented.decide(rows, out.rows_from(rows.num_train), logits_AC, space, generator, primal)
         # Step 3, Eq. (7) or (14): the loss.
-        result.loss = loss = self.objective.loss(logits_NC, result.assignment_NC, result.weights_N)
+        result.loss = loss = self.loss_of(out, images_ND, logits_NC, result, rows, space)
         result.surrogates = [lambda: loss]
         return result
+
+    def loss_of(
+        self,
+        out: Outputs,
+        images_SD: Tensor,
+        logits_SC: Tensor,
+        result: StepResult,
+        rows: Rows,
+        space: LabelSpace,
+        among_S: Tensor | None = None,
+    ) -> Tensor:
+        """Return the objective with the terms beside it.
+
+        Args:
+            out: of this process's pass.
+            images_SD: embeddings of all processes' passes, S of the N rows.
+            logits_SC: their logits.
+            result: decisions about all rows.
+            rows: this process's rows.
+            space: of the step.
+            among_S: places of the S rows among all; None: all.
+        """
+        assignment_SC, weights_S = result.assignment_NC, result.weights_N
+        if among_S is not None:
+            assignment_SC, weights_S = assignment_SC[among_S], weights_S[among_S]
+        loss = self.objective.loss(logits_SC, assignment_SC, weights_S)
+        return self.terms.added(
+            loss,
+            out,
+            images_SD,
+            logits_SC,
+            weights_S,
+            task=self.task,
+            rows=rows,
+            space=space,
+            processes=self.processes,
+            among_S=among_S,
+            rows_at_once=self.rows_at_once,
+        )
 
     def refresh(self, validation: Validation) -> torch.Tensor:
         """Take SAFLEX's validation gradient at the current parameters; return its norm, a scalar tensor."""

@@ -146,7 +146,10 @@ def _images_exist(folder: Path, columns: ManifestColumns) -> bool:
     names = columns.column("file_name")
     homes = pc.unique(pc.replace_substring_regex(names, r"[^/]*$", "")).to_pylist()
     try:
-        found = [pa.array([home + name for name in os.listdir(folder / home)], pa.string()) for home in homes]
+        found = [
+            pc.binary_join_element_wise(home, pa.array(os.listdir(folder / home), pa.string()), "", null_handling="skip")
+            for home in homes
+        ]
     except (OSError, UnicodeEncodeError):
         return False
     return bool(pc.all(pc.is_in(names, value_set=pa.concat_arrays(found))).as_py()) if found else True

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
@@ -179,19 +179,45 @@ def _read(index: Path, key: str) -> pa.Table | None:
     return None
 
 
+class _HashedFile:
+    """A file that is written and hashed at the same time; closing it leaves the file open.
+
+    Args:
+        file: open for writing bytes.
+    """
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self._hash = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Write bytes."""
+        self._hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """Leave the flushing to the file's owner."""
+
+    def close(self) -> None:
+        """Leave the closing to the file's owner."""
+
+    def digest(self) -> bytes:
+        """Return the sha256 of what was written, 32 bytes."""
+        return self._hash.digest()
+
+
 def _write(index: Path, table: pa.Table, key: str) -> pa.Table:
     """Write the index and return its table, from the disk where it could be written."""
     import pyarrow as pa
 
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), "key": key})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-    data = sink.getvalue()
     try:
         with atomic_write(index, "wb") as file:
-            file.write(data)
-            file.write(hashlib.sha256(data).digest())
+            hashed = _HashedFile(file)
+            with pa.PythonFile(hashed, "w") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+            file.write(hashed.digest())
     except RunError:
         return table  # a full disk or a folder that may only be read
     return _read(index, key) or table

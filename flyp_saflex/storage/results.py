@@ -120,6 +120,14 @@ class Results:
         sign = 1 if METRICS[metric].larger_is_better else -1
         return float(max(rows, key=lambda row: (sign * row[metric], row["wise_alpha"]))["wise_alpha"])
 
+    def temperatures(self, split: str) -> dict[float, float]:
+        """Return the temperatures that were fitted on a split, by alpha."""
+        return {
+            float(row["wise_alpha"]): float(row["temperature"])
+            for row in self.rows
+            if row["split"] == split and row.get("temperature")
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """Return the content of results.json."""
         split, metric = self._select if self._select[0] else self._earlier
@@ -184,6 +192,11 @@ class Results:
             if row.get("official") and row["wise_alpha"] in (1, self.chosen_alpha):
                 numbers = ", ".join(f"{name} {percent(value)}" for name, value in row["official"].items())
                 text += f"\nofficial evaluator on {row['split']} (alpha {row['wise_alpha']:g}): {numbers}"
+            if row.get("temperature") and row["wise_alpha"] in (1, self.chosen_alpha):
+                text += (
+                    f"\ncalibration error on {row['split']} (alpha {row['wise_alpha']:g}): {percent(row['ece'])}, "
+                    f"with temperature {row['temperature']:.3g} {percent(row['ece_calibrated'])}"
+                )
         if unreadable:
             text += "\nunreadable images left out: " + ", ".join(f"{split} {n}" for split, n in unreadable.items())
         return text

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from flyp_saflex.clip.image_tower import num_blocks
+from flyp_saflex.clip.lora import add_lora, is_adapter
 from flyp_saflex.clip.model import Clip
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError
 from flyp_saflex.tables import METHODS, OBJECTIVES
+from flyp_saflex.tasks.clip_network import ClipNetwork
+from flyp_saflex.tasks.task import TaskInputs
 
 
 def frozen_blocks(config: Config, clip: Clip) -> int:
@@ -36,3 +39,36 @@ def objective_name(config: Config, clip: Clip) -> str:
 def reads_bias(config: Config, clip: Clip) -> bool:
     """Return whether the training loss sees a bias on all logits."""
     return not OBJECTIVES[objective_name(config, clip)].is_softmax
+
+
+def with_adapter(network: ClipNetwork, inputs: TaskInputs) -> list[str]:
+    """Add LoRA to the towers that the recipe trains, if it asks for it; a run's model has it merged.
+
+    Args:
+        network: with the weights that training starts from.
+        inputs: with `train.adapter`, `train.lora_...` and `train.freeze_...`.
+
+    Returns:
+        A note on what is trained; nothing without an adapter.
+
+    Raises:
+        ModelError: a trained tower without a layer to adapt.
+        ConfigError: every layer is frozen.
+    """
+    train, model = inputs.config.train, network.clip
+    if train.adapter == "none" or inputs.run is not None:
+        return []
+    towers = {} if train.freeze_image else {"image": model.visual}
+    if not train.freeze_text and network.head is None:
+        towers["text"] = getattr(model, "text", None) or model.transformer
+    fixed = frozenset(id(parameter) for parameter in network.tower.frozen_parameters())
+    count = add_lora(towers, rank=train.lora_rank, alpha=train.lora_alpha, targets=train.lora_targets, fixed=fixed)
+    if not count:
+        raise ConfigError('train.adapter = "lora": every layer is frozen: unfreeze a tower, or set train.adapter=none')
+    network.adapts = True
+    trained = sum(parameter.numel() for name, parameter in network.named_parameters() if is_adapter(name))
+    total = sum(parameter.numel() for parameter in network.parameters()) - trained
+    return [
+        f"LoRA of rank {train.lora_rank} on {count} matrices ({' and '.join(towers)} tower): {trained:,} parameters are trained "
+        f"beside {total:,}"
+    ]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flyp_saflex.clip.image_tower import ImageTower
+from flyp_saflex.clip.lora import is_adapter
 from flyp_saflex.clip.text_tower import encode_text, recompute_texts, token_embedding_parameters
 from flyp_saflex.saflex.jvp import forward_mode
 from flyp_saflex.saflex.losses import at_least_float32
@@ -29,6 +30,9 @@ class ClipNetwork(Network):
         head: linear classifier [K, D] on normalised embeddings, or None for captions as columns.
         fixed: names of the model's parameters that are never trained.
         with_bias: whether the model's `logit_bias` is added to the logits of captions, and trained: a softmax never sees it.
+
+    Attributes:
+        adapts: whether the model has LoRA, so that of the towers only its updates are trained.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class ClipNetwork(Network):
         self.tower = ImageTower(model.visual, num_frozen)
         self.num_frozen = self.tower.num_frozen
         self.head = head  # after the towers: the order of parameters is that of checkpoints
-        self.fixed, self.with_bias = fixed, with_bias
+        self.fixed, self.with_bias, self.adapts = fixed, with_bias, False
         self.text_is_frozen = False
         self._frozen_texts: dict[tuple[tuple[int, ...], bool], Tensor] = {}
 
@@ -108,6 +112,7 @@ class ClipNetwork(Network):
             is_text = id(parameter) not in visual and name not in ("logit_scale", "logit_bias")
             frozen = (text and is_text) or (image and id(parameter) in visual) or id(parameter) in locked
             frozen |= name in self.fixed or (name == "logit_bias" and not self.with_bias)
+            frozen |= self.adapts and not is_adapter(name) and name not in ("logit_scale", "logit_bias")
             if frozen:
                 parameter.requires_grad_(False)
 

@@ -12,6 +12,7 @@ CLIP_ONLY = (
     "freeze_token_embedding",
     "frozen_cache",
     "gradient_checkpointing",
+    "adapter",
 )
 
 

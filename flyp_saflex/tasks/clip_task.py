@@ -24,7 +24,7 @@ from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.images.reader import Source, open_reader
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.tasks.captions import Captions
-from flyp_saflex.tasks.clip_choices import frozen_blocks, objective_name, reads_bias
+from flyp_saflex.tasks.clip_choices import frozen_blocks, objective_name, reads_bias, with_adapter
 from flyp_saflex.tasks.clip_evidence import edit_evidence
 from flyp_saflex.tasks.clip_network import ClipNetwork
 from flyp_saflex.tasks.feature_cache import FeatureCache, LoweredImages, open_feature_cache
@@ -79,7 +79,9 @@ class ClipTask(Task):
         clip = cls._load(inputs)
         frozen, biased = frozen_blocks(inputs.config, clip), reads_bias(inputs.config, clip)
         network = ClipNetwork(clip.model, num_frozen=frozen, fixed=clip.fixed, with_bias=biased)
-        return cls(clip, network, inputs.dataset, inputs.config)
+        task = cls(clip, network, inputs.dataset, inputs.config)
+        task.notes += with_adapter(network, inputs)
+        return task
 
     @staticmethod
     def _load(inputs: TaskInputs) -> Clip:
@@ -312,6 +314,7 @@ class LinearClipTask(ClipTask):
                 head.weight.copy_(stored["weight"])
                 head.bias.copy_(stored["bias"])
                 task._initial = {name: stored[f"initial_{name}"] for name in ("weight", "bias")}
+        task.notes += with_adapter(network, inputs)
         return task
 
     def save(self, model: Path, run: Path) -> None:
@@ -326,9 +329,7 @@ class LinearClipTask(ClipTask):
 
     def initial_state(self) -> dict[str, Tensor] | None:
         """Load the pretrained weights, and the zero-shot classifier as the head's start."""
-        state = super().initial_state()
-        assert state is not None
-        return state | {f"head.{name}": value for name, value in self._initial.items()}
+        return (super().initial_state() or {}) | {f"head.{name}": value for name, value in self._initial.items()}
 
 
 def read_head(path: Path, num_classes: int) -> dict[str, Any]:

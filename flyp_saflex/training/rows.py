@@ -157,11 +157,14 @@ def _identity(item: Sample | Edit) -> str:
 
 
 class ValidationRows:
-    """Rows behind SAFLEX's validation gradient: a split of role `select`, in parts or whole."""
+    """Rows behind SAFLEX's gradient: a split of role `select`, or with `gradient_rows = "train"` the training split."""
 
     def __init__(self, setup: Setup, cache: FeatureCache | None, device: torch.device) -> None:
         self.setup, self.cache, self.device = setup, cache, device
-        self.samples = split_for(setup.dataset, setup.config.saflex.validation_split, "select").samples
+        chosen = setup.config.saflex
+        from_train = chosen.gradient_rows == "train"
+        split = setup.dataset.train if from_train else split_for(setup.dataset, chosen.validation_split, "select")
+        self.samples = split.samples
         self._whole: Validation | None = None
 
     def at(self, step: int, settings: SaflexSettings) -> Validation:

@@ -17,10 +17,11 @@ from flyp_saflex.presets import PRESETS
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.saflex.objectives import Objective
 from flyp_saflex.saflex.saflex import Saflex
+from flyp_saflex.step.extra_terms import ExtraTerms, Teacher
 from flyp_saflex.step.gradcache import obstacle
 from flyp_saflex.storage.augment_cache import AugmentCache
 from flyp_saflex.storage.edits import aug_ids_of, select_edits
-from flyp_saflex.tables import METHODS, OBJECTIVES, TASKS, UPSTREAMS
+from flyp_saflex.tables import EXTRA_LOSSES, METHODS, OBJECTIVES, TASKS, UPSTREAMS
 from flyp_saflex.tasks.task import Task, TaskInputs
 from flyp_saflex.training.sampling import Plan, derived_seed
 from flyp_saflex.training.upstreams import Confidence, ItemOperation, Mix, Upstream
@@ -38,6 +39,7 @@ class Setup:
         source: reader of rows as the model takes them.
         edits: cached edits; None: augmented rows are made of the batch's own training rows.
         plan: rows of every step.
+        terms: what is added to the loss.
         saflex: None: not enabled.
         on_train, on_augmented: operations per item.
         confidences: functions that soften labels, by the place of their operation in `on_augmented`.
@@ -52,6 +54,7 @@ class Setup:
     source: Source
     edits: Sequence[Edit] | None
     plan: Plan
+    terms: ExtraTerms
     saflex: Saflex | None
     on_train: list[ItemOperation]
     on_augmented: list[ItemOperation]
@@ -102,8 +105,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
     upstreams = [UPSTREAMS[name] for name in augment.upstream]
     is_cut = bool(config.data.shots or limit)
     edits = _edits(config, dataset, notes, partial=is_cut) if any(upstream.is_pool for upstream in upstreams) else None
-    torch.manual_seed(derived_seed(config.seed, "model") % 2**63)  # only linear heads and random models draw from it
-    task = TASKS[METHODS[train.method].task].build(TaskInputs(config=config, dataset=dataset))
+    task = _built(config, dataset)
     objective = _objective(config, task, notes)
     source = task.source(config.data, _copied(config, dataset))
     notes += [*task.notes, *source.notes]
@@ -127,12 +129,49 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
         source=source,
         edits=edits,
         plan=plan,
+        terms=_terms(config, dataset, objective),
         saflex=_saflex(config, task, edits, notes),
         on_train=_operations([UPSTREAMS[name] for name in augment.on_train], task, augment),
         on_augmented=_operations(upstreams, task, augment),
         confidences=_confidences(upstreams, task, augment),
         mix=_only_mix(config, upstreams),
         notes=notes,
+    )
+
+
+def _built(config: Config, dataset: Dataset) -> Task:
+    """Return the model with the weights that training starts from, the same every time."""
+    torch.manual_seed(derived_seed(config.seed, "model") % 2**63)  # only linear heads and random models draw from it
+    return TASKS[METHODS[config.train.method].task].build(TaskInputs(config=config, dataset=dataset))
+
+
+def _terms(config: Config, dataset: Dataset, objective: Objective) -> ExtraTerms:
+    """Return what is added to the loss, checked against the method and SAFLEX."""
+    train = config.train
+    extra = EXTRA_LOSSES[train.extra_loss] if train.extra_loss else None
+    if extra is not None and config.saflex.enabled:
+        raise ConfigError(
+            f"train.extra_loss = {train.extra_loss} weighs augmented rows in a way that SAFLEX's gains do not see: set "
+            "saflex.enabled=false or train.extra_loss="
+        )
+    if extra is not None and extra.reads_classes and objective.over != "captions":
+        raise ConfigError(
+            f"train.extra_loss = {train.extra_loss} is the loss of train.method = {train.method} already: leave it empty, or use "
+            "train.method=flyp"
+        )
+    if train.distill == "logits" and not objective.is_softmax:
+        raise ConfigError(
+            'train.distill = "logits" compares softmaxes, but the training loss has none (sigmoid): set train.distill=features'
+        )
+    teacher = None
+    if train.distill != "none":
+        teacher = Teacher(_built(config, dataset).network, train.distill_decay if train.distill_teacher == "ema" else None)
+    return ExtraTerms(
+        distill=train.distill,
+        distill_weight=train.distill_weight,
+        teacher=teacher,
+        extra=extra,
+        extra_weight=train.extra_weight,
     )
 
 
@@ -181,6 +220,8 @@ def _saflex(config: Config, task: Task, edits: Sequence[Edit] | None, notes: lis
         usual, robust = PRESETS[config.saflex.preset], PRESETS["robust"]
         left = {field.name for field in fields(settings) if getattr(settings, field.name) == getattr(usual, field.name)}
         settings = replace(settings, evidence=(), **{name: getattr(robust, name) for name in left - {"evidence"}})
+    if config.saflex.gradient_rows == "train" and not settings.needs_gains:
+        notes.append("saflex.gradient_rows has no effect where no gain decides: set saflex.preset=robust")
     return Saflex(settings)
 
 
@@ -208,7 +249,7 @@ def _check_against(config: Config, dataset: Dataset, notes: list[str]) -> None:
     train = config.train
     if train.select_split:
         split_for(dataset, train.select_split, "select")
-    if config.saflex.enabled:
+    if config.saflex.enabled and config.saflex.gradient_rows == "validation":
         split_for(dataset, config.saflex.validation_split, "select")
     if train.batch_size > len(dataset.train):
         raise ConfigError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flyp_saflex.errors import RunError
 from flyp_saflex.saflex.saflex import Saflex
+from flyp_saflex.step.extra_terms import Teacher
 from flyp_saflex.step.skip_dropped import Selecting
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.tasks.task import Task
@@ -30,6 +31,7 @@ class RunState:
         run: folder of the checkpoints.
         accelerator: its main process writes; its gradient scaler belongs to the state.
         keep: newest checkpoints that stay.
+        teacher: of the distillation; None: there is none.
 
     Attributes:
         refreshed: step of the last validation gradient; -1: none.
@@ -46,9 +48,11 @@ class RunState:
         accelerator: Accelerator,
         *,
         keep: int,
+        teacher: Teacher | None = None,
     ) -> None:
         self.task, self.saflex, self.selecting, self.selection = task, saflex, selecting, selection
         self.unreadable, self.run, self.accelerator, self.keep = unreadable, run, accelerator, keep
+        self.teacher = teacher
         self.refreshed = -1
         self._decided_before: dict[str, Any] = {}
         self._buffers_before: dict[str, Tensor] = {}
@@ -61,6 +65,7 @@ class RunState:
             state = {
                 "learner": self.task.network.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                "teacher": self.teacher.state_dict() if self.teacher is not None else None,
                 **self._decided(),
                 "refreshed": self.refreshed,
                 "selection": self.selection.state_dict(),
@@ -88,6 +93,8 @@ class RunState:
     def _take_over(self, state: dict[str, Any]) -> float:
         self.task.network.load_state_dict(state["learner"])
         self.task.weights_changed()
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
         self._restore_decided(state)
         self.refreshed = state["refreshed"]
         self.selection.load_state_dict(state["selection"])

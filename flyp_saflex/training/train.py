@@ -26,6 +26,7 @@ from flyp_saflex.step.step import StepLoss
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.tables import METHODS
 from flyp_saflex.training import checkpoint
+from flyp_saflex.training.anchor import Anchor
 from flyp_saflex.training.batches import Batch, UnreadableFiles, read_steps
 from flyp_saflex.training.decisions import decide_about_edits
 from flyp_saflex.training.distributed import device_name, make_accelerator, processes_of, synchronised
@@ -86,6 +87,10 @@ class _Trainer:
         self.task, self.saflex, self.options = setup.task, setup.saflex, setup.config.train
         self.network = self.task.network
         self.network.to(accelerator.device)
+        self.teacher = setup.terms.teacher
+        if self.teacher is not None:
+            self.teacher.network.to(accelerator.device)
+        self.anchor = Anchor(self.network, self.options.l2_sp) if self.options.l2_sp else None
         self.cache = self.task.feature_cache(setup.config, setup.loader(progress=True), accelerator.device)
         if self.cache is not None:
             with accelerator.main_process_first():
@@ -112,7 +117,7 @@ class _Trainer:
         self.signals = StopSignals()
         self.unreadable = UnreadableFiles(accelerator)
         parts = (self.task, self.saflex, self.selecting, self.selection, self.unreadable)
-        self.state = RunState(*parts, run, accelerator, keep=self.options.keep_checkpoints)
+        self.state = RunState(*parts, run, accelerator, keep=self.options.keep_checkpoints, teacher=self.teacher)
         self.seconds = 0.0
 
     def fit(self, state: tuple[int, dict[str, Any]] | None) -> dict[str, Any]:
@@ -186,6 +191,7 @@ class _Trainer:
             processes=processes_of(self.accelerator),
             rows_at_once=config.train.rows_at_once,
             selecting=self.selecting,
+            terms=self.setup.terms,
         )
 
     def _refresh(self, step: int, step_loss: StepLoss) -> None:
@@ -218,6 +224,8 @@ class _Trainer:
                     with synchronised(accelerator, model, last=number == len(result.surrogates)):
                         with accelerator.autocast():
                             value = surrogate()
+                            if self.anchor is not None and number == len(result.surrogates):
+                                value = value + self.anchor.penalty()
                         accelerator.backward(value / len(batches))
             result.loss, result.surrogates = result.loss.detach(), []
             results.append(result)
@@ -229,6 +237,8 @@ class _Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.task.after_step()
+        if self.teacher is not None:
+            self.teacher.follow(self.network)
         return results, norm
 
     def _after(
@@ -271,6 +281,8 @@ class _Trainer:
             **self.task.log_row(),
             "seconds": self.seconds,
         }
+        if self.anchor is not None:
+            row["l2_sp"] = float(self.anchor.penalty().detach())
         if self.setup.num_augmented:
             weights_A = torch.cat([result.weights_A for result in results])
             row["kept_fraction"] = float((weights_A > 0).float().mean())

@@ -125,7 +125,7 @@ def test_other_files_are_left_out_with_a_note(tmp_path: Path):
     (root / "cat" / "readme.txt").write_text("no image")
     (root / "cat" / ".hidden.png").write_bytes(b"")
     dataset = load_dataset(DataConfig(root=str(root)))
-    assert f"10 files in {root} = 8 in splits + 2 left out (1 hidden files, 1 .txt files)" in dataset.notes
+    assert f"10 files in {root} = 8 in splits + 2 left out (1 hidden file, 1 .txt file)" in dataset.notes
 
 
 def break_nothing(root):

@@ -16,7 +16,7 @@ from flyp_saflex.cli import main
 from flyp_saflex.config import DataConfig
 from flyp_saflex.data.describe import describe
 from flyp_saflex.data.registry import load_dataset
-from flyp_saflex.errors import DataError
+from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.recipe import load
 
@@ -200,7 +200,7 @@ def test_a_label_that_no_training_row_has_is_refused(tmp_path: Path):
 
 def test_without_the_library_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r'not installed; pip install "flyp-saflex\[hf\]"'):
+    with pytest.raises(ConfigError, match=r"not installed; pip install 'flyp-saflex\[hf\]'"):
         load_dataset(DataConfig(name="hf", root="a/b"))
 
 

@@ -42,23 +42,23 @@ def ids(dataset) -> set[str]:
 
 
 SIDECARS = {
-    "cat/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg": "1 files in @eaDir folders",
-    "@eaDir/x.jpg": "1 files in @eaDir folders",
-    "__MACOSX/cat/x.png": "1 files in __MACOSX folders",
-    "cat/$RECYCLE.BIN/x.png": "1 files in $RECYCLE.BIN folders",
-    "cat/#recycle/x.png": "1 files in #recycle folders",
-    ".thumbnails/x.png": "1 files in hidden folders",
-    "cat/.AppleDouble/deep/x.png": "1 files in hidden folders",
-    "cat/thumbs/0.png": "1 files in thumbs folders",
-    "cat/.DS_Store": "1 hidden files",
-    "cat/._0.png": "1 hidden files",
-    "cat/Thumbs.db": "1 Thumbs.db files",
-    "dog/desktop.ini": "1 desktop.ini files",
-    "notes.txt": "1 .txt files",
-    "cat/a movie.mp4": "1 .mp4 files",
-    "cat/README": "1 files without an ending",
-    "overview.png": "1 images beside the class folders",
-    "cat/IMG_1.HEIC": "1 HEIC images: convert them, Pillow does not read HEIC",
+    "cat/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg": "1 file in @eaDir folders",
+    "@eaDir/x.jpg": "1 file in @eaDir folders",
+    "__MACOSX/cat/x.png": "1 file in __MACOSX folders",
+    "cat/$RECYCLE.BIN/x.png": "1 file in $RECYCLE.BIN folders",
+    "cat/#recycle/x.png": "1 file in #recycle folders",
+    ".thumbnails/x.png": "1 file in hidden folders",
+    "cat/.AppleDouble/deep/x.png": "1 file in hidden folders",
+    "cat/thumbs/0.png": "1 file in thumbs folders",
+    "cat/.DS_Store": "1 hidden file",
+    "cat/._0.png": "1 hidden file",
+    "cat/Thumbs.db": "1 Thumbs.db file",
+    "dog/desktop.ini": "1 desktop.ini file",
+    "notes.txt": "1 .txt file",
+    "cat/a movie.mp4": "1 .mp4 file",
+    "cat/README": "1 file without an ending",
+    "overview.png": "1 image beside the class folders",
+    "cat/IMG_1.HEIC": "1 HEIC image: convert them, Pillow does not read HEIC",
 }
 
 
@@ -138,9 +138,9 @@ def test_one_stray_picture_changes_no_layout(tmp_path: Path):
         read(domains)
     dataset = read(splits)
     assert (dataset.class_names, len(dataset.train)) == (("cat", "dog"), 20)
-    assert f"41 files in {splits} = 40 in splits + 1 left out (1 images beside the class folders)" in dataset.notes
+    assert f"41 files in {splits} = 40 in splits + 1 left out (1 image beside the class folders)" in dataset.notes
     dataset = read(domains, train_domains=("photo",), test_domains=("sketch",))
-    assert "1 images beside the class folders" in dataset.notes[-1]
+    assert "1 image beside the class folders" in dataset.notes[-1]
 
 
 def test_classes_with_folders_of_their_own_stay_classes(tmp_path: Path):
@@ -161,14 +161,14 @@ def test_unused_domains_and_folders_beside_splits_are_counted(tmp_path: Path):
     (root / "q" / "list.csv").touch()
     dataset = read(root, train_domains=("p",), test_domains=("s",))
     assert dataset.notes[-1] == (
-        f"61 files in {root} = 40 in splits + 21 left out (20 images of domains that no data.*_domains names, 1 .csv files)"
+        f"61 files in {root} = 40 in splits + 21 left out (20 images of domains that no data.*_domains names, 1 .csv file)"
     )
     root = make(tmp_path / "t", "train/cat", "train/dog", "val/cat")
     (root / "labels").mkdir()
     (root / "labels" / "all.json").touch()
     dataset = read(root)
     assert f"folders in {root} without an image are taken for no split: labels" in dataset.notes
-    assert f"31 files in {root} = 30 in splits + 1 left out (1 .json files)" in dataset.notes
+    assert f"31 files in {root} = 30 in splits + 1 left out (1 .json file)" in dataset.notes
 
 
 def test_a_class_whose_files_cannot_be_read_says_which_they_are(tmp_path: Path):

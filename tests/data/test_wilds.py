@@ -107,7 +107,20 @@ def test_without_release_file_nothing_is_written(iwildcam: Path, rename: bool):
     dataset = read(folder)
     assert {name: [s.sample_id for s in split.samples] for name, split in dataset.splits.items()} == expected
     assert listing(iwildcam) == before
-    assert any("temporary link" in note for note in dataset.notes)
+
+
+def test_rows_are_those_that_the_wilds_package_reads(iwildcam: Path):
+    from wilds import get_dataset
+
+    path = iwildcam / "iwildcam_v2.0" / "metadata.csv"
+    pd.read_csv(path, index_col=0, dtype=object).sample(frac=1, random_state=0).to_csv(path)
+    official = get_dataset("iwildcam", root_dir=str(iwildcam), download=False)
+    for name, split in read(iwildcam).splits.items():
+        rows = official.get_subset(name)
+        metadata = rows.metadata_array[:, :2].tolist()
+        assert split.sample_ids == [official._input_array[row] for row in rows.indices]
+        assert split.labels == rows.y_array.tolist()
+        assert [[int(s.domain), int(s.sequence or -1)] for s in split.samples] == metadata
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -145,8 +158,8 @@ BAD = {
     "a fraction for a sequence": (lambda p: change(p, 7, "sequence_remapped", 1.5), "row 7: column 'sequence_remapped' is '1.5'"),
     "text for a label": (lambda p: change(p, 7, "y", "deer"), "row 7: column 'y' is 'deer', expected a whole number"),
     "not UTF-8": (lambda p: p.write_bytes(p.read_bytes() + b"\xe9"), "is not UTF-8 text"),
-    "gaps": (lambda p: change(p, 150, "y", 0), "wilds package refuses it: the values of y"),
-    "bad date": (lambda p: change(p, 3, "datetime", "yesterday"), "wilds package refuses it"),
+    "gaps": (lambda p: change(p, 150, "y", 0), "column 'y' runs to 181, but has no 148; the wilds package refuses"),
+    "bad date": (lambda p: change(p, 3, "datetime", "yesterday"), "row 3: column 'datetime' is 'yesterday', expected a time"),
     "empty file": (lambda p: p.write_text(""), "cannot be read"),
     "missing images": (
         lambda p: (p.parent / "train" / "00000000-21bc.jpg").unlink(),

@@ -5,8 +5,21 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from flyp_saflex.errors import DataError
-from flyp_saflex.evaluation.calibration import COLDEST, HOTTEST, Calibration, fit_temperature, probabilities
+from flyp_saflex.data.registry import load_dataset
+from flyp_saflex.errors import ConfigError, DataError
+from flyp_saflex.evaluation.calibration import (
+    COLDEST,
+    HOTTEST,
+    Calibration,
+    calibration_error,
+    fit_temperature,
+    probabilities,
+)
+from flyp_saflex.evaluation.evaluate import evaluate
+from flyp_saflex.evaluation.load_run import load_run, open_run
+from flyp_saflex.evaluation.predict import predict_split
+from flyp_saflex.images.loader import ImageLoader
+from flyp_saflex.training.train import train
 
 
 def drawn(sharpness, n=4000, classes=6, seed=0):
@@ -57,3 +70,28 @@ def test_huge_logits_do_not_overflow():
 def test_no_image_is_told():
     with pytest.raises(DataError, match="0 images"):
         fit_temperature(np.empty((0, 3)), [])
+
+
+def test_evaluate_fits_on_the_select_split_and_tells_the_error_before_and_after(make_config, tmp_path, capsys):
+    """By hand from the model's own logits; a split evaluated later takes the temperature that was fitted before."""
+    run = tmp_path / "run"
+    train(make_config("train.steps=3"), run)
+    evaluate(run, overrides=["evaluate.calibrate=true"], splits=("id_val",))
+    results = evaluate(run, overrides=["evaluate.calibrate=true"], splits=("night",))
+    rows = {row["split"]: row for row in results["results"]}
+    assert rows["night"]["temperature"] == rows["id_val"]["temperature"]
+    config = open_run(run)
+    dataset = load_dataset(config.data, seed=config.seed)
+    task = load_run(run, config, dataset)
+    loader = ImageLoader(task.source(config.data, ()), batch_size=4)
+    for name in ("id_val", "night"):
+        split = dataset.splits[name]
+        _, (logits_NK,) = predict_split([task.predictor], split, loader)
+        labels_N = [sample.label for sample in split.samples]
+        if name == "id_val":
+            assert rows[name]["temperature"] == pytest.approx(fit_temperature(logits_NK, labels_N), rel=1e-4)
+        after = calibration_error(logits_NK, labels_N, rows[name]["temperature"])
+        assert rows[name]["ece_calibrated"] == pytest.approx(after, abs=1e-4)
+    assert "calibration error on night (alpha 1): " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"fits the temperature on a select split"):
+        evaluate(run, overrides=["evaluate.calibrate=true", "train.select_split="])

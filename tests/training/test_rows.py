@@ -6,7 +6,8 @@ from threading import Barrier
 import pytest
 import torch
 
-from flyp_saflex.errors import ConfigError
+from flyp_saflex import recipe
+from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.tasks.task import Processes
 from flyp_saflex.training.batches import read_steps
 from flyp_saflex.training.rows import RowBuilder, ValidationRows
@@ -110,3 +111,16 @@ def test_processes_mix_the_rows_that_one_mixes(make_config, upstream):
 def test_a_second_mix_is_refused(make_config):
     with pytest.raises(ConfigError, match="'mixup', 'cutmix'"):
         prepare(make_config("augment.upstream=['mixup', 'cutmix']"))
+
+
+def test_the_training_gradient_reads_training_rows_without_augmentation_and_needs_no_validation_split(make_config):
+    setup = prepare(make_config(*SAFLEX, "saflex.preset=robust", "saflex.gradient_rows=train", "saflex.validation_split=none"))
+    rows = ValidationRows(setup, None, torch.device("cpu"))
+    assert rows.samples == setup.dataset.train.samples
+    whole = refresh(setup, rows, 0)
+    assert whole.labels_V.tolist() == [sample.label for sample in rows.samples]
+    with pytest.raises(DataError):
+        prepare(make_config(*SAFLEX, "saflex.preset=robust", "saflex.validation_split=none"))
+    posterior = make_config(*SAFLEX, "saflex.preset=robust", "saflex.gradient_rows=train", "saflex.weight_rule=all")
+    notes = prepare(recipe.override(posterior, ["saflex.agreement=ignore"], "test")).notes
+    assert any("saflex.gradient_rows has no effect" in note for note in notes)
