@@ -9,6 +9,9 @@ from flyp_saflex.errors import ConfigError
 EXTRA_OF = {
     "diffusers": "edits",
     "transformers": "edits",
+    "peft": "edits",
+    "imagehash": "edits",
+    "bitsandbytes": "quantisation",
     "wilds": "wilds",
     "matplotlib": "report",
     "datasets": "hf",

@@ -101,6 +101,20 @@ class EditorConfig:
     dataset's domains (camera locations, for example); empty: they are called alike."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the editor's weights; `fp16` or `bf16` on a GPU."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters of the model, each `WHERE` or `WHERE:SCALE` (`turbo.safetensors:0.8`); WHERE is a .safetensors file, a folder
+    or a hub id with one such file, or `owner/name/file.safetensors`."""
+    quantisation: Literal["none", "nf4", "int8"] = "none"
+    """Quantise denoiser and text encoders with bitsandbytes while they are loaded, on a GPU: `int8` one byte per weight, `nf4`
+    about 0.56. Edits change."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """Keep weights in main memory: `model`: one part of the pipeline at a time is on the GPU; `sequential`: one layer at a time,
+    least memory and slowest. Edits stay the same; without a GPU it has no effect."""
+    tiling: bool = False
+    """Encode and decode large images in overlapping tiles (VAE tiling): less memory, slight changes at the seams."""
+    attention: Literal["", "native", "flash", "sage", "xformers"] = ""
+    """Attention backend of a transformer's denoiser, called as diffusers does; `flash`, `sage` and `xformers` need their package
+    and a GPU; empty: diffusers' own choice."""
     compile: bool = False
     """Compile the denoiser (`torch.compile`): slow to start, then faster."""
     safety_checker: bool = True

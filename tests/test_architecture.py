@@ -32,11 +32,11 @@ HOMES = {
     "diffusers": {"editing.diffusers_editor"},
     "transformers": {
         "clip.foreign_code",
-        "editing.diffusers_editor",
+        "editing.pipeline_loading",
         "prompting.language_models",
         "exporting.transformers_clip",
     },
-    "huggingface_hub": {"data.hf", "exporting.hub"},
+    "huggingface_hub": {"data.hf", "editing.adapters", "exporting.hub"},
     "matplotlib": {"reporting.plots"},
     "wilds": {"data.wilds", "data.wilds_sets", "evaluation.metrics"},
     "datasets": {"data.hf"},

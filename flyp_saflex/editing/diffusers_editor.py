@@ -9,21 +9,23 @@ every text is encoded once, by itself. Only rounding remains: in float32 a batch
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from flyp_saflex.editing.adapters import add_adapters
 from flyp_saflex.editing.control_image import USUAL_CONTROLNET, canny, load_controlnet
 from flyp_saflex.editing.editor import Request
-from flyp_saflex.editing.pipeline_files import Source, locate, quiet, reason
+from flyp_saflex.editing.one_card import SMALLER, check_quantisation, place, quantisation_config, tune
+from flyp_saflex.editing.pipeline_files import locate, quiet, reason
+from flyp_saflex.editing.pipeline_loading import check_channels, load_pipeline
 from flyp_saflex.editing.presets import area_size, check_preset
 from flyp_saflex.editing.prompt_encoder import Texts
 from flyp_saflex.editing.schedulers import check_scheduler, make_scheduler
-from flyp_saflex.editing.settings import MAX_ASPECT, EditorKind, levels_of, output_size, scale_box
+from flyp_saflex.editing.settings import MAX_ASPECT, levels_of, output_size, scale_box
 from flyp_saflex.errors import ConfigError, ModelError, RunError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.tables import EDITORS, PRESETS
@@ -36,7 +38,7 @@ class DiffusersEditor:
 
     Attributes:
         settings: the options, with the usual values of the kind filled in.
-        identity: `model` (hub id or name of the folder) and `revision` (the hub's commit, or a digest of the folder).
+        identity: `model` (hub id or name of the folder) and `revision` (the hub's commit, or a digest of the folder); `lora`.
         grid_px: sides of edits are multiples of this.
         batch_size: most edits per call of the pipeline; 1 for kinds that go one by one. It is halved, for good, when a batch
             does not fit into the GPU's memory.
@@ -45,7 +47,7 @@ class DiffusersEditor:
 
     tell: Callable[[str], object] = staticmethod(tqdm.write)
 
-    def __init__(self, pipeline: Any, settings: EditorConfig, identity: dict[str, str]) -> None:
+    def __init__(self, pipeline: Any, settings: EditorConfig, identity: dict[str, Any]) -> None:
         self.settings, self.identity, self._pipeline, self._kind = settings, identity, pipeline, EDITORS[settings.kind]
         preset = PRESETS[settings.preset] if settings.preset else None
         self._single = self._kind.one_by_one and not (preset and preset.batched)
@@ -109,8 +111,8 @@ class DiffusersEditor:
         """Halve the batch size after a batch of `count` edits did not fit into memory."""
         if count == 1:
             raise RunError(
-                f"an edit of {size[0]} x {size[1]} px does not fit into the GPU's memory: lower editor.size_px, or set "
-                "editor.precision=fp16; edits that were written are kept"
+                f"an edit of {size[0]} x {size[1]} px does not fit into the GPU's memory: lower editor.size_px, or "
+                f"{SMALLER}; edits that were written are kept"
             )
         self.batch_size = (count + 1) // 2
         torch.cuda.empty_cache()
@@ -232,7 +234,8 @@ def load(settings: EditorConfig, *, device: torch.device | str = "cpu") -> Diffu
     Raises:
         ConfigError, ModelError: see `editor.load_editor`.
     """
-    kind = EDITORS[settings.kind]
+    kind, device, dtype = EDITORS[settings.kind], torch.device(device), PRECISIONS[settings.precision]
+    check_quantisation(settings, device)
     with quiet():
         import diffusers
 
@@ -240,57 +243,24 @@ def load(settings: EditorConfig, *, device: torch.device | str = "cpu") -> Diffu
         check_preset(diffusers, settings)
         source = locate(settings, diffusers.DiffusionPipeline)
         check_preset(diffusers, settings, source.class_name)
-        options, identity = {}, source.identity
+        options, identity = quantisation_config(diffusers, settings, dtype), dict[str, Any](source.identity)
         if kind.edges and (settings.controlnet or "ControlNet" not in source.class_name):
-            options["controlnet"], more = load_controlnet(
-                diffusers, settings.controlnet or USUAL_CONTROLNET, PRECISIONS[settings.precision]
-            )
-            identity = identity | more
-        pipeline = _load(diffusers, settings, kind, source, options)
-    _check_channels(pipeline, settings, kind)
+            options["controlnet"], more = load_controlnet(diffusers, settings.controlnet or USUAL_CONTROLNET, dtype)
+            identity |= more
+        pipeline = load_pipeline(diffusers, settings, kind, source, dtype, options)
+    check_channels(pipeline, settings, kind)
+    if adapters := add_adapters(pipeline, settings.lora):
+        identity["lora"] = adapters
+    tune(pipeline, settings)
     with quiet():
         if settings.scheduler:
             pipeline.scheduler = make_scheduler(diffusers, pipeline.scheduler, settings)
         pipeline.set_progress_bar_config(disable=True)
-        dtype = PRECISIONS[settings.precision]
-        pipeline.to(device) if pipeline.dtype == dtype else pipeline.to(device, dtype)
+        place(pipeline, settings, device, dtype)
         denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         if settings.compile and denoiser is not None:
             denoiser.compile()
     return DiffusersEditor(pipeline, settings, identity)
-
-
-def _load(diffusers: Any, settings: EditorConfig, kind: EditorKind, source: Source, parts: dict[str, Any]) -> Any:
-    """Load the pipeline of the kind from a folder; `parts` were loaded from elsewhere."""
-    own_class = kind.family and kind.family in source.class_name
-    options: dict[str, Any] = {"dtype": PRECISIONS[settings.precision]} | parts
-    if source.has_safety_checker and not settings.safety_checker:
-        options |= {"safety_checker": None, "requires_safety_checker": False}
-    try:
-        with _without_bars(diffusers):
-            cls = getattr(diffusers, "DiffusionPipeline" if own_class else kind.pipeline)
-            return cls.from_pretrained(source.folder, **options)
-    except Exception as error:  # diffusers, transformers and safetensors raise a dozen types here
-        raise ModelError(
-            f"editor.model = {settings.model}: its {source.class_name} cannot be loaded for editor.kind = {settings.kind} "
-            f"({reason(error)}); use another editor.kind, or fetch the model again"
-        ) from error
-
-
-def _check_channels(pipeline: Any, settings: EditorConfig, kind: EditorKind) -> None:
-    """Refuse a UNet that was trained for another kind; diffusers would fail in the middle of an edit."""
-    unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
-    if unet is None or vae is None or not kind.unet_channels:
-        return
-    latent, found = vae.config.latent_channels, unet.config.in_channels
-    fitting = [a * latent + b for a, b in kind.unet_channels]
-    if found not in fitting:
-        usual = {name: other.unet_channels[0] for name, other in EDITORS.items() if other.unet_channels}
-        made_for = " or ".join(name for name, (a, b) in usual.items() if a * latent + b == found) or "auto"
-        raise ModelError(
-            f"editor.model = {settings.model}: its UNet has {found} input channels, but editor.kind = {settings.kind} needs "
-            f"{fitting[0]}; use editor.kind = {made_for}, or another editor.model"
-        )
 
 
 def _grid_px(pipeline: Any) -> int:
@@ -299,21 +269,6 @@ def _grid_px(pipeline: Any) -> int:
     transformer = getattr(pipeline, "transformer", None)
     patch = getattr(transformer.config, "patch_size", 1) if transformer is not None else 1
     return scale if transformer is None else scale * max(2, patch if isinstance(patch, int) else 2)
-
-
-@contextmanager
-def _without_bars(diffusers: Any) -> Iterator[None]:
-    """Hide the progress bars that the libraries draw for every file."""
-    from transformers.utils import logging
-
-    shown = [library for library in (diffusers.utils.logging, logging) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
 
 
 def _resized(image: Image.Image | None, size: tuple[int, int]) -> Image.Image:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
@@ -46,11 +46,11 @@ class Editor(Protocol):
 
     Attributes:
         settings: the options with the usual values of the kind (`settings.resolve`).
-        identity: manifest fields that name the editor and its version: `model` and `revision`, never a path.
+        identity: manifest fields that name the editor and its version: `model`, `revision`, adapters; never a path.
     """
 
     settings: EditorConfig
-    identity: dict[str, str]
+    identity: dict[str, Any]
 
     def edit(self, requests: Sequence[Request]) -> list[Image.Image | str]:
         """Make the edits, each from its request alone.

@@ -6,10 +6,7 @@ are not made again: after a stop, kill -9 or a power cut the same command contin
 
 from __future__ import annotations
 
-import io
 import os
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +19,11 @@ from tqdm import tqdm
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.editing.choice import choice_table, choose_edits, read_places, spread
+from flyp_saflex.editing.cost import preset_note
 from flyp_saflex.editing.edit_images import EditResult, edit_batches, read_source
 from flyp_saflex.editing.editor import Editor, load_editor
 from flyp_saflex.editing.hard import read_hardness
+from flyp_saflex.editing.one_card import offload_note
 from flyp_saflex.editing.plan import (
     EditPlan,
     PlannedEdit,
@@ -36,7 +35,7 @@ from flyp_saflex.editing.plan import (
     wordings_for,
 )
 from flyp_saflex.editing.plan_file import check_loop, follow, read_plan_file
-from flyp_saflex.editing.presets import preset_note
+from flyp_saflex.editing.probe import probe
 from flyp_saflex.editing.progress import Sheets, Tally
 from flyp_saflex.editing.settings import levels_of, resolve
 from flyp_saflex.errors import DataError
@@ -44,13 +43,13 @@ from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset
 from flyp_saflex.runtime import ProgressLines, StopSignals
-from flyp_saflex.storage.augment_cache import DONE, FORMATS, SHEETS, AugmentCache
+from flyp_saflex.storage.augment_cache import DONE, SHEETS, AugmentCache
 from flyp_saflex.storage.augment_cache_files import read_rejected, state_settings
 from flyp_saflex.storage.augment_cache_writer import CacheWriter
 from flyp_saflex.storage.manifest import MANIFEST, WRITERS
 
-PROBE_AGAIN_S = 30.0
-"""Probes below this many seconds are repeated: the first batch includes the set-up of the device."""
+MEMORY = ("quantisation", "offload", "tiling", "attention")
+"""Options of the manifest rows that are told where they are set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +115,18 @@ def generate(
     made, rejected, unreadable = _held(work.folder)
     batches = work.pending(made, rejected, whole=dry_run)
     work.say(_plan_line(work, made, rejected))
+    if note := offload_note(work.settings, PartialState().device):
+        work.say(f"note: {note}")
     if dry_run:
         work.say(choice_table(work.plan, work.dataset.train.samples, work.dataset.class_names))
-        if note := preset_note(work.settings):
+        todo = sum(_is_open(edit, made, rejected) for batch in batches for edit in batch)
+        if note := preset_note(work.settings, todo):
             work.say(note)
         if work.is_main and batches:
-            _probe(work, batches, sum(_is_open(edit, made, rejected) for batch in batches for edit in batch))
+            editor = load_editor(config.editor, device=PartialState().device)
+            state_settings(work.folder, work.stated | {"identity": editor.identity}, write=False)
+            suffix, box_crop = f".{config.editor.image_format}", config.data.box_crop
+            work.say(probe(editor, batches[0], todo, folder=work.folder, box_crop=box_crop, suffix=suffix, count=work.count))
         return work.folder
     tidy = (work.folder / DONE).is_file() and not (work.folder / WRITERS).exists()
     if tidy and not _worth_another_try(batches, made, rejected, unreadable, config):
@@ -256,6 +261,7 @@ def _row(planned: PlannedEdit, image: Image.Image, work: _Work, editor: Editor) 
         **editor.identity,
         **{name: value for name, value in numbers.items() if value is not None},
         "scheduler": settings.scheduler,
+        **{name: value for name in MEMORY if (value := getattr(settings, name)) != getattr(EditorConfig, name)},
         "seed": planned.seed,
         "size": list(image.size),
     }
@@ -307,38 +313,6 @@ def _plan_line(work: _Work, made: set[str], rejected: set[str]) -> str:
         f"{len(work.stated['texts'])} texts by {editor}{model}; {done} made, {refused} rejected, "
         f"{len(work.plan) - done - refused} to do{part}"
     )
-
-
-def _probe(work: _Work, batches: list[list[PlannedEdit]], todo: int) -> None:
-    """Time one batch and print the estimated cost of the rest; write nothing."""
-    editor = load_editor(work.config.editor, device=PartialState().device)
-    state_settings(work.folder, work.stated | {"identity": editor.identity}, write=False)
-    seconds, results = _timed(editor, batches[0], work.config)
-    if seconds < PROBE_AGAIN_S:
-        seconds, results = _timed(editor, batches[0], work.config)
-    suffix = f".{work.config.editor.image_format}"
-    sizes = [_bytes(result.image, suffix) for result in results if result.image]
-    edit_bytes = sum(sizes) / len(sizes) if sizes else 0.0
-    home = next(path for path in (work.folder, *work.folder.absolute().parents) if path.exists())
-    hours = todo * seconds / len(batches[0]) / 3600
-    shared = f", {hours / work.count:.2f} h with {work.count} processes alike" if work.count > 1 else ""
-    work.say(
-        f"a batch of {len(batches[0])} took {seconds:.2f} s, {sum(result.image is None for result in results)} of them rejected; "
-        f"{todo} edits: about {hours:.2f} h{shared}, {todo * edit_bytes / 1e9:.3f} GB "
-        f"({shutil.disk_usage(home).free / 1e9:.1f} GB free); nothing was written"
-    )
-
-
-def _timed(editor: Editor, batch: list[PlannedEdit], config: Config) -> tuple[float, list[EditResult]]:
-    started = time.monotonic()
-    results = next(edit_batches(editor, [batch], box_crop=config.data.box_crop))
-    return time.monotonic() - started, results
-
-
-def _bytes(image: Image.Image, suffix: str) -> int:
-    buffer = io.BytesIO()
-    image.save(buffer, format=FORMATS[suffix])
-    return buffer.tell()
 
 
 def _check_writable(folder: Path) -> None:

@@ -109,12 +109,25 @@ def _fetch(settings: EditorConfig, loader: Any) -> tuple[Path, str]:
         unused = {"safety_checker": None} if _has_checker(index) and not settings.safety_checker else {}
         folder = Path(loader.download(settings.model, revision=revision, **unused))
     except Exception as error:  # the hub's client raises a dozen types
+        if _is_gated(error):
+            raise ModelError(
+                f"editor.model = {settings.model}: its weights are gated: accept their licence on the model's page at the hub, "
+                "then log in with `hf auth login`, or use another editor.preset"
+            ) from error
         raise ModelError(
             f"editor.model = {settings.model}{f' at revision {revision}' if revision else ''}: neither a folder here nor to be "
             f"had from the hub ({reason(error)}); check the spelling, or without a network set editor.model to a folder that "
             "was fetched elsewhere"
         ) from error
     return folder, folder.name  # snapshots/<commit>
+
+
+def _is_gated(error: BaseException) -> bool:
+    """Return whether the hub refused a model because its licence was not accepted."""
+    cause: BaseException | None = error
+    while cause is not None and type(cause).__name__ != "GatedRepoError":
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
 
 
 def _read_index(folder: Path, model: str) -> dict[str, Any]:

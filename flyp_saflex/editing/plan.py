@@ -19,6 +19,7 @@ from typing import Any, overload
 import msgspec
 
 from flyp_saflex.config import Config
+from flyp_saflex.editing.adapters import named
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import EditPrompts
@@ -31,7 +32,7 @@ LOOK = (
     "precision", "safety_checker",
 )  # fmt: skip
 """Options of `editor` that decide how an edit looks, in the order of settings.json."""
-LATER = ("preset", "controlnet", "strengths", "image_guidances")
+LATER = ("preset", "controlnet", "strengths", "image_guidances", "lora", "quantisation", "tiling", "attention")
 """Further ones, stated only where they are set, so that entries of before keep their names."""
 CHOICE = ("plan", "budget")
 """Options of the choice of edits, stated where they are set and no pilot or plan file takes their place."""
@@ -301,6 +302,8 @@ def stated_settings(
         folder = Path(getattr(settings, name)).expanduser()
         if stated.get(name) and folder.is_dir():
             stated[name] = folder.resolve().name  # a machine's path is no property of the edits
+    if settings.lora:  # nor of an adapter; its content is part of the editor's identity
+        stated["lora"] = [named(text) for text in settings.lora]
     return stated | ({"box_crop": True} if config.data.box_crop else {})
 
 

@@ -27,7 +27,8 @@ from flyp_saflex.errors import ModelError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.tables import PRESETS
 
-BYTES_PER_WEIGHT = {"no": 4, "bf16": 2, "fp16": 2}
+SIZE_PX = 512
+"""Value of `editor.size_px` for every kind, where it is unset and no preset says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,11 @@ class EditorPreset:
         batched: whether the pipeline reads a list of images as a batch; False: as references of one edit.
         source_area_px: area to which the pipeline scales a single source, but not a list of sources; 0: none.
         licence: licence of the weights.
-        parameters: billions of parameters per part of the pipeline.
+        parameters: billions of parameters per part of the pipeline, the denoiser first.
+        layer: billions of parameters of the largest layer, the text encoder's embedding.
+        linear: part of the denoiser's parameters that is in linear layers, which can be quantised.
+        teraflops: 10^12 operations of one forward pass of the denoiser at `size_px`, ControlNet included.
+        passes: forward passes per step with guidance.
     """
 
     kind: str
@@ -51,15 +56,26 @@ class EditorPreset:
     source_area_px: int = 0
     licence: str
     parameters: Mapping[str, float]
+    layer: float
+    linear: float = 1.0
+    teraflops: float
+    passes: int
 
-    def weights_gb(self, precision: str) -> tuple[float, float]:
-        """Return GB (1e9 bytes) of all weights, and of the largest part: calculated, not measured."""
-        billions = self.parameters.values()
-        return sum(billions) * BYTES_PER_WEIGHT[precision], max(billions) * BYTES_PER_WEIGHT[precision]
+    @property
+    def size_px(self) -> int:
+        """Shorter side in pixels for which `teraflops` holds."""
+        return int(self.values.get("size_px", SIZE_PX))
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the part that runs at every step."""
+        return next(iter(self.parameters))
 
 
 STABLE_DIFFUSION = {"unet": 0.86, "text encoder": 0.12, "vae": 0.08, "safety checker": 0.3}
-INSTRUCT_PIX2PIX = EditorPreset(kind="instruct-pix2pix", licence="MIT", parameters=STABLE_DIFFUSION)
+FIGURES: dict[str, Any] = {"layer": 0.038, "linear": 0.31, "teraflops": 0.80}
+"""Of Stable Diffusion 1.5 (`scripts/benchmarks/edit_cost.py`)."""
+INSTRUCT_PIX2PIX = EditorPreset(kind="instruct-pix2pix", licence="MIT", parameters=STABLE_DIFFUSION, passes=3, **FIGURES)
 SDXL_INSTRUCT_PIX2PIX = EditorPreset(
     kind="instruct-pix2pix",
     values={
@@ -68,6 +84,10 @@ SDXL_INSTRUCT_PIX2PIX = EditorPreset(
     pipeline="StableDiffusionXLInstructPix2PixPipeline",
     licence="openrail++",
     parameters={"unet": 2.57, "text encoders": 0.82, "vae": 0.08},
+    layer=0.063,
+    linear=0.87,
+    teraflops=3.64,
+    passes=3,
 )  # fmt: skip
 FLUX_KONTEXT = EditorPreset(
     kind="auto",
@@ -75,6 +95,9 @@ FLUX_KONTEXT = EditorPreset(
     pipeline="FluxKontextPipeline",
     licence="FLUX.1 [dev] non-commercial; gated: log in at the hub and accept it",
     parameters={"transformer": 11.9, "text encoders": 4.9, "vae": 0.08},
+    layer=0.13,
+    teraflops=165.0,
+    passes=1,
 )
 FLUX2_KLEIN = EditorPreset(
     kind="auto",
@@ -83,6 +106,9 @@ FLUX2_KLEIN = EditorPreset(
     batched=False,
     licence="Apache-2.0",
     parameters={"transformer": 3.9, "text encoder": 4.0, "vae": 0.08},
+    layer=0.39,
+    teraflops=76.7,
+    passes=1,
 )
 QWEN_IMAGE_EDIT = EditorPreset(
     kind="auto",
@@ -91,28 +117,20 @@ QWEN_IMAGE_EDIT = EditorPreset(
     source_area_px=1024 * 1024,
     licence="Apache-2.0",
     parameters={"transformer": 20.4, "text encoder": 8.3, "vae": 0.13},
+    layer=0.55,
+    teraflops=188.0,
+    passes=2,
 )
-IMG2IMG = EditorPreset(kind="img2img", licence="CreativeML OpenRAIL-M", parameters=STABLE_DIFFUSION)
-TEXT2IMG = EditorPreset(kind="text2img", licence="CreativeML OpenRAIL-M", parameters=STABLE_DIFFUSION)
-INPAINT = EditorPreset(kind="inpaint", licence="CreativeML OpenRAIL-M", parameters=STABLE_DIFFUSION)
+IMG2IMG = EditorPreset(kind="img2img", licence="CreativeML OpenRAIL-M", parameters=STABLE_DIFFUSION, passes=2, **FIGURES)
+TEXT2IMG = EditorPreset(kind="text2img", licence="CreativeML OpenRAIL-M", parameters=STABLE_DIFFUSION, passes=2, **FIGURES)
+INPAINT = EditorPreset(kind="inpaint", licence="CreativeML OpenRAIL-M", parameters=STABLE_DIFFUSION, passes=2, **FIGURES)
 CONTROLNET_CANNY = EditorPreset(
-    kind="controlnet-canny", licence="CreativeML OpenRAIL-M", parameters=STABLE_DIFFUSION | {"controlnet": 0.36}
+    kind="controlnet-canny",
+    licence="CreativeML OpenRAIL-M",
+    parameters=STABLE_DIFFUSION | {"controlnet": 0.36},
+    passes=2,
+    **FIGURES | {"teraflops": 1.09},
 )
-
-
-def preset_note(settings: EditorConfig) -> str:
-    """Return a line about memory and licence of the preset, or the empty string without one."""
-    if not settings.preset:
-        return ""
-    preset = PRESETS[settings.preset]
-    whole, largest = preset.weights_gb(settings.precision)
-    half = "" if settings.precision != "no" else f" ({whole / 2:.1f} GB with editor.precision=bf16)"
-    way = "a batch" if preset.batched else "references of one edit: edits are made one at a time"
-    return (
-        f"editor.preset = {settings.preset}: weights about {whole:.1f} GB{half}, the largest part {largest:.1f} GB, calculated "
-        f"from {sum(preset.parameters.values()):.1f} billion parameters, without activations; a list of images is {way}; "
-        f"licence of the weights as noted here, to be read on the model's card: {preset.licence}"
-    )
 
 
 def check_preset(diffusers: Any, settings: EditorConfig, class_name: str = "") -> None:

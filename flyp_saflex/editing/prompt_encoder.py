@@ -83,7 +83,7 @@ class Texts:
                 "prompt_2": None,
                 "prompt_3": None,
                 "negative_prompt": negative or None,  # Stable Diffusion XL has zeros for None
-                "device": pipeline.device,
+                "device": pipeline._execution_device,  # with offloading, not where the weights lie
                 "num_images_per_prompt": 1,
                 "do_classifier_free_guidance": True,
             }
@@ -95,7 +95,7 @@ class Texts:
         encoder, tokenizer = self._pipeline.text_encoder, self._pipeline.tokenizer
         tokens = tokenizer(
             text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).to(encoder.device)
+        ).to(self._pipeline._execution_device)
         mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
         states: Tensor = encoder(tokens.input_ids, attention_mask=mask)[0]
         return states

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from flyp_saflex.editing.presets import SIZE_PX
 from flyp_saflex.errors import ConfigError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.tables import EDITORS, PRESETS
@@ -28,8 +29,6 @@ PER_KIND = ("model", "steps", "guidance", "image_guidance", "strength")
 """Options with a usual value per kind; left unset they are None, `model` the empty string."""
 LEVELS = {"strengths": "strength", "image_guidances": "image_guidance"}
 """Options that list levels, and the option that each is a level of."""
-SIZE_PX = 512
-"""Value of `editor.size_px` for every kind, where it is unset and no preset says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)

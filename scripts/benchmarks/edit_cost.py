@@ -9,7 +9,14 @@ without memory and torch counts the operations of one call. Hours follow from an
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 SIZE_PX = 512
@@ -52,6 +59,88 @@ def teraflops() -> dict[str, float]:
     return counts
 
 
+def denoisers() -> dict[str, tuple[float, float]]:
+    """Return parameters in 10^9 and operations of one forward pass in 10^12 of the other presets' denoisers.
+
+    Transformers see 1024 px: 4,096 tokens each of edit and source, and those of the text (Qwen's with the source: 1,024 assumed).
+    """
+    with torch.device("meta"):
+        step, tokens = torch.empty(1), 8192
+        sdxl = UNet2DConditionModel(
+            in_channels=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            use_linear_projection=True,
+        )
+        net = ControlNetModel(cross_attention_dim=768, attention_head_dim=8)
+        flux = FluxTransformer2DModel(guidance_embeds=True)
+        klein = Flux2Transformer2DModel(
+            num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
+        )
+        qwen = QwenImageTransformer2DModel()
+        calls = {
+            "ControlNet, 512 px": (
+                net,
+                lambda: net(torch.empty(1, 4, 64, 64), step, torch.empty(1, 77, 768), torch.empty(1, 3, 512, 512)),
+            ),
+            "SDXL, 768 px": (
+                sdxl,
+                lambda: sdxl(
+                    torch.empty(1, 8, 96, 96),
+                    step,
+                    torch.empty(1, 77, 2048),
+                    added_cond_kwargs={"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)},
+                ),
+            ),
+            "FLUX.1 Kontext": (
+                flux,
+                lambda: flux(
+                    hidden_states=torch.empty(1, tokens, 64),
+                    encoder_hidden_states=torch.empty(1, 512, 4096),
+                    pooled_projections=torch.empty(1, 768),
+                    timestep=step,
+                    guidance=step,
+                    img_ids=torch.empty(tokens, 3),
+                    txt_ids=torch.empty(512, 3),
+                ),
+            ),
+            "FLUX.2 klein 4B": (
+                klein,
+                lambda: klein(
+                    hidden_states=torch.empty(1, tokens, 128),
+                    encoder_hidden_states=torch.empty(1, 512, 7680),
+                    timestep=step,
+                    guidance=None,
+                    img_ids=torch.empty(1, tokens, 4),
+                    txt_ids=torch.empty(1, 512, 4),
+                ),
+            ),
+            "Qwen-Image-Edit": (
+                qwen,
+                lambda: qwen(
+                    hidden_states=torch.empty(1, tokens, 64),
+                    encoder_hidden_states=torch.empty(1, 1024, 3584),
+                    encoder_hidden_states_mask=None,
+                    timestep=step,
+                    img_shapes=[[(1, 64, 64), (1, 64, 64)]],
+                ),
+            ),
+        }
+        found = {}
+        for name, (network, call) in calls.items():
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                call()
+            found[name] = sum(each.numel() for each in network.parameters()) / 1e9, counter.get_total_flops() / 1e12
+    return found
+
+
 def main() -> None:
     """Print the table."""
     counts = teraflops()
@@ -62,6 +151,9 @@ def main() -> None:
         total = steps * done * passes * counts["unet"] + counts["decoder"] + (counts["encoder"] if encodes else 0)
         hours = [10_000 * total / (peak * part) / 3600 for peak, part in GPUS.values()]
         print(f"| {kind} | {total:.0f} | {' | '.join(f'{hour:.1f}' for hour in hours)} |")
+    print("\nDenoisers of the other presets, behind the table in docs/how-to/make-edits.md (editing/cost.py):")
+    for name, (billions, count) in denoisers().items():
+        print(f"  {name}: {billions:.2f} billion parameters, {count:.2f} TFLOP per pass")
     print("\nAssumed: " + ", ".join(f"{part:.0%} of {peak} TFLOP/s on {name}" for name, (peak, part) in GPUS.items()))
 
 

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from flyp_saflex.editing.control_image import canny
+from flyp_saflex.editing.cost import preset_note
 from flyp_saflex.editing.editor import Request, load_editor
-from flyp_saflex.editing.presets import area_size, check_preset, preset_note
+from flyp_saflex.editing.presets import area_size, check_preset
 from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import ConfigError, ModelError
 from flyp_saflex.offline import EditorConfig
@@ -116,13 +117,6 @@ def test_a_preset_fills_in_what_is_unset_and_is_stable() -> None:
         assert settings.model
         assert "licence" in preset_note(settings)
     assert preset_note(EditorConfig()) == ""
-
-
-def test_memory_is_that_of_the_weights() -> None:
-    note = preset_note(resolve(EditorConfig(preset="flux-kontext", precision="bf16")))
-    assert "weights about 33.8 GB, the largest part 23.8 GB, calculated from 16.9 billion parameters" in note  # 2 bytes each
-    assert "non-commercial" in note
-    assert "references of one edit" in preset_note(resolve(EditorConfig(preset="flux2-klein")))
 
 
 def test_presets_that_cannot_be_used_are_one_line(folders: Any, tmp_path: Path) -> None:
