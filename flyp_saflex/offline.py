@@ -15,7 +15,8 @@ class PromptsConfig:
     name: str = "auto"
     """Name of the prompt file: prompts/<data.name>.<name>.toml."""
     captioner: str = "Salesforce/blip-image-captioning-large"
-    """Image captioning model of transformers (hub id or folder); unused if `captions` is given."""
+    """Captioner of transformers (hub id or folder): a captioning model (BLIP), or a chat model that reads images
+    (`Qwen/Qwen2.5-VL-3B-Instruct`), which is asked for place, light, weather and viewpoint; unused if `captions` is given."""
     captioner_revision: str = ""
     """Revision of the hub's repository; empty: the newest."""
     captions: str = ""

@@ -123,10 +123,10 @@ def generate(
         if note := preset_note(work.settings, todo):
             work.say(note)
         if work.is_main and batches:
-            editor = load_editor(config.editor, device=PartialState().device)
-            state_settings(work.folder, work.stated | {"identity": editor.identity}, write=False)
+            tried = load_editor(config.editor, device=PartialState().device)
+            state_settings(work.folder, work.stated | {"identity": tried.identity}, write=False)
             suffix, box_crop = f".{config.editor.image_format}", config.data.box_crop
-            work.say(probe(editor, batches[0], todo, folder=work.folder, box_crop=box_crop, suffix=suffix, count=work.count))
+            work.say(probe(tried, batches[0], todo, folder=work.folder, box_crop=box_crop, suffix=suffix, count=work.count))
         return work.folder
     tidy = (work.folder / DONE).is_file() and not (work.folder / WRITERS).exists()
     if tidy and not _worth_another_try(batches, made, rejected, unreadable, config):

@@ -23,21 +23,34 @@ from flyp_saflex.errors import ModelError
 Precision = Literal["no", "bf16", "fp16"]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAPTION_TOKENS = 40
+SCENE_TOKENS = 80
+SCENE = (
+    "Describe the scene of this photograph in one sentence of at most 30 words: the place and its background, the light or the "
+    "time of day, the weather, and the viewpoint of the camera. Do not name or describe the subject in the foreground."
+)
+"""Request to chat models; captions that name classes anyway are met by the rules for domains."""
+CHAT_SIDE_PX = 768
+"""Longer side to which images are brought down for chat models, whose number of tokens grows with the area."""
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 """Sampling options in a model's generation file; greedy decoding ignores them with a warning, so they are removed."""
 BY_HAND = "write the file of edit texts by hand (prompts/README.md says how)"
 
 
 class Captioner:
-    """An image captioning model (BLIP, BLIP-2, GIT ...).
+    """An image captioning model (BLIP, BLIP-2, GIT), or a chat model that reads images (Qwen2.5-VL, SmolVLM, LLaVA).
+
+    A chat model is asked for the scene, never for the class.
 
     Args:
         name: hub id or folder.
         revision: of the hub's repository; empty: the newest.
         precision: of the weights.
 
+    Attributes:
+        asked: request to a chat model; empty for a captioning model.
+
     Raises:
-        ModelError: it cannot be loaded, or is no captioning model.
+        ModelError: it cannot be loaded, or reads no images.
     """
 
     def __init__(self, name: str, revision: str = "", precision: Precision = "no") -> None:
@@ -45,26 +58,42 @@ class Captioner:
         self._where = f"prompts.captioner = '{name}'"
         fix = "; or give your own captions with prompts.captions"
         with _one_line(self._where, name, fix):
-            self._processor = AutoProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-            if getattr(self._processor, "chat_template", None):
+            self._processor: Any = AutoProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+            is_chat = bool(getattr(self._processor, "chat_template", None))
+            if is_chat and not hasattr(self._processor, "image_processor"):
                 raise ModelError(
-                    f"{self._where} is a chat model, expected one that captions an image without being asked (BLIP, BLIP-2, GIT)"
-                    f"{fix}"
+                    f"{self._where} is a chat model that reads no images: take one that does (Qwen/Qwen2.5-VL-3B-Instruct), or a "
+                    f"captioning model (BLIP, BLIP-2, GIT){fix}"
                 )
             self._model = _load(AutoModelForImageTextToText, self._where, name, revision, self.dtype).to(self.device)
+        self.asked = SCENE if is_chat else ""
         self.revision: str = getattr(self._model.config, "_commit_hash", None) or revision
 
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
         """Caption images; a caption may be empty.
 
         Raises:
-            ModelError: the device's memory is full.
+            ModelError: the device's memory is full, or the chat template refuses images.
         """
         with _one_line(self._where, self.name, "", memory="prompts.batch_size"), torch.inference_mode():
-            inputs = self._processor(images=list(images), return_tensors="pt").to(self.device, self.dtype)
-            tokens = self._model.generate(**inputs, max_new_tokens=CAPTION_TOKENS)
+            inputs = self._chat(images) if self.asked else self._processor(images=list(images), return_tensors="pt")
+            inputs = inputs.to(self.device, self.dtype)
+            tokens = self._model.generate(**inputs, max_new_tokens=SCENE_TOKENS if self.asked else CAPTION_TOKENS)
+            if self.asked:
+                tokens = tokens[:, inputs["input_ids"].shape[1] :]
         texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
+
+    def _chat(self, images: Sequence[Image.Image]) -> Any:
+        """Return the model's inputs: one conversation per image, padded on the left."""
+        self._processor.tokenizer.padding_side = "left"
+        content = [{"type": "image"}, {"type": "text", "text": SCENE}]
+        text = self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        smaller = []
+        for image in images:
+            smaller.append([image.copy()])
+            smaller[-1][0].thumbnail((CHAT_SIDE_PX, CHAT_SIDE_PX))
+        return self._processor(text=[text] * len(smaller), images=smaller, padding=True, return_tensors="pt")
 
 
 class ChatModel:

@@ -88,6 +88,8 @@ def prompts(config: Config, *, force: bool = False, limit: int | None = None, dr
     else:
         captioner = Captioner(options.captioner, options.captioner_revision, options.precision)
         made |= {"captioner": captioner.name, "captioner_revision": captioner.revision}
+        if captioner.asked:
+            made["captioner_request"] = captioner.asked
         captions = caption_images(captioner, samples, options.batch_size, crop=config.data.box_crop)
         del captioner  # its memory is wanted by the language model
     print(f"{source}, for example: '{captions[0].text}'")

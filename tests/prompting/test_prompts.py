@@ -301,7 +301,7 @@ def test_weights_that_are_not_here_offline_are_one_line(name: str, monkeypatch: 
 def test_a_model_of_another_kind_is_one_line(blip: Path, stranger: Path, tmp_path: Path):
     base = build_tiny_chat(tmp_path / "base", template="")
     for load, folder, reason in (
-        (Captioner, stranger, "is a chat model, expected one that captions an image"),
+        (Captioner, stranger, "is a chat model that reads no images: take one that does"),
         (Captioner, base, "cannot be loaded or used"),
         (ChatModel, base, "has no chat template, expected an instruction-tuned chat model: take its instruct"),
         (ChatModel, blip, "has no chat template"),

@@ -16,9 +16,20 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipImageProcessor,
     BlipProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
 )
 
 WORDS = ("a", "the", "photo", "of", "grass", "tree", "lake", "night", "trail", "rock", "sky", "in", "on", "near", "with")
@@ -92,6 +103,101 @@ def build_tiny_chat(
             _learn(model, tokenizer, conversations)
     model.save_pretrained(folder)
     return folder
+
+
+def build_tiny_vlm(folder: Path, family: str) -> Path:
+    """Write a chat model that reads images: `qwen2.5-vl` or `llava`; its captions are random characters, by the image."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model, processor = {"qwen2.5-vl": _qwen_vl, "llava": _llava}[family]()
+        for parameter in model.parameters():  # as for BLIP
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    vocabulary = processor.tokenizer.get_vocab()
+    unseen = [number for piece, number in vocabulary.items() if not (len(piece) == 1 and piece.isascii() and piece.isalpha())]
+    model.generation_config.suppress_tokens = unseen  # letters only: other bytes make no text by themselves
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+VLM_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+VLM_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+
+
+def _vlm_tokenizer() -> tuple[Qwen2Tokenizer, dict[str, int]]:
+    """Return a tokenizer of one token per byte, and its special tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={piece: number for number, piece in enumerate(letters)}, merges=[], unk_token=None)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(VLM_SPECIAL), "pad_token": "<|endoftext|>"})
+    return tokenizer, {name.strip("<|>"): tokenizer.convert_tokens_to_ids(name) for name in VLM_SPECIAL}
+
+
+def _qwen_vl() -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor]:
+    tokenizer, ids = _vlm_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "bos_token_id": None,
+        "eos_token_id": ids["im_end"],
+        "pad_token_id": ids["endoftext"],
+        "rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "fullatt_block_indexes": [0],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+    )
+    template = VLM_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+    return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def _llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    tokenizer, ids = _vlm_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=32, patch_size=16, projection_dim=16),
+        text_config=LlamaConfig(
+            **sizes,
+            vocab_size=len(tokenizer),
+            bos_token_id=None,
+            eos_token_id=ids["im_end"],
+            pad_token_id=ids["endoftext"],
+        ),
+        image_token_index=ids["image_pad"],
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<|image_pad|>",
+        chat_template=VLM_TEMPLATE.replace("IMAGE", "<|image_pad|>"),
+    )
+    return LlavaForConditionalGeneration(config), processor
 
 
 def _learn(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, conversations: Sequence[tuple[str, str]]) -> None:
