@@ -130,19 +130,23 @@ class EditorConfig:
 class FilterConfig:
     """ALIA's filters, source consistency, CLIPScore (command `filter`): scores for training with `augment.filter = "scores"`."""
 
-    use: tuple[Literal["semantic", "confidence", "source", "clip-score"], ...] = ("semantic", "confidence")
+    use: tuple[Literal["semantic", "confidence", "source", "clip-score", "near-duplicate"], ...] = ("semantic", "confidence")
     """Filters to run. `source` (source consistency) needs no run, and also writes CLIP's directional similarity. `clip-score`:
-    CLIPScore of the edit and the name of its class."""
-    drop: tuple[Literal["semantic", "unchanged", "corrupted", "foreign", "low-score"], ...] = (
+    CLIPScore of the edit and the name of its class. `near-duplicate`: perceptual hashes of edit and source."""
+    drop: tuple[Literal["semantic", "unchanged", "corrupted", "foreign", "low-score", "near-duplicate"], ...] = (
         "semantic",
         "unchanged",
         "corrupted",
         "foreign",
         "low-score",
+        "near-duplicate",
     )
     """Verdicts that set `keep` to false: the edit shows no object of the dataset (`semantic`), hardly differs from its source
-    (`unchanged`), no longer shows its class (`corrupted`), resembles sources of another class more (`foreign`), or fits the
-    name of its class too little (`low-score`)."""
+    (`unchanged`), no longer shows its class (`corrupted`), resembles sources of another class more (`foreign`), fits the
+    name of its class too little (`low-score`), or is nearly the same image as its source (`near-duplicate`)."""
+    min_hash_distance: Natural = 6
+    """`near-duplicate`: smallest distance to the source that is kept, in bits of perceptual hashes (64 of structure, 56 of
+    colours)."""
     min_clip_score: NonNegative = 0.5
     """`clip-score`: smallest CLIPScore, 2.5 max(cosine, 0), that is kept. 0.5 is a cosine of 0.2, usual for CLIP ViT-B; scores of
     other models have another scale, so compare with the quantiles that are printed."""

@@ -1,9 +1,10 @@
-"""The command `flyp-saflex filter`: ALIA's filters, source consistency and CLIPScore beside the edits; no edit is deleted.
+"""The command `flyp-saflex filter`: ALIA's filters, source consistency, CLIPScore and near duplicates; no edit is deleted.
 
 The semantic filter is CLIP's zero-shot choice between positive and negative texts. The confidence filter asks a model trained
 on the clean images whether an edit hardly changed or no longer shows its class (`alia.py`). Source consistency asks whether an
 edit still resembles training images of its class; CLIP's directional similarity stands beside it (`scores.py`). CLIPScore asks
-whether an edit fits the name of its class, with the dataset's caption templates, by a threshold (arXiv 2104.08718). The cosine
+whether an edit fits the name of its class, with the dataset's caption templates, by a threshold (arXiv 2104.08718). Perceptual
+hashes say whether an edit is nearly its source (`near_duplicate.py`). The cosine
 between the CLIP embeddings of source and edit is always computed. Training reads the column `keep` with
 `augment.filter = "scores"`.
 
@@ -26,6 +27,7 @@ from flyp_saflex.errors import ConfigError, DataError, RunError
 from flyp_saflex.evaluation.load_run import load_run
 from flyp_saflex.filtering.alia import UNREADABLE, applied_thresholds, confidence_filter, keep
 from flyp_saflex.filtering.inputs import Checked, check, plan_line
+from flyp_saflex.filtering.near_duplicate import hash_distances
 from flyp_saflex.filtering.scores import Scores, load_filter_clip, score_edits, thresholds
 from flyp_saflex.filtering.summary import Scored, report
 from flyp_saflex.offline import FilterConfig
@@ -74,7 +76,11 @@ def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = Fa
     scores = score_edits(config, checked, clip, model, state)
     if not state.is_main_process:
         return {"edits": len(checked.edits)}
-    rows, flags = score_rows(checked, scores, threshold_K, config.filter)
+    distance_N = np.empty(0)
+    if checked.hashes:
+        sources = {sample.sample_id: sample for sample in checked.dataset.train.samples}
+        distance_N = hash_distances(checked.edits, sources, box_crop=config.data.box_crop)
+    rows, flags = score_rows(checked, scores, threshold_K, config.filter, distance_N)
     if limit is None:
         _write(checked.cache, [*rows, *_unscored(checked)], config.cache.scores)
     scored = Scored(dataset=checked.dataset, edits=checked.edits, rows=rows, flags=flags, box_crop=config.data.box_crop)
@@ -85,12 +91,16 @@ def filter_edits(config: Config, *, limit: int | None = None, dry_run: bool = Fa
 
 
 def score_rows(
-    checked: Checked, scores: Scores, threshold_K: NDArray[np.float64], options: FilterConfig
+    checked: Checked,
+    scores: Scores,
+    threshold_K: NDArray[np.float64],
+    options: FilterConfig,
+    distance_N: NDArray[np.float64],
 ) -> tuple[list[dict[str, Any]], dict[str, NDArray[np.bool_]]]:
     """Return the rows of scores.jsonl of the scored edits, and flagged_N by verdict.
 
-    A value of a row is None where its filter was not run or the edit cannot be read; the columns of source consistency and of
-    CLIPScore are there only if they were run.
+    A value of a row is None where its filter was not run or the edit cannot be read; the columns of source consistency, of
+    CLIPScore and of the hashes (`distance_N`) are there only if they were run.
     """
     drop, rule = options.drop, options.rule
     readable_N = np.array([n not in scores.unreadable for n in range(len(checked.edits))])
@@ -109,6 +119,8 @@ def score_rows(
         flags["foreign"] = readable_N & (scores.consistency_N < 0)  # NaN is never flagged
     if checked.clip_score:
         flags["low-score"] = readable_N & (scores.clip_score_N < options.min_clip_score)
+    if checked.hashes:
+        flags["near-duplicate"] = readable_N & (distance_N < options.min_hash_distance)  # NaN is never flagged
     flags[UNREADABLE] = ~readable_N
     keep_N = keep(flags, drop)
     rows = []
@@ -143,6 +155,11 @@ def score_rows(
             rows[-1] |= {
                 "clip_score": _number(scores.clip_score_N[n]) if seen else None,
                 "low_score": bool(flags["low-score"][n]) if seen else None,
+            }
+        if checked.hashes:
+            rows[-1] |= {
+                "hash_distance": int(distance_N[n]) if np.isfinite(distance_N[n]) else None,
+                "near_duplicate": bool(flags["near-duplicate"][n]) if seen else None,
             }
     return rows, flags
 

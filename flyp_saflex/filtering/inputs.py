@@ -14,6 +14,7 @@ from flyp_saflex.config import Config, DataConfig
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError, RunError, UserError
 from flyp_saflex.evaluation.load_run import check_model
+from flyp_saflex.extras import require
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
 from flyp_saflex.records import Dataset, Edit, Split
 from flyp_saflex.storage.augment_cache import AugmentCache
@@ -37,6 +38,7 @@ class Checked:
         run_dataset: the run's own dataset; it has the same classes.
         thresholds_from: split that gives the thresholds; None without the confidence filter.
         clip_score: whether edits are compared with the names of their classes.
+        hashes: whether edits are compared with their sources by perceptual hashes.
         notes: remarks for the user.
     """
 
@@ -49,6 +51,7 @@ class Checked:
     run_dataset: Dataset
     thresholds_from: Split | None
     clip_score: bool
+    hashes: bool
     notes: list[str]
 
 
@@ -82,6 +85,8 @@ def check(config: Config, *, limit: int | None = None) -> Checked:
         captions = _captions(config, dataset, edits, notes)
     if "clip-score" in options.use:
         _check_pretrained(config, "CLIPScore")
+    if hashes := "near-duplicate" in options.use:
+        require('filter.use = "near-duplicate"', "imagehash")
     if "confidence" in options.use:
         split = _threshold_images(config, dataset, notes)
         run, run_dataset = _check_run(config, dataset, split, notes)
@@ -91,7 +96,7 @@ def check(config: Config, *, limit: int | None = None) -> Checked:
                 f"{len(absent)} of {dataset.num_classes} classes have no image in {split.name}, so no threshold ({shown}): "
                 f"the confidence filter never flags an edit {'of' if options.rule == 'alia' else 'predicted as'} one of them"
             )
-    return Checked(cache, edits, dataset, texts, captions, run, run_dataset, split, "clip-score" in options.use, notes)
+    return Checked(cache, edits, dataset, texts, captions, run, run_dataset, split, "clip-score" in options.use, hashes, notes)
 
 
 def _threshold_images(config: Config, dataset: Dataset, notes: list[str]) -> Split:
@@ -226,6 +231,8 @@ def plan_line(config: Config, checked: Checked, *, dry_run: bool) -> str:
         parts.append(f"source consistency ({num_sources} sources) and directional similarity")
     if checked.clip_score:
         parts.append(f"CLIPScore of the class's name (at least {config.filter.min_clip_score:g})")
+    if checked.hashes:
+        parts.append(f"perceptual hashes of edit and source (at least {config.filter.min_hash_distance} bits apart)")
     if checked.thresholds_from is not None:
         split = checked.thresholds_from
         parts.append(f"confidence filter ({config.filter.run}, thresholds from {len(split)} images of {split.name})")

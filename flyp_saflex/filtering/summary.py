@@ -35,6 +35,7 @@ MEANING = {
     "corrupted": CONFIDENCE,
     "foreign": "foreign: resembles training images of another class more than those of its own, by pretrained features.",
     "low-score": "low-score: fits the name of its class less than filter.min_clip_score (CLIPScore, arXiv 2104.08718).",
+    "near-duplicate": "near-duplicate: perceptual hashes differ from the source's by less than filter.min_hash_distance bits.",
 }
 Table = dict[str, dict[str, int]]
 
@@ -88,6 +89,10 @@ def report(scored: Scored, sheets: Path, *, drop: Collection[str], sheet_rows: i
     if scores:
         low, middle, high = np.quantile(scores, (0.1, 0.5, 0.9))
         print(f"CLIPScore: median {middle:.3f}, 80 % between {low:.3f} and {high:.3f}")
+    bits = [row["hash_distance"] for row in scored.rows if row.get("hash_distance") is not None]
+    if bits:
+        low, middle, high = np.quantile(bits, (0.1, 0.5, 0.9))
+        print(f"distance to the source in bits: median {middle:.0f}, 80 % between {low:.0f} and {high:.0f}")
     unreadable = [row["reason"] for row, bad in zip(scored.rows, flags[UNREADABLE], strict=True) if bad]
     if unreadable:
         print(f"{len(unreadable)} edits cannot be read and are not kept, first: {unreadable[0]}")
@@ -125,7 +130,7 @@ def write_sheets(scored: Scored, keep_N: NDArray[np.bool_], folder: Path, num_ro
     sources = {sample.sample_id: sample for sample in scored.dataset.train.samples}
     groups = {"kept": keep_N} | {name: flagged_N for name, flagged_N in scored.flags.items() if name != UNREADABLE}
     written = []
-    for name in ("kept", "semantic", "unchanged", "corrupted", "foreign", "low-score"):
+    for name in ("kept", "semantic", "unchanged", "corrupted", "foreign", "low-score", "near-duplicate"):
         path = folder / f"filter-{name}.jpg"
         found = np.flatnonzero(groups[name]) if name in groups else np.empty(0, dtype=int)
         if not len(found):
