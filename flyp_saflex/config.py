@@ -78,8 +78,12 @@ class DataConfig:
     """`hf`: revision of the hub's repository (branch, tag or commit); empty: the newest."""
     prompts: str = ""
     """Folder with `classes.txt` and `templates.txt`; empty: the dataset's own, or the folder names and `a photo of a {}.`"""
+    box_columns: tuple[str, ...] = ()
+    """`table`: columns of the object's box in pixels: left, top, width, height; empty cells: no box. Empty: the file has none."""
+    boxes: str = ""
+    """JSON file with boxes of the objects, COCO-style or as MegaDetector writes; the most confident box of an image counts."""
     box_crop: bool = False
-    """`cub`: crop every image to its bounding box first."""
+    """Crop every image to its bounding box first, where boxes are known (`cub`, `box_columns`, `boxes`)."""
     max_unreadable: Fraction = 0.01
     """Largest fraction of unreadable images per split: up to it they are skipped and counted, above it the run stops."""
     workers: Natural = 0
@@ -123,6 +127,8 @@ class AugmentConfig:
     upstream: tuple[str, ...] = ()
     """What makes the augmented rows, names in `tables.UPSTREAMS` applied in order; `cache` starts from edited images instead
     of training images."""
+    paste: Literal["any", "same-class"] = "any"
+    """`copy-paste`: training images that give backgrounds: any other one, or only those of the object's class."""
     per_train: Positive = 1.0
     """Augmented rows per training row of a batch."""
     on_train: tuple[Literal["random-crop", "flip"], ...] = ("random-crop",)

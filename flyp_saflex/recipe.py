@@ -154,6 +154,8 @@ def check(config: Config) -> list[str]:
         problems.append('augment.filter = "scores" needs edits: add "cache" to augment.upstream or set augment.filter="none"')
     if "cache" in augment.upstream[1:]:
         problems.append('augment.upstream: "cache" must come first, the operations after it are applied to its images')
+    if "copy-paste" in augment.upstream[1:]:
+        problems.append('augment.upstream: "copy-paste" must come first and without "cache": it takes boxes of training images')
     if train.batch_size % train.accumulation:
         problems.append(
             f"train.batch_size = {train.batch_size} is not a multiple of train.accumulation = {train.accumulation}: "

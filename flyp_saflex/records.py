@@ -107,10 +107,11 @@ class Samples(Sequence[Sample]):
         root: folder that the ids are relative to.
         sample_ids: identities of the rows.
         labels: class indices of the rows.
-        domains, groups, captions, sequences: further fields of the rows, in columns as long; None: those of a `Sample` without.
+        domains, groups, captions, sequences, boxes: further fields of the rows, in columns as long; None: those of a `Sample`
+            without.
     """
 
-    __slots__ = ("captions", "domains", "groups", "labels", "root", "sample_ids", "sequences")
+    __slots__ = ("boxes", "captions", "domains", "groups", "labels", "root", "sample_ids", "sequences")
 
     def __init__(
         self,
@@ -122,9 +123,11 @@ class Samples(Sequence[Sample]):
         groups: Sequence[str] | None = None,
         captions: Sequence[str | None] | None = None,
         sequences: Sequence[str] | None = None,
+        boxes: Sequence[tuple[float, float, float, float] | None] | None = None,
     ) -> None:
         self.root, self.sample_ids, self.labels = root, sample_ids, labels
         self.domains, self.groups, self.captions, self.sequences = domains, groups, captions, sequences
+        self.boxes = boxes
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -145,6 +148,7 @@ class Samples(Sequence[Sample]):
             group="" if self.groups is None else self.groups[place],
             caption=None if self.captions is None else self.captions[place],
             sequence="" if self.sequences is None else self.sequences[place],
+            box=None if self.boxes is None else self.boxes[place],
         )
 
     def __eq__(self, other: object) -> bool:

@@ -243,6 +243,7 @@ UPSTREAMS: Table[Upstream] = Table(
     "augment.upstream",
     {
         "cache": "training.upstreams:CACHE",
+        "copy-paste": "training.upstreams:COPY_PASTE",
         "randaugment": "training.upstreams:RANDAUGMENT",
         "autoaugment": "training.upstreams:AUTOAUGMENT",
         "augmix": "training.upstreams:AUGMIX",

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flyp_saflex.config import DataConfig
+from flyp_saflex.data.boxes import with_boxes
 from flyp_saflex.data.class_names import class_name_notes
 from flyp_saflex.data.splitting import EVAL_NAMES, SELECT_NAMES, few_shot, folded, quick_look
 from flyp_saflex.data.text import listed, nfc, shown
@@ -29,7 +30,7 @@ PUBLISHED = frozenset(("iwildcam", "iwildcam-mini", "cub", "waterbirds", "fmow",
 def load_dataset(
     config: DataConfig, *, seed: int = 0, limit: int | None = None, check_files: bool = True, test_set: str = ""
 ) -> Dataset:
-    """Read, check and cut a dataset as the recipe says; no image is opened.
+    """Read, check and cut a dataset as the recipe says; no image is decoded.
 
     Args:
         config: the recipe's `[data]` section.
@@ -49,6 +50,8 @@ def load_dataset(
     if check_files:
         _check_files(dataset)
     dataset = _with_own_classes(_with_groups(dataset, config), config)
+    if config.boxes and not test_set:
+        dataset = with_boxes(dataset, config.boxes)
     splits = dict(dataset.splits)
     notes = [*dataset.notes, *class_name_notes(dataset.class_names)]
     if config.shots:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flyp_saflex.config import DataConfig
 from flyp_saflex.data.account import Account
+from flyp_saflex.data.boxes import Box, parse_box
 from flyp_saflex.data.class_names import class_list
 from flyp_saflex.data.class_prompts import Prompts
 from flyp_saflex.data.folder import existing_root
@@ -45,7 +46,9 @@ def read_table(config: DataConfig) -> Dataset:
     optional = [
         column for column in (config.split_column, config.domain_column, config.caption_column, config.sequence_column) if column
     ]
-    named = [config.path_column, config.label_column, *optional]
+    if len(config.box_columns) not in (0, 4):
+        raise DataError(f"data.box_columns names {len(config.box_columns)} columns, expected four: left, top, width, height")
+    named = [config.path_column, config.label_column, *optional, *config.box_columns]
     table = load_columns(file, [*named, *(column for column in config.group_columns if column not in named)])
     if config.train_domains and config.split_column:
         raise DataError(
@@ -63,6 +66,7 @@ def read_table(config: DataConfig) -> Dataset:
     captions = _column(table, config.caption_column, composed=False)
     groups = _groups(table, config.group_columns)
     sequences = _column(table, config.sequence_column)
+    boxes = _boxes(table, config.box_columns)
     used = [part is not None for part in parts]
     account.found = used.count(True)
     account.leave_out("of domains that no data.*_domains names", used.count(False))
@@ -80,6 +84,7 @@ def read_table(config: DataConfig) -> Dataset:
         groups=column(groups, config.group_columns),
         captions=[caption or None for caption in compress(captions, used)] if config.caption_column else None,
         sequences=column(sequences, config.sequence_column),
+        boxes=list(compress(boxes, used)) if boxes else None,
     )
     names = [part for part in parts if part is not None]
     splits = split_by_name(names, samples) if config.split_column else pooled_splits(names, samples, config, prompts.class_names)
@@ -140,6 +145,15 @@ def _column(table: Table, name: str, *, composed: bool = True) -> list[str]:
         return cells
     names = {cell: nfc(cell) for cell in set(cells)}
     return [names[cell] for cell in cells]
+
+
+def _boxes(table: Table, names: Sequence[str]) -> list[Box | None]:
+    """Return every row's box; None for empty cells; an empty list without columns."""
+    columns = [table.columns[nfc(name)] for name in names]
+    return [
+        parse_box(cells, table.at(index, nfc(names[0]))) if any(cells) else None
+        for index, cells in enumerate(zip(*columns, strict=True))
+    ]
 
 
 def _groups(table: Table, names: Sequence[str]) -> list[str]:

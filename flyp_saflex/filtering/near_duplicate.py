@@ -26,7 +26,10 @@ COLOUR_BITS = 4
 
 
 def hash_distance(one: Image.Image, other: Image.Image) -> int:
-    """Return the number of bits by which two images differ, 0..120; the second is brought to the size of the first."""
+    """Return the number of bits, 0..120, by which two images differ.
+
+    The second is brought to the size of the first.
+    """
     import imagehash
 
     other = other if other.size == one.size else other.resize(one.size, Image.Resampling.LANCZOS)

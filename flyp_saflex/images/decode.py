@@ -151,6 +151,23 @@ def decode_picture(file: BinaryIO, path: Place, *, box: Box | None = None, at_le
         raise DataError(f"image {path} cannot be decoded ({reason}); replace or remove it") from None
 
 
+def stored_size(path: Place) -> tuple[int, int]:
+    """Return width and height of an encoded image as stored, before its rotation flag is followed; decode nothing.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    with open_image(path) as file:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return Image.open(file, formats=formats()).size
+        except Image.DecompressionBombError:
+            raise DataError(f"image {path} is too large, at most {MAX_PIXELS} pixels; shrink or remove it") from None
+        except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error) as error:
+            raise DataError(f"image {path} cannot be decoded ({_reason(file, error)}); replace or remove it") from None
+
+
 @cache
 def formats() -> tuple[str, ...]:
     """Return the formats that are opened, of those that this Pillow was built with."""

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 from flyp_saflex.errors import DataError
+from flyp_saflex.images.copy_paste import CopyPaste
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.images.reader import Preprocess, Source, reader_of
 from flyp_saflex.records import Edit, Sample
@@ -60,6 +61,7 @@ class BatchReader(TorchDataset[Batch]):
         on_train: random operations on training rows.
         on_augmented: random operations on augmented rows.
         box_crop: crop samples to their box first.
+        paste: reads augmented rows, instead of the plain reader.
         stored: reads stored activations of an item instead of the item.
     """
 
@@ -74,11 +76,13 @@ class BatchReader(TorchDataset[Batch]):
         on_train: Sequence[ItemOperation] = (),
         on_augmented: Sequence[ItemOperation] = (),
         box_crop: bool = False,
+        paste: CopyPaste | None = None,
         stored: Callable[[Sample | Edit], Tensor] | None = None,
     ) -> None:
         self.schedule, self.num_batches = schedule, num_batches
         self.samples, self.edits, self.reader = samples, edits, reader_of(preprocess)
         self.on_train, self.on_augmented, self.box_crop, self.stored = on_train, on_augmented, box_crop, stored
+        self.paste = paste
 
     def __len__(self) -> int:
         return self.num_batches
@@ -113,7 +117,10 @@ class BatchReader(TorchDataset[Batch]):
         if self.stored is not None:
             return self.stored(item)
         operations = self.on_augmented if row.kind == "augmented" else self.on_train
-        picture = self.reader.read(item, box_crop=self.box_crop)
+        if row.kind == "augmented" and self.paste is not None and isinstance(item, Sample):
+            picture = self.paste.read(item, derived_seed(row.seed, "paste"))
+        else:
+            picture = self.reader.read(item, box_crop=self.box_crop)
         for number, operation in enumerate(operations):
             picture = operation.on(picture, derived_seed(row.seed, number))
         return self.reader.tensor(picture)
@@ -133,6 +140,7 @@ def read_steps(
         on_train=setup.on_train,
         on_augmented=setup.on_augmented,
         box_crop=setup.config.data.box_crop,
+        paste=setup.paste,
         stored=cache.read if cache is not None else None,
     )
     workers = setup.config.data.workers if cache is None else 0

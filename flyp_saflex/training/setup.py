@@ -11,8 +11,9 @@ import torch
 from flyp_saflex.config import AugmentConfig, Config
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
+from flyp_saflex.images.copy_paste import CopyPaste
 from flyp_saflex.images.loader import ImageLoader
-from flyp_saflex.images.reader import Source
+from flyp_saflex.images.reader import ImageReader, Source
 from flyp_saflex.presets import PRESETS
 from flyp_saflex.records import Dataset, Edit, Sample
 from flyp_saflex.saflex.objectives import Objective
@@ -43,6 +44,7 @@ class Setup:
         saflex: None: not enabled.
         on_train, on_augmented: operations per item.
         confidences: functions that soften labels, by the place of their operation in `on_augmented`.
+        paste: reader of augmented rows with another background; None: they are read as they are.
         mix: mix of the augmented rows of a batch.
         notes: lines for a person.
     """
@@ -59,6 +61,7 @@ class Setup:
     on_train: list[ItemOperation]
     on_augmented: list[ItemOperation]
     confidences: dict[int, Confidence]
+    paste: CopyPaste | None
     mix: Mix | None
     notes: list[str]
 
@@ -134,6 +137,7 @@ def prepare(config: Config, *, limit: int | None = None) -> Setup:
         on_train=_operations([UPSTREAMS[name] for name in augment.on_train], task, augment),
         on_augmented=_operations(upstreams, task, augment),
         confidences=_confidences(upstreams, task, augment),
+        paste=_paste(config, dataset, source, task, notes) if any(upstream.pastes for upstream in upstreams) else None,
         mix=_only_mix(config, upstreams),
         notes=notes,
     )
@@ -234,6 +238,24 @@ def _confidences(upstreams: Sequence[Upstream], task: Task, options: AugmentConf
     """Return what softens labels, by the place of its operation among those of the augmented rows."""
     drawing = [upstream for upstream in upstreams if upstream.operation_for(task.input_size_px, options) is not None]
     return {place: upstream.confidence for place, upstream in enumerate(drawing) if upstream.confidence is not None}
+
+
+def _paste(config: Config, dataset: Dataset, source: Source, task: Task, notes: list[str]) -> CopyPaste:
+    """Return the reader of augmented rows that pastes objects on other backgrounds."""
+    if config.data.box_crop:
+        raise ConfigError("augment.upstream = copy-paste needs what is around the boxes: set data.box_crop=false")
+    if not isinstance(source, ImageReader) or not task.input_size_px:
+        raise ConfigError(
+            "augment.upstream = copy-paste reads images, but train.method takes rows of numbers: use mixup or cutmix"
+        )
+    same_class = config.augment.paste == "same-class"
+    paste = CopyPaste(dataset.train.samples, source, task.input_size_px, same_class=same_class)
+    if paste.num_without:
+        notes.append(
+            f"{paste.num_without} of {len(dataset.train)} training images have no box: augment.upstream = copy-paste "
+            "leaves them as they are"
+        )
+    return paste
 
 
 def _only_mix(config: Config, upstreams: Sequence[Upstream]) -> Mix | None:

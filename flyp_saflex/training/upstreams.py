@@ -1,5 +1,6 @@
 """Upstreams: sources of augmented rows, by the names of `augment.upstream`.
 
+    copy-paste   the object of the batch's training rows on other training images (images/copy_paste.py)
     a pool       cached edits take the place of the batch's training rows
     per item     a random operation on every row, drawn from the row's own seed; its draw may soften the row's label
     per batch    a mix of the augmented rows of a batch, of their inputs and of their labels
@@ -56,10 +57,11 @@ Confidence = Callable[[AugmentConfig, int, int], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """One source of augmented rows; exactly one of the first four is set.
+    """One source of augmented rows; exactly one of the first five is set.
 
     Attributes:
         is_pool: rows come from the augment cache.
+        pastes: the object of a training image is put on the background of another.
         operation: side of the model's square input in pixels (0: no images) -> operation per item.
         configured: the same, with the `[augment]` section.
         mix: inputs [A, ...] of all processes in the order of a single one, `[augment]` section, generator, field of every column
@@ -69,6 +71,7 @@ class Upstream:
     """
 
     is_pool: bool = False
+    pastes: bool = False
     operation: Callable[[int], ItemOperation] | None = None
     configured: Callable[[int, AugmentConfig], ItemOperation] | None = None
     mix: Mix | None = None
@@ -108,6 +111,7 @@ def _soft_confidence(options: AugmentConfig, seed: int, num_classes: int) -> flo
 
 
 CACHE = Upstream(is_pool=True)
+COPY_PASTE = Upstream(pastes=True)
 TRANSLATE = Upstream(configured=_translation)
 SOFT_CROP = Upstream(configured=_translation, confidence=_soft_confidence)
 RANDAUGMENT, AUTOAUGMENT, AUGMIX, TRIVIALAUGMENT, RANDOM_CROP, FLIP = (
