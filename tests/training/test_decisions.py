@@ -117,6 +117,7 @@ def test_decisions_keep_two_candidates():
     scores = torch.tensor([[6.0, 5.5, 5.0], [9.0, 0.0, 0.0]]).repeat(60, 1) + 0.5 * torch.randn(
         120, 3, generator=torch.Generator().manual_seed(0)
     )
-    made = Decisions.of(decide({"zero-shot": scores}, torch.zeros(120, dtype=torch.long), min_edits=10))
+    own_N = torch.zeros(120, dtype=torch.long)
+    made = Decisions.of(decide({"zero-shot": scores}, own_N, min_edits=10), own_N)
     assert made.labels_N2.shape == (120, 2)
     assert bool(((made.shares_N >= 0.5) & (made.shares_N <= 1)).all())
