@@ -116,8 +116,8 @@ def gallery_chapter(galleries: Sequence[Gallery]) -> Markup:
         paragraph(
             "Left the source, right the edit; below them the instruction, the label that it came with, its learned weight and",
             f"the largest shares of its learned label, all at its last visit. At most {PER_FATE} per group, drawn by a hash of",
-            "their names: nobody picked them. In the tables, the shares are those of the last visit. The gain tells whether a small",
-            "step on the edit, under its label, would lower the validation loss (above 0) or raise it (below 0), mean over visits.",
+            "their names: nobody picked them. In the tables, the shares are those of the last visit. The gain tells whether a",
+            "small step on the edit, under its label, would lower the validation loss (above 0) or raise it (mean over visits).",
             class_="note",
         )
     ]

@@ -136,10 +136,10 @@ def calibration_chapter(runs: Sequence[Run]) -> Markup:
         return section("calibration", title, paragraph("The run folders hold neither calibration errors nor predictions."))
     parts: list[object] = [
         paragraph(
-            "Is a model that is 80 % sure right in 80 % of the cases? Points below the dashed diagonal: too sure; above: not",
-            f"sure enough. Finetuned models (alpha = 1), the images of all seeds together, in {CALIBRATION_BINS} bins of equal width;",
-            f"bins with fewer than {FEWEST_IN_BIN} images are not drawn. ECE, the expected calibration error, is the mean distance",
-            "from the diagonal over images.",
+            "Is a model that is 80 % sure right in 80 % of the cases? Points below the dashed diagonal: too sure; above:",
+            "not sure enough. Finetuned models (alpha = 1), the images of all seeds together, in",
+            f"{CALIBRATION_BINS} bins of equal width; bins with fewer than {FEWEST_IN_BIN} images are not drawn. ECE, the",
+            "expected calibration error, is the mean distance from the diagonal over images.",
             class_="note",
         ),
         errors,

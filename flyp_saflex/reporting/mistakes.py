@@ -77,8 +77,8 @@ def _pictures(
         cards.append(element("article", join(parts), class_="card"))
     what = f"Most confident mistakes of {baseline}, seed {groups[baseline][0].seed}"
     note = paragraph(
-        f"At most {PER_CLASS} per class, for the {MOST_CLASSES} classes with the most mistakes. Look before you blame the model: a",
-        "confident mistake may be a wrong label.",
+        f"At most {PER_CLASS} per class, for the {MOST_CLASSES} classes with the most mistakes. Look before you blame the",
+        "model: a confident mistake may be a wrong label.",
         class_="note",
     )
     return details(what, note, element("div", join(cards), class_="cards"), open_=True)

@@ -261,19 +261,19 @@ def _interval(group: dict[int, tuple[float, dict[str, Any]]], metric: str) -> tu
     if len(group) != 1:
         return None
     ((_, row),) = group.values()
-    ends = row.get(f"{metric}_interval")
     try:
-        low, high = (float(end) for end in ends)
+        low, high = (float(end) for end in row.get(f"{metric}_interval") or ())
     except (TypeError, ValueError):
         return None
     return (low, high) if low <= high else None
 
 
 def _all_finetuned(line: dict[str, Cell], others: dict[tuple[str, Kind], dict[str, Cell]]) -> bool:
-    """Return whether a WiSE-FT row is at alpha 1 on every split, and the finetuned row has all of its splits."""
+    """Return whether a WiSE-FT row is at alpha 1 on every split, with the splits and seeds of the finetuned row."""
     cell = next(iter(line.values()))
     finetuned = others.get((cell.recipe, "finetuned"), {})
-    return all(part.alphas == (1.0,) and split in finetuned for split, part in line.items())
+    same_splits = line.keys() == finetuned.keys()
+    return same_splits and all(part.alphas == (1.0,) and part.values == finetuned[split].values for split, part in line.items())
 
 
 def _condition(line: dict[str, Cell]) -> str:

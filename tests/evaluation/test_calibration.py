@@ -6,7 +6,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from flyp_saflex.errors import DataError
-from flyp_saflex.evaluation.calibration import COLDEST, HOTTEST, Calibration, fit_temperature, probabilities
+from flyp_saflex.evaluation.calibration import COLDEST, HOTTEST, Calibration, fit_temperature, probabilities, reliability
+from flyp_saflex.evaluation.metrics import expected_calibration_error
 
 
 def drawn(sharpness, n=4000, classes=6, seed=0):
@@ -57,3 +58,14 @@ def test_huge_logits_do_not_overflow():
 def test_no_image_is_told():
     with pytest.raises(DataError, match="0 images"):
         fit_temperature(np.empty((0, 3)), [])
+
+
+@pytest.mark.parametrize("bins", [4, 15])
+def test_reliability_bins_hold_every_image_and_give_the_calibration_error(bins):
+    generator = np.random.default_rng(3)
+    confidences, correct = generator.random(500) ** 0.5, generator.random(500) < 0.6
+    found = reliability(confidences, correct, bins=bins)
+    assert sum(bin.n for bin in found) == 500
+    assert [bin.confidence for bin in found] == sorted(bin.confidence for bin in found)
+    error = sum(bin.n * abs(bin.accuracy - bin.confidence) for bin in found) / 500
+    assert error == pytest.approx(expected_calibration_error(confidences, correct, bins=bins))
