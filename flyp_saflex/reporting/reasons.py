@@ -94,7 +94,7 @@ def _vote(config: Config, label: str) -> str:
 def _posterior(decision: Decision, label: str) -> str:
     """Return what evidence said about one edit; less of it in logs of earlier versions, which hold no posterior."""
     if decision.own_posterior is None or decision.none_posterior is None:
-        return f"Evidence: {label} is not likely enough."
+        return f"Evidence: {label} is not likely enough." if decision.fate == "dropped" else ""
     return f"Evidence: {label} {_percent(decision.own_posterior)}, none of the classes {_percent(decision.none_posterior)}."
 
 

@@ -42,6 +42,7 @@ def test_evidence_tells_the_posterior_and_the_kinds():
     options = config("saflex.preset=posterior", "saflex.evidence_threshold=0.3")
     told = reason(dropped(own_posterior=0.004, none_posterior=0.8, gain=-1.0), options, NAMES)
     assert told == "Evidence: dog below 1 %, none of the classes 80 %."
+    assert reason(dropped(), options, NAMES) == "Evidence: dog is not likely enough.", "logs of earlier versions"
     group = group_reason("dropped", options)
     assert "no class more than 30 % likely" in group
     assert group.count("resemblance to training pictures") == 1, "two layers of one kind are one reason"
