@@ -274,7 +274,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(report, [])
     command.add_argument("runs", type=Folder("RUN"), nargs="+", metavar="RUN", help="run folders that have been evaluated")
     command.add_argument("--out", type=Folder("--out"), metavar="FILE", help="output file; FILE.html is a self-contained page")
-    command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, or md")
+    command.add_argument(
+        "--format", choices=("md", "csv", "json", "tex", "html"), default="md", help="default: as FILE ends, or md"
+    )
     command.add_argument("--baseline", metavar="NAME", help="recipe to compare the others with, paired by seed")
     command.add_argument("--published", action="store_true", help="add published figures on the same data, marked as literature")
     command = add(options, [])

@@ -99,7 +99,10 @@ class RowBuilder:
             rows.prior_N = rows.confidence_N if rows.prior_N is None else rows.prior_N * rows.confidence_N
 
     def describe(self, step: int, results: list[StepResult]) -> list[dict[str, Any]]:
-        """Return one record per augmented row of a step: identity, weight, gain of its label, learned (soft) label."""
+        """Return one record per augmented row of a step: identity, weight, gain of its label, learned (soft) label.
+
+        Where evidence decided, `posterior` holds the probabilities of its upstream label and of none of the classes.
+        """
         pool = self.setup.pool
         records = []
         for result in results:
@@ -111,6 +114,8 @@ class RowBuilder:
                     "label": item.label,
                     "weight": float(result.weights_A[place]),
                 }
+                if self.decisions is not None and self.decisions.posteriors_N2 is not None:
+                    record["posterior"] = [round(part, 4) for part in self.decisions.posteriors_N2[index].tolist()]
                 if result.gains_A is not None:
                     record["gain"] = float(result.gains_A[place])
                 if result.top_labels_AJ is not None and result.top_shares_AJ is not None:
