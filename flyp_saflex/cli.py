@@ -62,7 +62,15 @@ def generate(arguments: argparse.Namespace, config: Config) -> None:
     shard = parse_shard(arguments.shard)
     from flyp_saflex.editing.generate import generate as run
 
-    run(config, shard=shard, limit=arguments.limit, dry_run=arguments.dry_run)
+    parts = {"pilot": arguments.pilot, "plan_file": arguments.plan}
+    run(config, shard=shard, limit=arguments.limit, dry_run=arguments.dry_run, **parts)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Print which edits of a run were kept, per text and class, and write a plan that generate --plan follows."""
+    from flyp_saflex.editing.plan_run import plan as run
+
+    run(arguments.run, arguments.out, floor=arguments.floor, explore=arguments.explore)
 
 
 def filter(arguments: argparse.Namespace, config: Config) -> None:
@@ -211,6 +219,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--force", action="store_true", help="overwrite an existing file")
     command = add(generate, [with_recipe])
     command.add_argument("--shard", default="0/1", metavar="I/N", help="make the I-th of N parts (job arrays), I from 0")
+    command.add_argument("--pilot", type=int, metavar="N", help="make N edits, evenly over classes, texts and strengths")
+    command.add_argument("--plan", type=Folder("--plan"), metavar="FILE", help="make editor.budget edits as plan says")
+    command = add(plan, [])
+    command.add_argument("run", type=Folder("RUN"), metavar="RUN", help="run folder written by train")
+    command.add_argument("--out", type=Folder("--out"), metavar="FILE", help="plan file (default: RUN/plan.json)")
+    command.add_argument("--floor", type=float, default=0.1, metavar="F", help="least useful share of a cell (default: 0.1)")
+    command.add_argument("--explore", type=float, default=0.1, metavar="E", help="part spread evenly (default: 0.1)")
     add(filter, [with_recipe])
     add(train, [with_recipe])
     command = add(evaluate, [shared])

@@ -131,6 +131,9 @@ class AugmentConfig:
     """Filter of the augmented rows: `scores` keeps rows whose `keep` is true in `cache.scores`; `argmax` drops rows that the
     current model assigns to another class; `lowest-loss` keeps the `keep_fraction` of each batch with the lowest loss;
     `random` keeps that fraction at random. The last three are baselines."""
+    levels: tuple[NonNegative, ...] = ()
+    """Cached edits to train on, by the strength or image guidance of their manifest rows (`editor.strengths`,
+    `editor.image_guidances`); empty: all."""
     keep_fraction: Fraction = 0.5
     """Fraction of rows that `lowest-loss` and `random` keep."""
     mixup_alpha: Positive = 0.2

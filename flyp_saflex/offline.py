@@ -26,8 +26,11 @@ class PromptsConfig:
     """Chat model of transformers (hub id or folder) that summarises the captions."""
     llm_revision: str = ""
     """Revision of the hub's repository; empty: the newest."""
-    max_domains: Count = 8
-    """Largest number of domain descriptions."""
+    max_domains: Natural = 8
+    """Largest number of domain descriptions; 0: `conditions` alone, and no model is loaded."""
+    conditions: tuple[str, ...] = ()
+    """Conditions of deployment that you can name (`at dusk`, `in snow`, `infrared at night`): edit prompts of their own, before
+    the domains of the captions."""
     attempts: Count = 3
     """Largest number of requests: an answer with malformed lines or no lines is requested again, with the reasons."""
     max_new_tokens: Count = 512
@@ -68,6 +71,10 @@ class EditorConfig:
     """`instruct-pix2pix`: guidance scale of the source image; unset: 1.3."""
     strength: Fraction | None = None
     """`img2img` and `inpaint`: noise added to the source image, 0 (none) to 1 (full); unset: 0.5 and 1."""
+    strengths: tuple[Fraction, ...] = ()
+    """`img2img` and `inpaint`: several levels of `strength`; every image and prompt is edited at each, with the same noise."""
+    image_guidances: tuple[NonNegative, ...] = ()
+    """`instruct-pix2pix`: several levels of `image_guidance`; every image and prompt is edited at each, with the same noise."""
     scheduler: str = ""
     """Class name of a diffusers scheduler (`DDIMScheduler`, `DPMSolverMultistepScheduler` ...); empty: the model's own."""
     size_px: Natural | None = None
@@ -80,11 +87,15 @@ class EditorConfig:
     """Edits per image and prompt, each with its own noise."""
     texts_per_image: Natural = 0
     """Prompts drawn per image, with `seed`; 0: all."""
-    plan: Literal["all", "quota", "bias"] = "all"
+    plan: Literal["all", "quota", "bias", "hard"] = "all"
     """Edits to make among all images and prompts. `quota`: rare classes first, until images and edits of all classes are level;
-    `bias`: per class, places where training never or rarely saw it first, until pairs of class and place are level."""
+    `bias`: per class, places where training never or rarely saw it first, until pairs of class and place are level; `hard`:
+    images that `hard_run` gets wrong, or with a budget the hardest first."""
     budget: Natural = 0
-    """Edits in all; 0: all, or as many as `quota` and `bias` ask for."""
+    """Edits in all; 0: all, or as many as `quota`, `bias` and `hard` ask for. `generate --plan` needs one."""
+    hard_run: str = ""
+    """`hard`: run folder with predictions/train.parquet, written by `flyp-saflex evaluate RUN --split train`; best a run without
+    training, or one that learned little, for a run knows the images that it has learned."""
     places: str = ""
     """`bias`: CSV file with the columns `domain` and `place`: the place, called as the `domain` of a prompt, of each of the
     dataset's domains (camera locations, for example); empty: they are called alike."""

@@ -1,8 +1,8 @@
 """Editors made of diffusers' pipelines; the only file that imports diffusers.
 
-Requests of the same output size form one batch. An edit depends on its request alone, not on its batch, on the batches before,
-or on the device's random numbers: every request has its own generator on the CPU for all of its noise, and every text is
-encoded once, by itself. Only rounding remains: in float32 a batch of 5 and batches of 1 differ by at most 2 of 255
+Requests of the same output size and level form one batch. An edit depends on its request alone, not on its batch, on the
+batches before, or on the device's random numbers: every request has its own generator on the CPU for all of its noise, and
+every text is encoded once, by itself. Only rounding remains: in float32 a batch of 5 and batches of 1 differ by at most 2 of 255
 (tests/editing/test_diffusers_editor.py; 0 or 1 with 16 schedulers on small random models).
 """
 
@@ -23,7 +23,7 @@ from flyp_saflex.editing.pipeline_files import Source, locate, quiet, reason
 from flyp_saflex.editing.presets import area_size, check_preset
 from flyp_saflex.editing.prompt_encoder import Texts
 from flyp_saflex.editing.schedulers import check_scheduler, make_scheduler
-from flyp_saflex.editing.settings import MAX_ASPECT, EditorKind, output_size, scale_box
+from flyp_saflex.editing.settings import MAX_ASPECT, EditorKind, levels_of, output_size, scale_box
 from flyp_saflex.errors import ConfigError, ModelError, RunError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.tables import EDITORS, PRESETS
@@ -53,6 +53,7 @@ class DiffusersEditor:
         self.batch_size = 1 if self._single else settings.batch_size
         self._accepted = inspect.signature(type(pipeline).__call__).parameters
         self.grid_px = _grid_px(pipeline)
+        self._level_name = {"image_guidance": "image_guidance_scale"}.get(name := levels_of(settings)[0], name)
         self._options = self._fixed_options()
         self._texts = Texts(pipeline, settings.negative_prompt, self._accepted, one_by_one=self._kind.one_by_one)
         if (too_long := self._texts.too_long(settings.negative_prompt)) is not None:
@@ -81,15 +82,15 @@ class DiffusersEditor:
             ModelError: the pipeline of `auto` cannot be called with an image and a text.
         """
         outcomes: dict[int, Image.Image | str] = {}
-        rows_of_size: dict[tuple[int, int], list[int]] = {}
+        rows_of: dict[tuple[tuple[int, int], float | None], list[int]] = {}
         for row, request in enumerate(requests):
             assert 0 <= request.seed < 2**63, f"seed {request.seed} is not in 0..2**63-1"
             if (refusal := self._refusal(request)) is not None:
                 outcomes[row] = refusal
             else:
                 size = self.output_size(*(request.image.size if request.image else (1, 1)))
-                rows_of_size.setdefault(size, []).append(row)
-        for size, rows in rows_of_size.items():
+                rows_of.setdefault((size, request.level), []).append(row)
+        for (size, _), rows in rows_of.items():
             start = 0
             while start < len(rows):
                 part = rows[start : start + self.batch_size]
@@ -142,7 +143,7 @@ class DiffusersEditor:
         return None
 
     def _run(self, requests: list[Request], size: tuple[int, int]) -> list[Image.Image | str]:
-        """Edit one batch of one output size."""
+        """Edit one batch of one output size and level."""
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         batch: dict[str, Any] = {"generator": generators} | self._texts.arguments([request.text for request in requests])
         sources, masks = [], []
@@ -158,6 +159,8 @@ class DiffusersEditor:
             batch = {name: values[0] for name, values in batch.items()}
         area = {"width": size[0], "height": size[1], "max_area": size[0] * size[1], "_auto_resize": False}
         batch |= {name: value for name, value in area.items() if name in self._accepted}
+        if (level := requests[0].level) is not None:
+            batch[self._level_name] = level
         images, flagged = self._call(batch, len(requests), size)
         images = [_resized(image, size) for image in images]
         if masks:  # the autoencoder blurs what it should keep
@@ -167,7 +170,7 @@ class DiffusersEditor:
     def _call(self, batch: dict[str, Any], count: int, size: tuple[int, int]) -> tuple[list[Image.Image], list[bool]]:
         try:
             with quiet():
-                output = self._pipeline(**batch, **self._options)
+                output = self._pipeline(**self._options | batch)
         except (TypeError, ValueError) as error:
             if not self._kind.one_by_one:
                 raise

@@ -97,6 +97,7 @@ def edit_batches(
                 text=edit.text,
                 seed=edit.seed,
                 box=None if box_crop else edit.sample.box,
+                level=edit.level,
             )
             for edit in usable
         ]

@@ -30,6 +30,7 @@ class Request:
         image: the source, upright RGB; None only for kinds that need no image.
         text: instruction or prompt with the class name filled in.
         seed: of this edit's noise, 0..2**63-1.
+        level: value of the option that `settings.levels_of` names; None: the editor's own.
         box: left, top, width, height in pixels of `image`, the part that `inpaint` keeps; None if unknown.
     """
 
@@ -37,6 +38,7 @@ class Request:
     text: str
     seed: int
     box: tuple[float, float, float, float] | None = None
+    level: float | None = None
 
 
 class Editor(Protocol):

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset
-from flyp_saflex.editing.choice import choice_table, choose_edits, read_places
+from flyp_saflex.editing.choice import choice_table, choose_edits, read_places, spread
 from flyp_saflex.editing.edit_images import EditResult, edit_batches, read_source
 from flyp_saflex.editing.editor import Editor, load_editor
+from flyp_saflex.editing.hard import read_hardness
 from flyp_saflex.editing.plan import (
     EditPlan,
     PlannedEdit,
@@ -34,9 +35,10 @@ from flyp_saflex.editing.plan import (
     stated_settings,
     wordings_for,
 )
+from flyp_saflex.editing.plan_file import check_loop, follow, read_plan_file
 from flyp_saflex.editing.presets import preset_note
 from flyp_saflex.editing.progress import Sheets, Tally
-from flyp_saflex.editing.settings import resolve
+from flyp_saflex.editing.settings import levels_of, resolve
 from flyp_saflex.errors import DataError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import load_edit_prompts
@@ -84,11 +86,21 @@ class _Work:
             tqdm.write(text)
 
 
-def generate(config: Config, *, shard: tuple[int, int] = (0, 1), limit: int | None = None, dry_run: bool = False) -> Path:
+def generate(
+    config: Config,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    limit: int | None = None,
+    dry_run: bool = False,
+    pilot: int | None = None,
+    plan_file: Path | None = None,
+) -> Path:
     """Make the edits of the recipe that the cache entry does not hold.
 
     Args:
         config: the recipe.
+        pilot: make this many edits, evenly over class x text x level, instead of those of `editor.plan`.
+        plan_file: make `editor.budget` edits by the shares of this file instead.
         shard: (i, n): make part i of n; the processes of `accelerate launch` share that part.
         limit: edit at most this many images of the split.
         dry_run: check everything, time one batch, print the estimated cost, write nothing.
@@ -100,7 +112,7 @@ def generate(config: Config, *, shard: tuple[int, int] = (0, 1), limit: int | No
         UserError: recipe, data, texts, model or disk cannot be used; written edits are kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the current batch is written.
     """
-    work = _work(config, shard, limit)
+    work = _work(config, shard, limit, pilot, plan_file)
     made, rejected, unreadable = _held(work.folder)
     batches = work.pending(made, rejected, whole=dry_run)
     work.say(_plan_line(work, made, rejected))
@@ -136,15 +148,23 @@ def generate(config: Config, *, shard: tuple[int, int] = (0, 1), limit: int | No
     return work.folder
 
 
-def _work(config: Config, shard: tuple[int, int], limit: int | None) -> _Work:
+def _work(
+    config: Config, shard: tuple[int, int], limit: int | None, pilot: int | None = None, plan_file: Path | None = None
+) -> _Work:
     """Check everything that needs no model, and plan the edits."""
     settings = resolve(config.editor)
     prompts = load_edit_prompts(config.editor.prompts, config.data.name)
     wordings = wordings_for(prompts, settings.kind)
     dataset = load_dataset(config.data, seed=config.seed, limit=limit)
     check_plan(settings, dataset, box_crop=config.data.box_crop)
+    in_loop = check_loop(settings, dataset.train.samples, pilot, plan_file)
     places = read_places(settings.places, dataset.train.samples) if settings.plan == "bias" else {}
-    stated = stated_settings(config, settings, wordings) | ({"places": places} if places else {})
+    hard = read_hardness(Path(settings.hard_run), dataset) if settings.plan == "hard" else None
+    stated = stated_settings(config, settings, wordings, in_loop=in_loop) | ({"places": places} if places else {})
+    stated |= {"hard_run": hard.digest} if hard else {}
+    followed = read_plan_file(plan_file) if plan_file else None
+    if plan_file and followed:
+        followed.check(plan_file, dataset, stated)
     folder = Path(config.cache.root).expanduser() / dataset.name / (config.cache.key or entry_key(stated))
     state_settings(folder, stated, write=False)
     plan = plan_edits(
@@ -155,8 +175,15 @@ def _work(config: Config, shard: tuple[int, int], limit: int | None) -> _Work:
         per_text=config.editor.per_text,
         texts_per_image=config.editor.texts_per_image,
         suffix=f".{config.editor.image_format}",
+        levels=levels_of(settings)[1],
     )
-    plan = choose_edits(plan, dataset.train.samples, settings, places, seed=config.seed)
+    if pilot:
+        plan = spread(plan, pilot, seed=config.seed)
+    elif followed:
+        plan = follow(plan, followed, settings.budget, seed=config.seed)
+    else:
+        scores = hard.scores if hard else None
+        plan = choose_edits(plan, dataset.train.samples, settings, places, seed=config.seed, hardness=scores)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return _Work(
         config=config,
@@ -213,6 +240,8 @@ def _row(planned: PlannedEdit, image: Image.Image, work: _Work, editor: Editor) 
     """Return the manifest row of an edit: its provenance, and nothing that differs between repeated runs."""
     settings = editor.settings
     numbers = {name: getattr(settings, name) for name in ("steps", "guidance", "image_guidance", "strength")}
+    if planned.level is not None:
+        numbers[levels_of(settings)[0]] = planned.level
     return {
         "file_name": planned.file_name,
         "aug_id": planned.file_name,

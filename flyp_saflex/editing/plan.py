@@ -1,8 +1,9 @@
 """Plan of all edits: source, text, seed and file name of each, made before any model is loaded.
 
-    sample x text (all, or `texts_per_image` drawn by hash) x k  ->  text with the class name, seed, file name
+    sample x level x text (all, or `texts_per_image` drawn by hash) x k  ->  text with the class name, seed, file name
 
-Names, seeds and draws are SHA-256 hashes of sample, text and number: they depend on no other edit and on no machine.
+Names, seeds and draws are SHA-256 hashes of sample, text and number: they depend on no other edit and on no machine. Levels
+(of strength or image guidance) share the seed, and have names of their own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 from array import array
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, overload
 
@@ -29,8 +31,12 @@ LOOK = (
     "precision", "safety_checker",
 )  # fmt: skip
 """Options of `editor` that decide how an edit looks, in the order of settings.json."""
-LATER = ("preset", "controlnet", "plan", "budget")
+LATER = ("preset", "controlnet", "strengths", "image_guidances")
 """Further ones, stated only where they are set, so that entries of before keep their names."""
+CHOICE = ("plan", "budget")
+"""Options of the choice of edits, stated where they are set and no pilot or plan file takes their place."""
+Cell = tuple[int, int, float | None]
+"""Class index, number of the text, level."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,7 @@ class PlannedEdit:
         text: instruction or prompt with the class name filled in.
         domain: target of the edit; empty if unknown.
         k: number of the edit among those of the same image and text, from 0.
+        level: strength or image guidance; None: the editor's own.
         seed: seed of its noise.
         file_name: path relative to the cache entry; also its aug_id.
     """
@@ -58,6 +65,7 @@ class PlannedEdit:
     text: str
     domain: str
     k: int
+    level: float | None = None
     seed: int
     file_name: str
 
@@ -82,14 +90,16 @@ class EditPlan(Sequence[PlannedEdit]):
         self._texts: list[str] = []
         self._numbers = array("q")
         self._ks = array("q")
+        self._levels: list[float | None] = []
 
-    def add(self, source: int, number: int, text: str, k: int, file_name: str) -> None:
-        """Add edit `k` of a source with the wording of this number, whose text is given."""
+    def add(self, source: int, number: int, text: str, k: int, file_name: str, level: float | None = None) -> None:
+        """Add edit `k` of a source at a level, with the wording of this number, whose text is given."""
         self.file_names.append(file_name)
         self.sources.append(source)
         self._texts.append(text)
         self._numbers.append(number)
         self._ks.append(k)
+        self._levels.append(level)
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -107,6 +117,7 @@ class EditPlan(Sequence[PlannedEdit]):
             text=text,
             domain=self.wordings[self._numbers[place]].domain,
             k=k,
+            level=self._levels[place],
             seed=edit_seed(self.seed, sample.sample_id, text, k),
             file_name=self.file_names[place],
         )
@@ -120,8 +131,21 @@ class EditPlan(Sequence[PlannedEdit]):
         """Return the edits at these places, in this order."""
         chosen = EditPlan(self.samples, self.wordings, self.seed)
         for place in places:
-            chosen.add(self.sources[place], self._numbers[place], self._texts[place], self._ks[place], self.file_names[place])
+            chosen.add(
+                self.sources[place],
+                self._numbers[place],
+                self._texts[place],
+                self._ks[place],
+                self.file_names[place],
+                self._levels[place],
+            )
         return chosen
+
+    def cells(self) -> list[Cell]:
+        """Return class, text and level of every edit."""
+        labels = labels_of(self.samples)
+        rows = zip(self.sources, self._numbers, self._levels, strict=True)
+        return [(labels[source], number, level) for source, number, level in rows]
 
     def named(self) -> list[tuple[str, str]]:
         """Return the name of every edit and the `sample_id` of its source."""
@@ -154,8 +178,11 @@ def plan_edits(
     per_text: int = 1,
     texts_per_image: int = 0,
     suffix: str = ".png",
+    levels: Sequence[float] = (),
 ) -> EditPlan:
-    """Return all edits, image by image, so that each source is read only once.
+    """Return all edits, image by image, so that each source is read once, and then level by level.
+
+    Texts that are the same once the class name is filled in are one edit, of the first of them.
 
     Raises:
         DataError: a text has a `{}` but there is no name for the class.
@@ -164,12 +191,19 @@ def plan_edits(
     texts: dict[tuple[int, str], str] = {}
     number_of = {id(wording): number for number, wording in enumerate(wordings)}
     for source, (sample_id, label) in enumerate(zip(sample_ids_of(samples), labels_of(samples), strict=True)):
-        for wording in draw_wordings(wordings, sample_id, seed=seed, number=texts_per_image):
+        drawn = draw_wordings(wordings, sample_id, seed=seed, number=texts_per_image)
+        known: set[tuple[float | None, str]] = set()
+        for level, wording in product(levels or (None,), drawn):
             if (label, wording.text) not in texts:
                 texts[label, wording.text] = _text(wording, sample_id, label, class_names)
             text = texts[label, wording.text]
+            if (level, text) in known:
+                continue
+            known.add((level, text))
+            named = text if level is None else f"{text}\n{level:g}"
             for k in range(per_text):
-                plan.add(source, number_of[id(wording)], text, k, AugmentCache.file_name(sample_id, text, k, suffix))
+                file_name = AugmentCache.file_name(sample_id, named, k, suffix)
+                plan.add(source, number_of[id(wording)], text, k, file_name, level)
     return plan
 
 
@@ -245,8 +279,13 @@ def check_plan(settings: EditorConfig, dataset: Dataset, *, box_crop: bool) -> N
         )
 
 
-def stated_settings(config: Config, settings: EditorConfig, wordings: Sequence[Wording]) -> dict[str, Any]:
-    """Return the settings that decide which edits are made and how they look (settings.json of the entry)."""
+def stated_settings(
+    config: Config, settings: EditorConfig, wordings: Sequence[Wording], *, in_loop: bool = False
+) -> dict[str, Any]:
+    """Return the settings that decide which edits are made and how they look (settings.json of the entry).
+
+    Edits of the loop (`in_loop`: a pilot, a plan file) are part of all edits, and share an entry with them.
+    """
     stated: dict[str, Any] = {"dataset": config.data.name, **{name: getattr(settings, name) for name in LOOK}}
     stated |= {
         "seed": config.seed,
@@ -255,7 +294,7 @@ def stated_settings(config: Config, settings: EditorConfig, wordings: Sequence[W
         "image_format": config.editor.image_format,
         "texts": [asdict(wording) for wording in wordings],
     }
-    for name in LATER:
+    for name in (*LATER, *(() if in_loop else CHOICE)):
         if getattr(settings, name) != getattr(EditorConfig, name):
             stated[name] = getattr(settings, name)
     for name in ("model", "controlnet"):

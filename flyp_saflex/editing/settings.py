@@ -26,6 +26,8 @@ MAX_ASPECT = 8
 """Largest ratio of the longer to the shorter side of a source that is edited."""
 PER_KIND = ("model", "steps", "guidance", "image_guidance", "strength")
 """Options with a usual value per kind; left unset they are None, `model` the empty string."""
+LEVELS = {"strengths": "strength", "image_guidances": "image_guidance"}
+"""Options that list levels, and the option that each is a level of."""
 SIZE_PX = 512
 """Value of `editor.size_px` for every kind, where it is unset and no preset says otherwise."""
 
@@ -114,6 +116,10 @@ def resolve(config: EditorConfig) -> EditorConfig:
     config = _with_preset(config)
     kind = EDITORS[config.kind]
     values = {name: _value(config, kind, name) for name in PER_KIND}
+    for name, single in LEVELS.items():
+        if levels := getattr(config, name):
+            _check_levels(config, kind, name, single)
+            values[single] = levels[0]
     values["size_px"] = SIZE_PX if config.size_px is None else config.size_px
     if "model" in kind.usual and not values["model"]:
         raise ConfigError(
@@ -129,26 +135,48 @@ def resolve(config: EditorConfig) -> EditorConfig:
             f"editor.size_px = 0 keeps the source's size, but editor.kind = {config.kind} has no source: set editor.size_px, "
             "for example 512"
         )
-    if kind.usual.get("image_guidance") is not None and values["image_guidance"] < 1:
+    weakest = min(config.image_guidances or (values["image_guidance"] or 0,))
+    if kind.usual.get("image_guidance") is not None and weakest < 1:
         raise ConfigError(
-            f"editor.image_guidance = {values['image_guidance']:g} would switch all guidance off: expected at least 1 (usual: 1 "
-            "to 2)"
+            f"editor.image_guidance = {weakest:g} would switch all guidance off: expected at least 1 (usual: 1 to 2)"
         )
     if kind.usual.get("guidance") is not None and values["guidance"] <= 1:
-        for option in ("negative_prompt", "image_guidance"):
+        for option in ("negative_prompt", "image_guidance", "image_guidances"):
             if getattr(config, option):
                 raise ConfigError(
                     f"editor.guidance = {values['guidance']:g} switches guidance off, so editor.{option} has no effect: remove "
                     "it or set editor.guidance above 1"
                 )
         values["image_guidance"] = None  # it is off as well, and provenance says so
-    strength, steps = values["strength"], values["steps"]
+    strength, steps = min(config.strengths, default=values["strength"]), values["steps"]
     if strength is not None and steps is not None and int(steps * strength) < 1:
         raise ConfigError(
             f"editor.strength = {strength:g} of editor.steps = {steps} is not one whole step: raise one of them "
             f"(strength at least {1 / steps:.2g})"
         )
     return replace(config, **values)
+
+
+def levels_of(settings: EditorConfig) -> tuple[str, tuple[float, ...]]:
+    """Return the option whose levels edits are made at, and the levels; without levels two empty values."""
+    return next(((single, levels) for name, single in LEVELS.items() if (levels := getattr(settings, name))), ("", ()))
+
+
+def _check_levels(config: EditorConfig, kind: EditorKind, name: str, single: str) -> None:
+    """Check a list of levels against the kind and the other options."""
+    levels = getattr(config, name)
+    other = next(option for option in LEVELS if option != name)
+    if single not in kind.usual:
+        able = [known for known, entry in EDITORS.items() if entry.usual.get(single) is not None]
+        instead = f"editor.{other}" if LEVELS[other] in kind.usual else f"one of {', '.join(able)}"
+        raise ConfigError(f"editor.{name} is set but editor.kind = {config.kind} has no {single}: remove it, or use {instead}")
+    if getattr(config, single) not in (None, levels[0]) or getattr(config, other):
+        beside = other if getattr(config, other) else single
+        raise ConfigError(
+            f"editor.{name} is set beside editor.{beside}, but edits are made at the levels of one list: remove one"
+        )
+    if len(set(levels)) < len(levels):
+        raise ConfigError(f"editor.{name} = {list(levels)} holds a level twice: remove it")
 
 
 def _with_preset(config: EditorConfig) -> EditorConfig:

@@ -21,10 +21,11 @@ from flyp_saflex.errors import ConfigError, DataError, ModelError
 from flyp_saflex.images.decode import read_image
 from flyp_saflex.offline import PromptsConfig
 from flyp_saflex.prompting.captions import Caption, draw, draw_captions, read_captions
-from flyp_saflex.prompting.domains import Answer, complaint, parse, request
+from flyp_saflex.prompting.domains import PREPOSITIONS, Answer, complaint, parse, request
 from flyp_saflex.prompting.edit_prompts import EditPrompts, EditText, check_target, write_edit_prompts
 from flyp_saflex.prompting.language_models import BY_HAND, Captioner, ChatModel
-from flyp_saflex.records import Sample
+from flyp_saflex.records import Dataset, Sample
+from flyp_saflex.user_text import quoted
 
 SHOWN = 8
 """Number of problems that are printed one by one."""
@@ -59,10 +60,17 @@ def prompts(config: Config, *, force: bool = False, limit: int | None = None, dr
     if not re.fullmatch(r"[\w-]+", options.name):
         raise ConfigError(f"prompts.name = '{options.name}' goes into a file name: expected letters, digits, _ and -")
     path = Path("prompts") / f"{config.data.name}.{options.name}.toml"
+    conditions = conditions_of(options)
     if os.environ.get("RANK", "0") != "0":
         return path
     check_target(path, force=force)
     dataset = load_dataset(config.data, seed=config.seed, limit=limit)
+    if not options.max_domains:
+        if not dry_run:
+            _write(path, config, dataset, conditions, (), {"seed": config.seed}, force=force)
+        else:
+            print(f"would write {path} with {len(conditions)} conditions of prompts.conditions; no model is asked")
+        return path
     if options.captions:
         captions = draw_captions(read_captions(Path(options.captions), dataset), dataset, options.num_captions, config.seed)
         source = f"{len(captions)} captions of {options.captions}"
@@ -70,7 +78,8 @@ def prompts(config: Config, *, force: bool = False, limit: int | None = None, dr
         samples = draw(dataset.train.samples, options.num_captions, config.seed)
         source = f"captions by {options.captioner} of {len(samples)} of {len(dataset.train)} training images"
     if dry_run:
-        print(f"would take {source}, have {options.llm} name at most {options.max_domains} domains, and write {path}")
+        beside = f" beside {len(conditions)} conditions" if conditions else ""
+        print(f"would take {source}, have {options.llm} name at most {options.max_domains} domains{beside}, and write {path}")
         return path
     model = ChatModel(options.llm, options.llm_revision, options.precision)  # a wrong name shows before images are captioned
     made: dict[str, Any] = {"seed": config.seed}
@@ -88,16 +97,58 @@ def prompts(config: Config, *, force: bool = False, limit: int | None = None, dr
     made["captions"] = [
         {"path": row.sample_id, "caption": row.text} if row.sample_id else {"caption": row.text} for row in captions
     ]
-    edits = tuple(
-        EditText(domain=domain, instruction=f"put the {{}} {domain}", prompt=f"a photo of a {{}} {domain}") for domain in domains
-    )
+    _write(path, config, dataset, conditions, domains, made, force=force)
+    return path
+
+
+def conditions_of(options: PromptsConfig) -> tuple[str, ...]:
+    """Return the conditions that the user names, checked.
+
+    Raises:
+        ConfigError: one is empty, has braces or several lines, or is there twice; or there is nothing to write.
+    """
+    conditions = options.conditions
+    for condition in conditions:
+        if condition != condition.strip() or not condition.isprintable() or not condition or set(condition) & set("{}"):
+            raise ConfigError(
+                f"prompts.conditions: {quoted(repr(condition))}, expected one line of words such as 'at dusk', without {{}} and "
+                "spaces around it"
+            )
+        if [other.casefold() for other in conditions].count(condition.casefold()) > 1:
+            raise ConfigError(f"prompts.conditions: '{quoted(condition)}' is there twice; remove one")
+    if not options.max_domains and not conditions:
+        raise ConfigError("prompts.max_domains = 0 and prompts.conditions = [] leave nothing to write: set one of them")
+    return conditions
+
+
+def edit_text(domain: str) -> EditText:
+    """Return instruction and prompt of a domain; one that begins with no preposition (`infrared at night`) is what it becomes."""
+    if domain.partition(" ")[0].casefold() in PREPOSITIONS:
+        return EditText(domain=domain, instruction=f"put the {{}} {domain}", prompt=f"a photo of a {{}} {domain}")
+    return EditText(domain=domain, instruction=f"make it {domain}", prompt=f"a photo of a {{}}, {domain}")
+
+
+def _write(
+    path: Path,
+    config: Config,
+    dataset: Dataset,
+    conditions: Sequence[str],
+    domains: Sequence[str],
+    made: dict[str, Any],
+    *,
+    force: bool,
+) -> None:
+    """Write the edit texts: conditions first, then the domains that are not among them."""
+    named = {condition.casefold() for condition in conditions}
+    edits = tuple(edit_text(name) for name in [*conditions, *(name for name in domains if name.casefold() not in named)])
+    if conditions:
+        made["conditions"] = list(conditions)
     texts = EditPrompts(
         dataset=config.data.name, edits=edits, positive=dataset.templates[:1], negative=NEGATIVE, made=made, path=path
     )
     write_edit_prompts(texts, path, force=force)
     print("\n".join(f"  {edit.instruction}" for edit in edits))
     print(f"{len(edits)} edit texts in {path}: read and edit them, then run flyp-saflex generate with editor.prompts={path}")
-    return path
 
 
 def caption_images(captioner: Captioner, samples: Sequence[Sample], batch_size: int, *, crop: bool = False) -> list[Caption]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flyp_saflex.saflex.evidence import Decision, decide
 from flyp_saflex.storage.edits import aug_ids_of
+from flyp_saflex.training.sampling import derived_seed
 from flyp_saflex.training.setup import Setup
 
 FILE = "decisions.safetensors"
@@ -93,6 +94,7 @@ def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Dec
             "rho": torch.tensor(decision.rho),
             "kept": torch.tensor(decision.kept_fraction),
             "relabelled": torch.tensor(decision.relabelled_fraction),
+            "names": torch.tensor([derived_seed(aug_id) for aug_id in aug_ids_of(edits)]),
             "seconds": torch.tensor(time.monotonic() - started),
         } | ({} if made.posteriors_N2 is None else {"posteriors": made.posteriors_N2})
         told = {"calibrated": f"rho = {decision.rho:.2f}", "too few": "too few edits to calibrate: all are kept"}
@@ -105,6 +107,31 @@ def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Dec
     saflex.evidence_row = {name: float(stored[name]) for name in ("rho", "relabelled") if stored[name].isfinite()}
     seconds, posteriors_N2 = float(stored["seconds"]), stored.get("posteriors")
     return Decisions(stored["weights"], stored["labels"], stored["shares"], seconds, posteriors_N2)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Decisions as a run's folder keeps them.
+
+    Attributes:
+        by_name: weight and likeliest class, by `derived_seed(aug_id)`.
+        is_calibrated: whether the evidence could tell edits apart; if not, all are kept as they came.
+    """
+
+    by_name: dict[int, tuple[float, int]]
+    is_calibrated: bool
+
+
+def recorded_decisions(run: Path) -> Recorded | None:
+    """Return a run's decisions about its edits before training; None where there are none, or none with names."""
+    try:
+        stored = load_file(run / FILE)
+    except (OSError, SafetensorError):
+        return None
+    if "names" not in stored:  # an older version
+        return None
+    rows = zip(stored["names"].tolist(), stored["weights"].tolist(), stored["labels"][:, 0].tolist(), strict=True)
+    return Recorded({name: (weight, label) for name, weight, label in rows}, bool(stored["rho"].isfinite()))
 
 
 def _key(setup: Setup) -> str:

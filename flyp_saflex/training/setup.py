@@ -286,6 +286,15 @@ def _edits(config: Config, dataset: Dataset, notes: list[str], *, partial: bool)
     if config.augment.filter == "scores":
         kept = set(aug_ids_of(cache.kept(config.cache.scores)))
         usable = select_edits(usable, [place for place, aug_id in enumerate(aug_ids_of(usable)) if aug_id in kept])
+    if levels := set(config.augment.levels):
+        found = [{edit.provenance.get("strength"), edit.provenance.get("image_guidance")} for edit in usable]
+        usable = select_edits(usable, [place for place, own in enumerate(found) if own & levels])
+        if not usable:
+            known = sorted({level for own in found for level in own if isinstance(level, (int, float))})
+            raise DataError(
+                f"augment.levels = {list(config.augment.levels)}: no edit in {cache.folder} was made at one of them (found: "
+                f"{', '.join(f'{level:g}' for level in known) or 'no level'}); set it to levels of the edits, or to []"
+            )
     notes.append(f"{len(usable)} of the {len(cache)} edits in {cache.folder} are used")
     if not usable:
         filtered = " and passes the filter" if config.augment.filter == "scores" else ""

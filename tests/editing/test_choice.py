@@ -52,6 +52,13 @@ def test_all_is_every_edit_and_a_budget_draws_from_them() -> None:
     assert choose("all", 50, seed=1) != some
 
 
+def test_texts_that_are_the_same_for_a_class_are_one_edit() -> None:
+    texts = [*TEXTS, Wording("deer in the snow", "put the deer in the snow")]
+    every = plan_edits(samples((2, 2, 0)), texts, NAMES)
+    assert len(set(every.file_names)) == len(every) == 7 * 3 + 2 * 4
+    assert Counter(edit.domain for edit in every) == {"snow": 9, "lake": 9, "dusk": 9, "deer in the snow": 2}
+
+
 def test_quota_levels_the_classes_rare_ones_first() -> None:
     assert per_class(choose("quota")) == {1: 30, 2: 9}  # 45, 10 and 3 images, and 3 texts: all that a rare class can get
     assert per_class(choose("quota", 9)) == {1: 1, 2: 8}  # 45, 11, 11

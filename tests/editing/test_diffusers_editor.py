@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -133,6 +134,18 @@ def test_an_edit_depends_on_image_text_and_seed(change: str, load: Load) -> None
     other = values | {change: {"image": picture(32, 32, 1), "text": "snow", "seed": 6}[change]}
     edits = load("instruct-pix2pix").edit([Request(**values), Request(**other)])
     assert distance(*edits) > 20
+
+
+@pytest.mark.parametrize(("kind", "option"), [("img2img", "strength"), ("instruct-pix2pix", "image_guidance")])
+def test_an_edit_at_a_level_is_that_of_an_editor_set_to_it(kind: str, option: str, load: Load) -> None:
+    levels = (0.5, 1.0) if option == "strength" else (1.2, 3.0)
+    mixed = load(kind, **{f"{option}s": levels})
+    at = [dataclasses.replace(request, level=levels[row % 2]) for row, request in enumerate(requests())]
+    found = mixed.edit(at)
+    for place, level in enumerate(levels):
+        expected = load(kind, **{option: level}).edit(requests()[place::2])
+        assert largest(found[place::2], expected) <= TOLERANCE
+    assert distance(mixed.edit([at[0]])[0], mixed.edit([dataclasses.replace(at[0], level=levels[1])])[0]) > TOLERANCE
 
 
 def test_half_precision_is_close_to_float32(load: Load) -> None:

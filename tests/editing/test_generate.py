@@ -25,7 +25,7 @@ from flyp_saflex.editing import generate as module
 from flyp_saflex.editing.edit_images import edit_dataset, flaw
 from flyp_saflex.editing.editor import load_editor
 from flyp_saflex.editing.generate import generate
-from flyp_saflex.editing.plan import LATER, Wording, draw_wordings, edit_seed, plan_edits
+from flyp_saflex.editing.plan import CHOICE, LATER, Wording, draw_wordings, edit_seed, plan_edits
 from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import ConfigError, DataError, ModelError
 from flyp_saflex.offline import EditorConfig
@@ -234,7 +234,7 @@ def test_settings_of_an_entry_hold_every_option_that_decides_how_an_edit_looks(c
         "size_px", "precision", "safety_checker", "seed", "per_text", "texts_per_image", "image_format", "texts", "identity",
     ]  # fmt: skip
     without_say = {"prompts", "batch_size", "compile", "sheet_every"}  # the texts themselves are stated
-    without_say |= {*LATER, "places"}  # stated where they are set, see below
+    without_say |= {*LATER, *CHOICE, "places", "hard_run"}  # stated where they are set, see below
     assert {field.name for field in dataclasses.fields(EditorConfig)} - without_say == stated.keys() & (
         {field.name for field in dataclasses.fields(EditorConfig)}
     )

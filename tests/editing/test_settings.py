@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flyp_saflex.editing.settings import PER_KIND, output_size, resolve, scale_box
+from flyp_saflex.editing.settings import PER_KIND, levels_of, output_size, resolve, scale_box
 from flyp_saflex.errors import ConfigError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.tables import EDITORS
@@ -69,12 +69,31 @@ def test_usual_values_are_of_options_that_exist_and_may_be_left_unset() -> None:
         ({"image_guidance": 0.5}, "expected at least 1"),
         ({"guidance": 1.0, "negative_prompt": "a drawing"}, "so editor.negative_prompt has no effect"),
         ({"kind": "img2img", "strength": 0.01, "steps": 20}, "not one whole step"),
+        ({"kind": "img2img", "strengths": (0.5, 0.01), "steps": 20}, "editor.strength = 0.01 of editor.steps = 20 is not one"),
+        (
+            {"strengths": (0.5, 0.7)},
+            "editor.strengths is set but editor.kind = instruct-pix2pix has no strength: remove it, or use editor.image_guid",
+        ),
+        ({"kind": "text2img", "strengths": (0.5,)}, "has no strength: remove it, or use one of img2img, inpaint"),
+        ({"kind": "img2img", "image_guidances": (1.5,)}, "has no image_guidance: remove it, or use editor.strengths"),
+        ({"image_guidances": (1.5, 0.5)}, "editor.image_guidance = 0.5 would switch"),
+        ({"kind": "img2img", "strengths": (0.5, 0.7), "strength": 0.6}, "editor.strengths is set beside editor.strength"),
+        ({"kind": "img2img", "strengths": (0.5, 0.5)}, "holds a level twice"),
+        ({"guidance": 1.0, "image_guidances": (1.5,)}, "so editor.image_guidances has no effect"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         resolve(EditorConfig(**options))
     assert "\n" not in str(caught.value)
+
+
+def test_levels_belong_to_the_option_that_they_list() -> None:
+    assert levels_of(resolve(EditorConfig(kind="img2img"))) == ("", ())
+    settings = resolve(EditorConfig(kind="img2img", strengths=(0.7, 0.3)))
+    assert levels_of(settings) == ("strength", (0.7, 0.3))
+    assert settings.strength == 0.7
+    assert levels_of(resolve(EditorConfig(image_guidances=(1.2, 1.8)))) == ("image_guidance", (1.2, 1.8))
 
 
 def test_output_size_keeps_the_aspect_ratio_on_the_grid() -> None:

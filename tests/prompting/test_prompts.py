@@ -322,3 +322,49 @@ def test_a_request_too_long_for_the_model_is_one_line(tmp_path: Path):
     model = ChatModel(str(build_tiny_chat(tmp_path / "short", positions=64)))
     with pytest.raises(ModelError, match=r"at most 64 tokens, but the request has \d+ .*30: lower prompts.num_captions"):
         model.answer("x" * 50, 30)
+
+
+CONDITIONS = 'prompts.conditions=["at dusk", "near a lake", "infrared at night"]'
+
+
+def test_named_conditions_come_before_the_domains_of_the_captions(make, pupil: Path, own_captions: str):
+    path = prompts(make(own_captions, f"prompts.llm={pupil}", CONDITIONS))
+    texts = load_edit_prompts(str(path), "folder")
+    assert [edit.instruction for edit in texts.edits] == [
+        "put the {} at dusk",
+        "put the {} near a lake",  # named by the model as well
+        "make it infrared at night",
+        "put the {} in the forest at night",
+        "put the {} on a dirt trail",
+    ]
+    assert texts.edits[2].prompt == "a photo of a {}, infrared at night"
+    assert texts.made["conditions"] == ["at dusk", "near a lake", "infrared at night"]
+
+
+def test_conditions_alone_load_no_model(make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for name in ("Captioner", "ChatModel"):
+        monkeypatch.delattr(f"flyp_saflex.prompting.prompts.{name}")
+    alone = make(CONDITIONS, "prompts.max_domains=0")
+    assert not prompts(alone, dry_run=True).exists()
+    assert "3 conditions" in capsys.readouterr().out
+    assert [edit.domain for edit in load_edit_prompts(str(prompts(alone)), "folder").edits] == [
+        "at dusk",
+        "near a lake",
+        "infrared at night",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ('["at {}"]', "expected one line of words such as 'at dusk'"),
+        ('[" at dusk"]', "expected one line of words"),
+        ('["at dusk\\nin snow"]', "expected one line of words"),
+        ('["at dusk", "At dusk"]', "'at dusk' is there twice"),
+        ("[]", "leave nothing to write"),
+    ],
+)
+def test_conditions_that_cannot_be_texts_are_one_line(make, conditions: str, message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        prompts(make(f"prompts.conditions={conditions}", "prompts.max_domains=0"))
+    check_line(caught.value, "prompts.")
