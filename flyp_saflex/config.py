@@ -174,10 +174,13 @@ class TrainConfig:
     """Peak learning rate."""
     head_lr: Positive = 1e-3
     """Peak learning rate of a linear head."""
+    schedule: Literal["cosine", "one-cycle"] = "cosine"
+    """Learning rate over a phase: linear warm-up and a cosine, or PyTorch's `OneCycleLR`: a cosine from lr / 25 up to `lr` in the
+    first 30 %, then one down to lr / 250,000; momentum stays as it is."""
     min_lr: NonNegative = 0.0
-    """Learning rate at the end of the cosine schedule."""
+    """Lowest learning rate at the end of the schedule."""
     warmup_steps: Natural = 500
-    """Steps of linear warm-up, at most a tenth of the run."""
+    """`cosine`: steps of linear warm-up, at most a tenth of the run."""
     weight_decay: NonNegative = 0.1
     """Weight decay."""
     decayed: Literal["matrices", "all"] = "matrices"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flyp_saflex.config import AugmentConfig, Config
+from flyp_saflex.config import AugmentConfig, Config, TrainConfig
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.images.loader import ImageLoader
@@ -217,10 +217,12 @@ def _check_against(config: Config, dataset: Dataset, notes: list[str]) -> None:
         )
     if train.min_lr > train.lr:
         raise ConfigError(
-            f"train.min_lr = {train.min_lr:g} is above train.lr = {train.lr:g}: the cosine ends at min_lr, set it to lr or less"
+            f"train.min_lr = {train.min_lr:g} is above train.lr = {train.lr:g}: the schedule ends at min_lr, set it to lr or less"
         )
     if train.patience and not (train.evaluate_every and train.select_split):
         notes.append("train.patience has no effect without train.evaluate_every and train.select_split")
+    if train.schedule == "one-cycle" and train.warmup_steps != TrainConfig().warmup_steps:
+        notes.append("train.warmup_steps has no effect with train.schedule=one-cycle: the first 30 % of the steps rise")
 
 
 def _check_two_passes(config: Config, task: Task, notes: list[str]) -> None:

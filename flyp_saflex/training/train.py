@@ -159,7 +159,7 @@ class _Trainer:
         for batches in read_steps(setup, self.cache, step, phase.end, accelerator.process_index, accelerator.num_processes):
             started = time.monotonic()
             self.unreadable.note(batches)
-            rate = phase.rate(step, options.warmup_steps, options.min_lr / options.lr)
+            rate = phase.rate(step, options.warmup_steps, options.min_lr / options.lr, options.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * rate
             self._refresh(step, step_loss)
