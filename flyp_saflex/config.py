@@ -152,7 +152,8 @@ class TrainConfig:
     method: str = "flyp"
     """`flyp`: contrastive loss between image and caption. `ce-text`: cross entropy over the class captions. `ce-linear`:
     cross entropy with a linear head. `linear-probe`: trains only that head. `lp-ft`: `linear-probe`, then `ce-linear`.
-    Without CLIP, cross entropy: `mlp` (rows of numbers), `image-classifier` (ResNet and others)."""
+    Without CLIP, cross entropy: `mlp` (rows of numbers), `image-classifier` (ResNet and others). `contrastive-images`: NT-Xent of
+    two views of every image, without labels; a linear probe on the frozen features gives its scores."""
     objective: str = ""
     """Loss, a name in `tables.OBJECTIVES` over the same labels as the method's: `contrastive` or `sigmoid` (SigLIP's, with
     `logit_bias` trained) for `flyp`. Empty: the method's; `sigmoid` for `flyp` with a model that has `logit_bias`."""

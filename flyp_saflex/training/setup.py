@@ -75,11 +75,11 @@ class Setup:
         """Augmented rows per step."""
         return self.plan.num_augmented
 
-    def loader(self, *, progress: bool = False) -> ImageLoader:
-        """Return a reader of rows as evaluation sees them."""
+    def loader(self, *, progress: bool = False, source: Source | None = None) -> ImageLoader:
+        """Return a reader of rows as evaluation sees them, or as another source gives them."""
         data = self.config.data
         return ImageLoader(
-            self.source,
+            source or self.source,
             batch_size=self.config.evaluate.batch_size,
             workers=data.workers,
             max_unreadable=data.max_unreadable,
