@@ -2,8 +2,8 @@
 
 Make each resolution on its Python, in a fresh environment, then put them together:
 
-    python3.10 -m pip install --dry-run --ignore-installed --report old.json -e ".[dev,docs,issues,onnx,tracking]"
-    python3.11 -m pip install --dry-run --ignore-installed --report new.json -e ".[dev,docs,issues,onnx,tracking]"
+    python3.10 -m pip install --dry-run --ignore-installed --report old.json -e ".[dev,docs,issues,onnx,tabular,tracking]"
+    python3.11 -m pip install --dry-run --ignore-installed --report new.json -e ".[dev,docs,issues,onnx,tabular,tracking]"
     python scripts/build_constraints.py old.json new.json > constraints.txt
 
 The newer one is made on Python 3.11, whose newest packages also exist for 3.12 and 3.13. Packages that torch pins itself
@@ -19,7 +19,7 @@ from pathlib import Path
 
 PINNED_BY_TORCH = ("nvidia-", "cuda-", "triton")
 HEADER = """\
-# Exact versions for ./scripts/test and ./scripts/demo: pip install -c constraints.txt -e ".[dev,docs,issues,onnx,tracking]"
+# Exact versions for ./scripts/test, ./scripts/demo: pip install -c constraints.txt -e ".[dev,docs,issues,onnx,tabular,tracking]"
 # Written by scripts/build_constraints.py, which says how. CUDA packages are absent: torch pins its own.
 """
 

@@ -66,7 +66,7 @@ build_environment() {
   mkdir "$venv"
   : >"$venv/.made-by-scripts"
   "$python" -m venv "$venv"
-  if ! (cd "$root" && "$venv/bin/python" -m pip install --progress-bar off -c constraints.txt -e ".[dev,docs,issues,onnx,tracking]") \
+  if ! (cd "$root" && "$venv/bin/python" -m pip install --progress-bar off -c constraints.txt -e ".[dev,docs,issues,onnx,tabular,tracking]") \
     >"$venv/install.log" 2>&1; then
     tail -n 15 "$venv/install.log" >&2
     fail "pip could not install the packages (above; whole log: $venv/install.log); mend that and run $0 again"

@@ -55,8 +55,8 @@ def statistics_note(network: nn.Module, config: Config, num_processes: int) -> l
         return []
     rows = config.train.batch_size // num_processes // config.train.accumulation
     return [
-        f"BatchNorm normalises each process's own rows ({rows} training rows), so {num_processes} processes do not train what one "
-        "trains; the main process's running statistics are kept. One process, or train.freeze_batchnorm=true, avoids it"
+        f"BatchNorm normalises each process's own rows ({rows} training rows), so {num_processes} processes do not train what "
+        "one trains; the main process's running statistics are kept. One process, or train.freeze_batchnorm=true, avoids it"
     ]
 
 
