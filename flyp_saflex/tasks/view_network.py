@@ -1,4 +1,4 @@
-"""Network of two views of each image, and the proxy classes of a step: every view's other views (SAFLEX, Eq. 12).
+"""Network of two views of each image, with every view's other views as its proxy classes (Eq. 12).
 
     images -> trunk -> pooled_NF -> projection -> embeddings_ND -> logits_NC = cosines / temperature, C = N - 1
 
