@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -307,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # here, not at the interpreter's end, where a closed pipe cannot be caught
     except BrokenPipeError:
-        if not _output_is_closed():
+        if not runtime.output_is_closed():
             raise  # a pipe between processes of ours
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # for what the interpreter flushes at its end
@@ -318,15 +317,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _told(error: UserError) -> int:
     print(f"flyp-saflex: {quoted(str(error), sys.maxsize)}", file=sys.stderr)
     return 2
-
-
-def _output_is_closed() -> bool:
-    """Return whether the reader of the output is gone."""
-    if not hasattr(select, "poll"):
-        return True
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _run(argv: Sequence[str] | None) -> int:
