@@ -235,8 +235,8 @@ def _check_runs(conditions: Sequence[Condition], config: Config) -> None:
             if "cache" in run.augment.upstream:
                 if condition.role in WITHOUT_EDITS and (run.train.steps or run.train.epochs):
                     raise ConfigError(
-                        f"compare condition '{condition.name}' begins with '{condition.role}', the name of a run without edits, but "
-                        'trains on cached edits: give it another name ("saflex-..."), or set augment.upstream=[]'
+                        f"compare condition '{condition.name}' begins with '{condition.role}', the name of a run without edits, "
+                        'but trains on cached edits: give it another name ("saflex-..."), or set augment.upstream=[]'
                     )
                 try:
                     AugmentCache.open(run.cache.root, run.data.name, run.cache.key)

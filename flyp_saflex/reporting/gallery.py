@@ -78,7 +78,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Share:
-    """What became of the edits of one instruction, or of one class.
+    """Fate of the edits of one instruction, or of one class.
 
     Attributes:
         name: the instruction, or the class index.

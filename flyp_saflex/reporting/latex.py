@@ -47,7 +47,7 @@ def latex(tables: Sequence[Table], remarks: Sequence[str]) -> str:
 
 
 def escape(value: str) -> str:
-    """Return a text as LaTeX shows it: no character of it is a command; a sign before a digit is a minus sign."""
+    """Return a text as LaTeX shows it: no command in it, and minus signs before digits."""
     escaped = "".join(ESCAPES.get(character, character) for character in plain(value))
     return escaped.replace("[-", "[$-$").replace(", -", ", $-$") if _is_number(value) else escaped
 

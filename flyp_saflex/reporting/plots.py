@@ -153,7 +153,7 @@ def curves(lines: Mapping[int, Curve], *, y_label: str, name: str, alt: str, per
 
 
 def reliability_plot(lines: Mapping[int, Sequence[Bin]], *, name: str, alt: str) -> str:
-    """Draw accuracy against confidence as SVG: a line per condition, the area of a mark is the share of its images.
+    """Draw accuracy against confidence as SVG: a line per condition, marks as large as their share of images.
 
     Args:
         lines: bins by number of the condition.

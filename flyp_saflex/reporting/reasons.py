@@ -45,7 +45,7 @@ def group_reason(fate: Fate, config: Config | None) -> str:
 
 
 def reason(decision: Decision, config: Config | None, names: Mapping[int, str]) -> str:
-    """Return why the last visit to an edit ended as it did; the empty string for an edit that was kept under its own label.
+    """Return why an edit was dropped or relabelled at its last visit; empty if it was not.
 
     Args:
         decision: with its gain or posterior.

@@ -162,7 +162,11 @@ def nt_xent_logits(first_BD: Tensor, second_BD: Tensor, temperature: float = 0.5
 
 
 def view_logits(views_ND: Tensor, temperature: float) -> Tensor:
-    """Return `nt_xent_logits` of views in any order: [N, N - 1], column j of row i being view j, or j + 1 from j = i on."""
+    """Return `nt_xent_logits` of views in any order.
+
+    Returns:
+        [N, N - 1]; column j of row i is view j, or view j + 1 from j = i on.
+    """
     views_ND = F.normalize(at_least_float32(views_ND), dim=1)
     num_views = len(views_ND)
     logits_NN = views_ND @ views_ND.T / temperature

@@ -220,7 +220,7 @@ class Task:
         raise NotImplementedError  # asked of tasks whose method's objective compares captions or views
 
     def class_of(self, label: int, over: Over) -> int | None:
-        """Return the class of a label of the batch's label space; None for a caption or a view that names no class."""
+        """Return the class of a label of the batch's label space; None where it names no class."""
         return label
 
     def edit_evidence(
