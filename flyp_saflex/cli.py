@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -289,7 +288,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(report, [])
     command.add_argument("runs", type=Folder("RUN"), nargs="+", metavar="RUN", help="run folders that have been evaluated")
     command.add_argument("--out", type=Folder("--out"), metavar="FILE", help="output file; FILE.html is a self-contained page")
-    command.add_argument("--format", choices=("md", "csv", "json", "html"), default="md", help="default: as FILE ends, or md")
+    command.add_argument(
+        "--format", choices=("md", "csv", "json", "tex", "html"), default="md", help="default: as FILE ends, or md"
+    )
     command.add_argument("--baseline", metavar="NAME", help="recipe to compare the others with, paired by seed")
     command.add_argument("--published", action="store_true", help="add published figures on the same data, marked as literature")
     command = add(options, [])
@@ -305,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # here, not at the interpreter's end, where a closed pipe cannot be caught
     except BrokenPipeError:
-        if not _output_is_closed():
+        if not runtime.output_is_closed():
             raise  # a pipe between processes of ours
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # for what the interpreter flushes at its end
@@ -316,15 +317,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _told(error: UserError) -> int:
     print(f"flyp-saflex: {quoted(str(error), sys.maxsize)}", file=sys.stderr)
     return 2
-
-
-def _output_is_closed() -> bool:
-    """Return whether the reader of the output is gone."""
-    if not hasattr(select, "poll"):
-        return True
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _run(argv: Sequence[str] | None) -> int:

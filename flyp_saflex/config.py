@@ -161,7 +161,8 @@ class TrainConfig:
     method: str = "flyp"
     """`flyp`: contrastive loss between image and caption. `ce-text`: cross entropy over the class captions. `ce-linear`:
     cross entropy with a linear head. `linear-probe`: trains only that head. `lp-ft`: `linear-probe`, then `ce-linear`.
-    Without CLIP, cross entropy: `mlp` (rows of numbers), `image-classifier` (ResNet and others)."""
+    Without CLIP, cross entropy: `mlp` (rows of numbers), `image-classifier` (ResNet and others). `contrastive-images`: NT-Xent of
+    two views of every image, without labels; a linear probe on the frozen features gives its scores."""
     objective: str = ""
     """Loss, a name in `tables.OBJECTIVES` over the same labels as the method's: `contrastive` or `sigmoid` (SigLIP's, with
     `logit_bias` trained) for `flyp`. Empty: the method's; `sigmoid` for `flyp` with a model that has `logit_bias`."""
@@ -199,10 +200,13 @@ class TrainConfig:
     """Peak learning rate."""
     head_lr: Positive = 1e-3
     """Peak learning rate of a linear head."""
+    schedule: Literal["cosine", "one-cycle"] = "cosine"
+    """Learning rate over a phase: linear warm-up and a cosine, or PyTorch's `OneCycleLR`: a cosine from lr / 25 up to `lr` in the
+    first 30 %, then one down to lr / 250,000; momentum stays as it is."""
     min_lr: NonNegative = 0.0
-    """Learning rate at the end of the cosine schedule."""
+    """Lowest learning rate at the end of the schedule."""
     warmup_steps: Natural = 500
-    """Steps of linear warm-up, at most a tenth of the run."""
+    """`cosine`: steps of linear warm-up, at most a tenth of the run."""
     weight_decay: NonNegative = 0.1
     """Weight decay."""
     decayed: Literal["matrices", "all"] = "matrices"

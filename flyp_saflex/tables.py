@@ -208,6 +208,7 @@ TASKS: Table[type[Task]] = Table(
         "clip-linear": "tasks.clip_task:LinearClipTask",
         "mlp": "tasks.mlp_task:MlpTask",
         "image-classifier": "tasks.image_classifier:ImageClassifierTask",
+        "contrastive": "tasks.contrastive_task:ContrastiveTask",
     },
 )
 OBJECTIVES: Table[Objective] = Table(
@@ -215,6 +216,7 @@ OBJECTIVES: Table[Objective] = Table(
     {
         "contrastive": "saflex.objectives:CONTRASTIVE",
         "sigmoid": "saflex.objectives:SIGMOID",
+        "nt-xent": "saflex.objectives:NT_XENT",
         "cross-entropy": "saflex.objectives:CROSS_ENTROPY",
     },
 )
@@ -237,6 +239,7 @@ METHODS: Table[Method] = Table(
         "lp-ft": Method(task="clip-linear", objective="cross-entropy", phases=(_PROBE, PhasePlan(name="finetune"))),
         "mlp": Method(task="mlp", objective="cross-entropy"),
         "image-classifier": Method(task="image-classifier", objective="cross-entropy"),
+        "contrastive-images": Method(task="contrastive", objective="nt-xent"),
     },
 )
 UPSTREAMS: Table[Upstream] = Table(

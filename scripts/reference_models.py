@@ -5,7 +5,7 @@
 
 Every model is fitted to `train`, with the hyperparameters below; the number of boosting rounds or epochs is chosen on the split
 that selects. OUT/<model>-seed<N>/results.json is an ordinary results file. `{seed}` of `compare.common` is filled in, so that a
-seed's split is that of the comparison. XGBoost and TabNet are extra packages: `pip install xgboost-cpu pytorch-tabnet`.
+seed's split is that of the comparison. XGBoost and TabNet are the extra `[tabular]`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def xgboost(train: Rows, select: Rows, seed: int) -> Predict:
     try:
         from xgboost import XGBClassifier
     except ImportError:
-        raise ConfigError("--models xgboost: the package is not there: pip install xgboost-cpu") from None
+        raise ConfigError("--models xgboost: the package is not there: pip install 'flyp-saflex[tabular]'") from None
     model = XGBClassifier(n_estimators=500, learning_rate=0.1, early_stopping_rounds=30, random_state=seed, n_jobs=1)
     return model.fit(*train, eval_set=[select], verbose=False).predict_proba
 
@@ -55,7 +55,7 @@ def tabnet(train: Rows, select: Rows, seed: int) -> Predict:
     try:
         from pytorch_tabnet.tab_model import TabNetClassifier
     except ImportError:
-        raise ConfigError("--models tabnet: the package is not there: pip install pytorch-tabnet") from None
+        raise ConfigError("--models tabnet: the package is not there: pip install 'flyp-saflex[tabular]'") from None
     model = TabNetClassifier(seed=seed, verbose=0)
     model.fit(*train, eval_set=[select], max_epochs=100, patience=20, batch_size=min(1024, len(train[0])))
     return model.predict_proba

@@ -233,6 +233,11 @@ def _check_runs(conditions: Sequence[Condition], config: Config) -> None:
             run = condition.config(config, seed)
             augmented |= bool(run.augment.upstream)
             if "cache" in run.augment.upstream:
+                if condition.role in WITHOUT_EDITS and (run.train.steps or run.train.epochs):
+                    raise ConfigError(
+                        f"compare condition '{condition.name}' begins with '{condition.role}', the name of a run without edits, "
+                        'but trains on cached edits: give it another name ("saflex-..."), or set augment.upstream=[]'
+                    )
                 try:
                     AugmentCache.open(run.cache.root, run.data.name, run.cache.key)
                 except DataError as error:

@@ -2,8 +2,9 @@
 
     usefulness of an edit   weight that a run gave it under its own class, 0..1; 0 if it was dropped or relabelled
     prior of a cell         text's mean + class's mean + level's mean - 2 x mean of all
-    mean, variance          of Beta(PRIOR x prior + sum, PRIOR x (1 - prior) + edits - sum) after the cell's own edits
-    upper bound             mean + 1.28 standard deviations, below which usefulness is with a probability of about 90 %
+    mean, variance          of the cell's own edits and PRIOR more, of which a part `prior` is useful and the others are not
+    upper bound             mean + 1.28 standard errors, below which usefulness is with a probability of about 90 %; where an
+                            edit is useful or not (1 or 0), that of Beta(PRIOR x prior + sum, PRIOR x (1 - prior) + edits - sum)
     funded                  cells whose bound reaches the mean of all or of their class, the lower one, and `floor`; of a
                             text whose own bound is below the mean of all, cells whose mean reaches it
     share of the budget     1 - explore, evenly over funded cells; explore, evenly over the cells of texts whose
@@ -25,9 +26,31 @@ from flyp_saflex.editing.plan import Cell, stable_hash
 PRIOR = 4.0
 """Edits that a prior counts as; not tuned."""
 CERTAINTY = 1.28
-"""Standard deviations from mean to upper bound: 90 % of one side."""
+"""Standard errors from mean to upper bound: 90 % of one side."""
 FLOOR, EXPLORE = 0.1, 0.1
 """Default of the smallest upper bound that is funded, and of the exploration share."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Number of edits, and sums of their usefulness and of its squares."""
+
+    count: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> _Sums:
+        values = list(values)
+        return cls(len(values), math.fsum(values), math.fsum(value * value for value in values))
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    def capped(self, most: float) -> _Sums:
+        """Return the sums of at most so many edits."""
+        part = min(1.0, most / self.count)
+        return _Sums(part * self.count, part * self.total, part * self.squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +81,16 @@ def allocate(
         floor: upper bound, 0..1, below which no cell is funded; if none reaches it, no cell gets a share.
         explore: exploration share, 0..1.
     """
-    counted = {cell: (len(values := list(found)), math.fsum(values)) for cell, found in outcomes.items()}
-    made = {cell: sums for cell, sums in counted.items() if sums[0]}
+    made = {cell: sums for cell, found in outcomes.items() if (sums := _Sums.of(found)).count}
     assert made, "at least one edit is needed"
     cells = sorted({*cells, *made}, key=lambda cell: (cell[0], cell[1], cell[2] or 0.0))
-    capped = {cell: (min(1.0, PRIOR / count) * count, min(1.0, PRIOR / count) * total) for cell, (count, total) in made.items()}
-    overall = math.fsum(total for _, total in capped.values()) / math.fsum(count for count, _ in capped.values())
+    capped = {cell: sums.capped(PRIOR) for cell, sums in made.items()}
+    overall = math.fsum(sums.total for sums in capped.values()) / math.fsum(sums.count for sums in capped.values())
     classes, texts, levels = (_marginal(capped, cells, part, overall) for part in range(3))
     of_class, of_text = (_marginal(made, cells, part, overall) for part in range(2))
     estimates = {
         (label, text, level): _estimate(
-            *made.get((label, text, level), (0, 0.0)),
+            made.get((label, text, level), _Sums()),
             classes[label].mean + texts[text].mean + levels[level].mean - 2 * overall,
         )
         for label, text, level in cells
@@ -117,17 +139,17 @@ def split_budget(shares: Mapping[Cell, float], most: Mapping[Cell, int], budget:
 
 
 def _marginal(
-    capped: Mapping[Cell, tuple[float, float]], cells: Iterable[Cell], part: int, overall: float
+    capped: Mapping[Cell, _Sums], cells: Iterable[Cell], part: int, overall: float
 ) -> dict[int | float | None, Estimate]:
     """Return the estimate of every class (part 0), text (1) or level (2)."""
-    sums = {cell[part]: (0.0, 0.0) for cell in cells}
-    for cell, (count, total) in capped.items():
-        before = sums[cell[part]]
-        sums[cell[part]] = before[0] + count, before[1] + total
-    return {key: _estimate(count, total, overall) for key, (count, total) in sums.items()}
+    sums = {cell[part]: _Sums() for cell in cells}
+    for cell, own in capped.items():
+        sums[cell[part]] += own
+    return {key: _estimate(own, overall) for key, own in sums.items()}
 
 
-def _estimate(count: float, total: float, prior: float) -> Estimate:
-    weight = PRIOR + count
-    mean = (PRIOR * min(max(prior, 0.01), 0.99) + total) / weight
-    return Estimate(mean, min(1.0, mean + CERTAINTY * math.sqrt(max(0.0, mean * (1 - mean)) / (weight + 1))))
+def _estimate(own: _Sums, prior: float) -> Estimate:
+    """Return mean and bound of edits and PRIOR more that are useful or not; weights vary less than ones and zeros."""
+    prior, weight = min(max(prior, 0.01), 0.99), PRIOR + own.count
+    mean, square = (PRIOR * prior + own.total) / weight, (PRIOR * prior + own.squares) / weight
+    return Estimate(mean, min(1.0, mean + CERTAINTY * math.sqrt(max(0.0, square - mean**2) / (weight + 1))))

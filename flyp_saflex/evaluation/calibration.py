@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flyp_saflex.errors import DataError
-from flyp_saflex.evaluation.metrics import expected_calibration_error
+from flyp_saflex.evaluation.metrics import CALIBRATION_BINS, confidence_bins, expected_calibration_error
 
 COLDEST, HOTTEST = 0.05, 20.0
 """Bounds of the temperature. Where every image is answered rightly, the likelihood rises for ever as it falls."""
@@ -62,6 +62,43 @@ class Calibration:
     def at_bound(self) -> bool:
         """True if the likelihood has its optimum beyond the bounds, as with a few images that are all answered rightly."""
         return self.temperature in (COLDEST, HOTTEST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """Images of similar confidence, one point of a reliability plot.
+
+    Attributes:
+        n: their number, at least 1.
+        confidence: mean confidence, 0..1.
+        accuracy: share of right predictions, 0..1.
+    """
+
+    n: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(confidences_N: ArrayLike, correct_N: ArrayLike, *, bins: int = CALIBRATION_BINS) -> list[Bin]:
+    """Return the occupied bins of `metrics.expected_calibration_error`, by rising confidence.
+
+    The sum of n |accuracy - confidence| over the bins, divided by N, is the expected calibration error.
+
+    Args:
+        confidences_N: probabilities of the predicted classes.
+        correct_N: whether the predictions are right.
+        bins: number of equal-width bins of (0, 1].
+    """
+    confidences_N, correct_N = np.asarray(confidences_N, dtype=np.float64), np.asarray(correct_N, dtype=np.float64)
+    bin_N = confidence_bins(confidences_N, bins)
+    counts_B, sums_B, right_B = (
+        np.bincount(bin_N, weights=values, minlength=bins) for values in (None, confidences_N, correct_N)
+    )
+    return [
+        Bin(n=int(n), confidence=float(total / n), accuracy=float(right / n))
+        for n, total, right in zip(counts_B, sums_B, right_B, strict=True)
+        if n
+    ]
 
 
 def fit_temperature(logits_NK: ArrayLike, labels_N: ArrayLike) -> float:

@@ -151,9 +151,13 @@ def expected_calibration_error(confidences_N: ArrayLike, correct_N: ArrayLike, *
     """
     confidences_N, correct_N = np.asarray(confidences_N, dtype=np.float64), np.asarray(correct_N, dtype=np.float64)
     _check_images(len(confidences_N))
-    bin_N = np.clip(np.ceil(confidences_N * bins).astype(np.int64) - 1, 0, bins - 1)
-    gaps_B = np.bincount(bin_N, weights=correct_N - confidences_N, minlength=bins)
+    gaps_B = np.bincount(confidence_bins(confidences_N, bins), weights=correct_N - confidences_N, minlength=bins)
     return float(np.abs(gaps_B).sum() / len(confidences_N))
+
+
+def confidence_bins(confidences_N: NDArray[np.float64], bins: int = CALIBRATION_BINS) -> NDArray[np.int64]:
+    """Return the bin of every confidence: equal-width bins of (0, 1], from 0; 0 itself is in the first."""
+    return np.clip(np.ceil(confidences_N * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
 def bootstrap_intervals(

@@ -1,22 +1,21 @@
-"""Chapters of the page without figures: results, gallery, mistakes."""
+"""Chapters of the page without figures: results, and SAFLEX's decisions about edits."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from flyp_saflex.evaluation.statistics import Interval
 from flyp_saflex.presets import PRESETS
-from flyp_saflex.reporting.figures import scatter_splits
-from flyp_saflex.reporting.gallery import FATES, PER_FATE, Decision, Fate, Gallery
-from flyp_saflex.reporting.html import NOTHING, Markup, cell, details, element, join, listing, paragraph, section, table
+from flyp_saflex.reporting.gallery import FATES, PER_FATE, Decision, Fate, Gallery, Share
+from flyp_saflex.reporting.html import NOTHING, Markup, cell, details, element, image, join, listing, paragraph, section, table
 from flyp_saflex.reporting.plots import glyph
-from flyp_saflex.reporting.runs import Run, by_recipe, confusions, mean_details
-from flyp_saflex.reporting.tables import SHIFTS, Block, Cell, blocks, difference_text, is_baseline, value_text
+from flyp_saflex.reporting.reasons import group_reason, reason
+from flyp_saflex.reporting.tables import SHIFTS, Block, Cell, blocks, difference_text, has_intervals, is_baseline, value_text
 from flyp_saflex.tables import METRICS
 
 MOST_ROWS = 60
-MOST_CONFUSIONS = 12
+SHORT = 15
+"""Most rows of a table that is shown without being unfolded."""
 FATE_NOTES: dict[Fate, str] = {
     "kept": "Trained on with the label that they came with.",
     "relabelled": "Trained on, but another class has the largest share of the learned label.",
@@ -73,11 +72,12 @@ def _result_table(block: Block, baseline: str, names: Sequence[str]) -> Markup:
         mark = glyph(list(names).index(first.recipe), hollow=first.kind == "wise")
         lines.append([join([Markup(mark), name], " "), *cells])
     spread = any(cell.summary.deviation is not None for _, line in block.lines for cell in line.values())
+    value = "value [95 %]" if has_intervals(block) else "mean"
     only = next(iter(block.splits)) if len(block.splits) == 1 else ""
     where = SHIFTS[block.shift][0].upper() + SHIFTS[block.shift][1:] + (f": {only}" if only else "")
     return table(
-        f"{block.title}{', ' if only else ''}{only}",
-        ["condition", *(["mean ± sd" if spread else "mean", "n", "vs baseline"] * len(block.splits))],
+        f"{block.title}, {', '.join(block.splits)}",
+        ["condition", *(["mean ± sd" if spread else value, "n", "vs baseline"] * len(block.splits))],
         lines,
         groups=[] if only else [(split, 3) for split in block.splits],
         class_="results",
@@ -95,7 +95,7 @@ def _values(one: Cell, is_reference: bool) -> list[Markup]:
             text += f" ({change.n} pairs)"
     muted = "muted" if is_reference or change is None else None
     return [
-        cell(value_text(one.summary, one.metric)),
+        cell(value_text(one)),
         cell(one.summary.n, class_="muted"),
         cell(element("b", text) if sure else text, class_=muted),
     ]
@@ -116,7 +116,8 @@ def gallery_chapter(galleries: Sequence[Gallery]) -> Markup:
         paragraph(
             "Left the source, right the edit; below them the instruction, the label that it came with, its learned weight and",
             f"the largest shares of its learned label, all at its last visit. At most {PER_FATE} per group, drawn by a hash of",
-            "their names: nobody picked them.",
+            "their names: nobody picked them. In the tables, the shares are those of the last visit. The gain tells whether a",
+            "small step on the edit, under its label, would lower the validation loss (above 0) or raise it (mean over visits).",
             class_="note",
         )
     ]
@@ -130,13 +131,18 @@ def gallery_chapter(galleries: Sequence[Gallery]) -> Markup:
             )
         parts.append(listing(made.remarks, "remarks"))
         names = made.run.class_names
+        parts.append(_share_table(made, "class", made.by_class, names))
+        if made.by_instruction:
+            parts.append(_share_table(made, "instruction", made.by_instruction, names))
         for fate, words in FATES.items():
             heading = element("h4", join([words, element("span", made.counts[fate], class_="count")], " "))
-            cards = [_card(decision, names) for decision in made.shown[fate]]
+            cards = [_card(decision, made, names) for decision in made.shown[fate]]
             empty = paragraph(*(_why_none(made) if fate == "relabelled" else ["None in this run."]), class_="muted")
             parts += [
                 heading,
-                paragraph(FATE_NOTES[fate], class_="note"),
+                paragraph(
+                    FATE_NOTES[fate], *([why] if cards and (why := group_reason(fate, made.run.config)) else []), class_="note"
+                ),
                 element("div", join(cards), class_="cards") if cards else empty,
             ]
     return section("gallery", title, *parts)
@@ -149,87 +155,52 @@ def _why_none(made: Gallery) -> list[object]:
     return ["None in this run."]
 
 
-def _card(decision: Decision, names: Mapping[int, str]) -> Markup:
+def _share_table(made: Gallery, key: str, shares: Sequence[Share], names: Mapping[int, str]) -> Markup:
+    """Return the table of kept shares and mean gains by class or by instruction, folded away if it is long."""
+    gains = any(share.mean_gain is not None for share in shares)
+    lines: list[list[object]] = []
+    for share in shares[:MOST_ROWS]:
+        name = _name(share.name, names) if isinstance(share.name, int) else share.name
+        line: list[object] = [name, cell(share.n, class_="muted"), cell(f"{100 * share.kept:.0f}", share=share.kept)]
+        line.append(cell(f"{100 * share.relabelled:.0f}", share=share.relabelled))
+        if gains:
+            line.append(cell(NOTHING if share.mean_gain is None else _signed(share.mean_gain)))
+        lines.append(line)
+    more = f", the {MOST_ROWS} most frequent are shown" if len(shares) > MOST_ROWS else ""
+    title = f"Edits by {key}"
+    header = [key, "edits", "kept, %", "relabelled, %", *(["mean gain"] if gains else [])]
+    unique = f"{title}: {made.run.recipe}, seed {made.run.seed}"
+    return details(f"{title} ({len(shares)}{more})", table(unique, header, lines), open_=len(shares) <= SHORT)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _card(decision: Decision, made: Gallery, names: Mapping[int, str]) -> Markup:
     label = _name(decision.label, names)
     pictures = []
     for uri, alt in ((decision.source, f"Source image, {label}"), (decision.edit, f"Edit: {decision.instruction or label}")):
         if uri:
-            pictures.append(f'<img src="{uri}" alt="{element("i", alt)[3:-4]}" loading="lazy">')
+            pictures.append(image(uri, alt))
     frame = (
-        element("div", Markup("".join(pictures)), class_="pair")
-        if pictures
-        else element("p", decision.identity, class_="muted file")
+        element("div", join(pictures, ""), class_="pair") if pictures else element("p", decision.identity, class_="muted file")
     )
     soft = [
         element("li", join([element("span", _name(top, names)), element("span", f"{share:.0%}")], ""), style=f"--v:{share:.2f}")
         for top, share in decision.soft_labels[:3]
     ]
+    why = reason(decision, made.run.config, names)
     words = [
         frame,
         element("p", f"“{decision.instruction}”", class_="instruction") if decision.instruction else "",
         paragraph("came as", element("b", label)),
         paragraph("weight", element("b", f"{decision.weight:.2f}"), f"· kept {decision.times_kept} of {decision.visits} times"),
         element("ul", join(soft), class_="soft") if soft and decision.weight > 0 else "",
+        paragraph(why, class_="why") if why else "",
     ]
     return element("article", join(words), class_="card")
 
 
 def _name(label: int | None, names: Mapping[int, str]) -> str:
     return "its own caption" if label is None else names.get(label, f"class {label}")
-
-
-def mistakes_chapter(runs: Sequence[Run]) -> Markup:
-    """Return the most frequent confusions and the tables per class and domain, for every test split."""
-    groups = by_recipe(runs)
-    id_split, ood_splits = scatter_splits(runs)
-    parts: list[object] = [
-        paragraph("Finetuned models (alpha = 1), means over seeds, in percent. Bars show the same numbers.", class_="note")
-    ]
-    for split in [*ood_splits, *([id_split] if id_split else [])]:
-        found = [
-            _confusions(groups, split),
-            _per_row(groups, split, "per_class", "class", "f1", "F1 per class"),
-            _per_row(groups, split, "per_group", "group", "accuracy", "Accuracy per group (domain, or data.group_columns)"),
-        ]
-        shown = [part for part in found if part]
-        if shown:
-            parts += [element("h3", f"{split}, {'in' if split == id_split else 'out of'} distribution"), *shown]
-    if len(parts) == 1:
-        parts.append(paragraph("The run folders hold no predictions and no details.json any more."))
-    return section("mistakes", "Mistakes, classes, domains", *parts)
-
-
-def _confusions(groups: Mapping[str, Sequence[Run]], split: str) -> Markup:
-    counts: dict[str, Counter[tuple[str, str]]] = {}
-    for recipe, seeds in groups.items():
-        per_seed = [confusions(run, split) for run in seeds]
-        counts[recipe] = sum(per_seed, Counter())
-    total: Counter[tuple[str, str]] = sum(counts.values(), Counter())
-    worst = sorted(total, key=lambda pair: (-total[pair], pair))[:MOST_CONFUSIONS]
-    if not worst:
-        return Markup("")
-    lines: list[list[object]] = []
-    for pair in worst:
-        means = [counts[recipe][pair] / len(seeds) for recipe, seeds in groups.items()]
-        lines.append([f"{pair[0]} → {pair[1]}", *(f"{mean:.1f}".removesuffix(".0") for mean in means)])
-    caption = f"Worst confusions on {split}: images of a class (left) that were taken for another (right), mean number per seed"
-    return table(caption, ["class → prediction", *groups], lines, seen=caption)
-
-
-def _per_row(groups: Mapping[str, Sequence[Run]], split: str, kind: str, key: str, value: str, title: str) -> Markup:
-    columns = {recipe: mean_details(seeds, split, kind, key, value) for recipe, seeds in groups.items()}
-    sizes: dict[str, int] = {}
-    for column in columns.values():
-        for row, (n, _) in column.items():
-            sizes.setdefault(row, n)
-    rows = sorted((row for row, n in sizes.items() if n), key=lambda row: -sizes[row])
-    if len(rows) < 2:
-        return Markup("")
-    names = {str(label): name for seeds in groups.values() for run in seeds for label, name in run.class_names.items()}
-    lines: list[list[object]] = []
-    for row in rows[:MOST_ROWS]:
-        means = [column.get(row, (0, None))[1] for column in columns.values()]
-        cells = [cell(NOTHING) if mean is None else cell(f"{100 * mean:.1f}", share=mean) for mean in means]
-        lines.append([names.get(row, row) if kind == "per_class" else row, cell(sizes[row], class_="muted"), *cells])
-    more = f": the {MOST_ROWS} largest of {len(rows)}; all are in details.json" if len(rows) > MOST_ROWS else f" ({len(rows)})"
-    return details(f"{title}{more}", table(f"{title}, {split}", [key, "images", *columns], lines))

@@ -7,21 +7,15 @@ without pictures.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
-import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from PIL import Image, ImageOps
-
-from flyp_saflex.config import DataConfig
-from flyp_saflex.errors import DataError, UserError
-from flyp_saflex.images.decode import Place, formats, open_image
-from flyp_saflex.records import Edit, Sample
+from flyp_saflex.errors import UserError
+from flyp_saflex.records import Edit
+from flyp_saflex.reporting.pictures import NO_CONFIG, resolve, sample_thumbnail, samples_of, thumbnail
 from flyp_saflex.reporting.runs import Run
 from flyp_saflex.storage.augment_cache import AugmentCache
 
@@ -32,8 +26,6 @@ FATES: dict[Fate, str] = {
     "dropped": "Dropped",
 }
 PER_FATE = 8
-SIZE_PX = 144
-"""Longest side of a thumbnail; smaller images stay as they are."""
 
 
 @dataclass
@@ -45,6 +37,10 @@ class Decision:
         label: its upstream label, a class index.
         weight: learned weight; 0: dropped.
         soft_labels: (class index or None, share in 0..1), the largest share first; None: a caption that names no class.
+        gain: gain of its upstream label at the last visit; None where the run takes no gains, NaN where it was not finite.
+        gains: finite gains of all visits.
+        own_posterior: probability, from evidence before training, that it shows its upstream label; None without evidence.
+        none_posterior: probability that it shows none of the classes.
         visits: number of training steps that decided about it.
         times_kept: number of those with a weight above 0.
         instruction: text that made the edit.
@@ -56,11 +52,20 @@ class Decision:
     label: int
     weight: float
     soft_labels: list[tuple[int | None, float]]
+    gain: float | None = None
+    gains: list[float] = field(default_factory=list)
+    own_posterior: float | None = None
+    none_posterior: float | None = None
     visits: int = 0
     times_kept: int = 0
     instruction: str = ""
     source: str = ""
     edit: str = ""
+
+    @property
+    def mean_gain(self) -> float | None:
+        """Mean gain of its upstream label over its visits; None without a finite one."""
+        return sum(self.gains) / len(self.gains) if self.gains else None
 
     @property
     def fate(self) -> Fate:
@@ -71,6 +76,25 @@ class Decision:
         return "kept" if top in (self.label, None) else "relabelled"
 
 
+@dataclass(frozen=True)
+class Share:
+    """Fate of the edits of one instruction, or of one class.
+
+    Attributes:
+        name: the instruction, or the class index.
+        n: number of edits.
+        kept: share of them with a weight above 0 at their last visit.
+        relabelled: share of them that another class has, and that are kept.
+        mean_gain: mean over edits of the mean gain of their upstream label; None without gains.
+    """
+
+    name: str | int
+    n: int
+    kept: float
+    relabelled: float
+    mean_gain: float | None
+
+
 @dataclass
 class Gallery:
     """Decisions of one run, and the images to show.
@@ -79,6 +103,8 @@ class Gallery:
         run: the run.
         counts: number of images per group.
         shown: the decisions to show per group, a bounded number.
+        by_class: shares of all decisions by upstream label.
+        by_instruction: the same by instruction; empty where the augment cache cannot be read.
         remarks: reasons for missing pictures.
         repeated: whether random operations change the images at every step, so that no file shows exactly the images seen.
     """
@@ -86,6 +112,8 @@ class Gallery:
     run: Run
     counts: dict[Fate, int]
     shown: dict[Fate, list[Decision]]
+    by_class: list[Share]
+    by_instruction: list[Share] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     repeated: bool = False
 
@@ -101,13 +129,33 @@ def gallery(run: Run, *, per_fate: int = PER_FATE) -> Gallery | None:
     for decision in decisions:
         groups[decision.fate].append(decision)
     shown = {fate: sorted(group, key=_draw)[:per_fate] for fate, group in groups.items()}
-    made = Gallery(run, {fate: len(group) for fate, group in groups.items()}, shown)
+    counts = {fate: len(group) for fate, group in groups.items()}
+    made = Gallery(run, counts, shown, shares(decisions, lambda decision: decision.label))
     if run.config is None:
-        made.remarks.append("config.toml cannot be read, so it is not known where the images are.")
+        made.remarks.append(NO_CONFIG)
     else:
-        upstream = run.config.augment.upstream
-        made.repeated = any(name != "cache" for name in upstream)
-        _add_pictures(made, run.config.data, run.seed)
+        made.repeated = any(name != "cache" for name in run.config.augment.upstream)
+        edits = _edits(made)
+        for decision in decisions:
+            edit = edits.get(decision.identity)
+            decision.instruction = edit.instruction if edit else ""
+        made.by_instruction = shares([one for one in decisions if one.instruction], lambda decision: decision.instruction)
+        _add_pictures(made, edits)
+    return made
+
+
+def shares(decisions: Sequence[Decision], key: Callable[[Decision], str | int]) -> list[Share]:
+    """Return what became of the decisions, by a key of theirs; the key with the most decisions first."""
+    groups: dict[str | int, list[Decision]] = {}
+    for decision in decisions:
+        groups.setdefault(key(decision), []).append(decision)
+    made = []
+    for name, group in sorted(groups.items(), key=lambda item: (-len(item[1]), str(item[0]))):
+        fates = [decision.fate for decision in group]
+        gains = [gain for decision in group if (gain := decision.mean_gain) is not None]
+        kept, moved = ((len(fates) - fates.count("dropped")), fates.count("relabelled"))
+        mean = sum(gains) / len(gains) if gains else None
+        made.append(Share(name, len(group), kept / len(group), moved / len(group), mean))
     return made
 
 
@@ -121,42 +169,37 @@ def last_decisions(rows: Iterable[Mapping[str, Any]]) -> list[Decision]:
         soft = [(label, float(share)) for label, share in row.get("soft_labels", ())] or [(top, 1.0)]
         before = found.get(row["id"])
         now = Decision(str(row["id"]), int(row["label"]), float(row["weight"]), soft)
+        now.gains = before.gains if before else []
+        if "gain" in row:
+            now.gain = _number(row["gain"])
+            now.gains += [now.gain] if math.isfinite(now.gain) else []
+        if "posterior" in row:
+            now.own_posterior, now.none_posterior = (_number(part) for part in row["posterior"])
         now.visits = (before.visits if before else 0) + 1
         now.times_kept = (before.times_kept if before else 0) + (now.weight > 0)
         found[row["id"]] = now
     return list(found.values())
 
 
-def thumbnail(path: Place, size_px: int = SIZE_PX) -> str:
-    """Return a small WebP of an image as a data URI; the empty string if the image cannot be read."""
-    try:
-        with warnings.catch_warnings(), open_image(path) as file, Image.open(file, formats=formats()) as image:
-            warnings.simplefilter("ignore")  # odd metadata is no reason to have no picture
-            image.draft("RGB", (2 * size_px, 2 * size_px))
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((size_px, size_px))
-            buffer = io.BytesIO()
-            small.save(buffer, format="WEBP", quality=80)
-    except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return ""
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 def _draw(decision: Decision) -> str:
     return hashlib.sha256(decision.identity.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _add_pictures(made: Gallery, data: DataConfig, seed: int) -> None:
-    """Fill in instructions and thumbnails of the shown decisions, as far as the files exist."""
+def _number(value: Any) -> float:
+    """Return a logged number; NaN for the null that stands for a number that was not finite."""
+    return float("nan") if value is None else float(value)
+
+
+def _add_pictures(made: Gallery, edits: Mapping[str, Edit]) -> None:
+    """Fill in thumbnails of the shown decisions, as far as the files exist."""
     chosen = [decision for group in made.shown.values() for decision in group]
-    edits = _edits(made)
-    samples = _samples(made, data, seed)
+    samples, remark = samples_of(made.run)
+    if remark:
+        made.remarks.append(remark)
     for decision in chosen:
         edit = edits.get(decision.identity)
-        source = samples.get(edit.source_id if edit else decision.identity)
-        decision.instruction = edit.instruction if edit else ""
         decision.edit = thumbnail(edit.path) if edit else ""
-        decision.source = thumbnail(source.image) if source and not isinstance(source.item, int) else ""
+        decision.source = sample_thumbnail(samples.get(edit.source_id if edit else decision.identity))
     without = sum(not (decision.source or decision.edit) for decision in chosen)
     if without and not made.remarks:
         made.remarks.append(f"{without} of {len(chosen)} images cannot be read any more; only their decisions are shown.")
@@ -173,29 +216,3 @@ def _edits(made: Gallery) -> dict[str, Edit]:
     except (UserError, OSError) as error:
         made.remarks.append(f"The augment cache cannot be read, so the edits are not shown: {error}")
         return {}
-
-
-def _samples(made: Gallery, data: DataConfig, seed: int) -> dict[str, Sample]:
-    from flyp_saflex.data.registry import load_dataset
-
-    run = made.run.path
-    there = replace(
-        data, root=resolve(data.root, run), prompts=resolve(data.prompts, run), table=data.table and resolve(data.table, run)
-    )
-    try:
-        dataset = load_dataset(there, seed=seed, check_files=False)
-    except (UserError, OSError) as error:
-        made.remarks.append(f"The dataset cannot be read, so the source images are not shown: {error}")
-        return {}
-    return {sample.sample_id: sample for split in dataset.splits.values() for sample in split.samples}
-
-
-def resolve(path: str, run: Path) -> str:
-    """Return a path of a run's configuration as it is read from the current folder.
-
-    A relative path starts at the folder where training was started. If it does not exist from the current folder, the parents
-    of the run's folder are tried, the nearest first.
-    """
-    if not path or Path(path).is_absolute() or Path(path).exists():
-        return path
-    return next((str(above / path) for above in run.resolve().parents if (above / path).exists()), path)

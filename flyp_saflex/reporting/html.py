@@ -72,6 +72,21 @@ def figure(drawing: Markup, caption: object) -> Markup:
     return element("figure", join([drawing, element("figcaption", caption)]))
 
 
+def image(uri: str, alt: str) -> Markup:
+    """Return a picture with its text alternative."""
+    return Markup(f'<img src="{text(uri)}" alt="{text(alt)}" loading="lazy">')
+
+
+def listed_file(content: object, label: str) -> Markup:
+    """Return the text of a file in a box that scrolls and can be reached with the keyboard.
+
+    Args:
+        content: text of the file.
+        label: name of the box for screen readers; every box of a page needs its own.
+    """
+    return element("pre", element("code", content), tabindex="0", role="region", aria_label=label)
+
+
 def cell(value: object, *, share: float | None = None, class_: str | None = None, span: int | None = None) -> Markup:
     """Return a table cell; `share` in 0..1 draws a bar behind the number."""
     style = None if share is None else f"--v:{min(max(share, 0.0), 1.0):.2f}"

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from flyp_saflex import __version__
-from flyp_saflex.reporting.chapters import gallery_chapter, mistakes_chapter, results_chapter
-from flyp_saflex.reporting.figures import curves_chapter, scatter_chapter
+from flyp_saflex.reporting.chapters import gallery_chapter, results_chapter
+from flyp_saflex.reporting.figures import calibration_chapter, curves_chapter, scatter_chapter
 from flyp_saflex.reporting.gallery import Gallery, gallery
 from flyp_saflex.reporting.html import Markup, element, join, paragraph, text
+from flyp_saflex.reporting.mistakes import mistakes_chapter
 from flyp_saflex.reporting.provenance import provenance_chapter
 from flyp_saflex.reporting.published import MARK, Published, published_chapter
 from flyp_saflex.reporting.runs import Preface, Run, by_recipe, read_runs
@@ -26,6 +27,7 @@ MOST_GALLERIES = 3
 CHAPTERS = {
     "results": "Results",
     "scatter": "ID against OOD",
+    "calibration": "Calibration",
     "training": "Training",
     "gallery": "Gallery",
     "mistakes": "Mistakes",
@@ -59,9 +61,10 @@ def page(
     chapters = [
         results_chapter(found, every, baseline, names),
         scatter_chapter(runs),
+        calibration_chapter(runs),
         curves_chapter(runs),
         gallery_chapter(_galleries(runs)),
-        mistakes_chapter(runs),
+        mistakes_chapter(runs, baseline),
         provenance_chapter(runs, baseline),
         *([published_chapter(literature)] if literature else []),
     ]
@@ -83,7 +86,7 @@ def page(
 """
     top = [*map(_answer, preface.paragraphs), _lead(runs, baseline)]
     body = [
-        element("header", join([element("h1", "flyp-saflex report"), *top, element("nav", links)])),
+        element("header", join([element("h1", "flyp-saflex report"), *top, element("nav", links, aria_label="Chapters")])),
         element("main", join(chapters)),
         element("footer", paragraph(f"Made by flyp-saflex {__version__}: flyp-saflex report RUN... --out FILE.html")),
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from flyp_saflex.evaluation.calibration import Bin
+
 SERIES = 7
 """Colours `--s0` .. `--s6` of the stylesheet; the eighth condition has the first colour again, with another marker."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+ROUND = [1, 2, 2.5, 5, 10]
+"""Steps between ticks, times a power of ten."""
 DASHES = ("-", (0, (5, 1.5)), (0, (2, 1)), (0, (6, 1.5, 1.5, 1.5)))
 GRID = "#020202"
 STANDS_FOR = {"#000000": "currentColor", GRID: "var(--line)", "#ffffff": "var(--paper)"} | {
@@ -147,6 +152,33 @@ def curves(lines: Mapping[int, Curve], *, y_label: str, name: str, alt: str, per
         return _svg(figure, name, alt)
 
 
+def reliability_plot(lines: Mapping[int, Sequence[Bin]], *, name: str, alt: str) -> str:
+    """Draw accuracy against confidence as SVG: a line per condition, marks as large as their share of images.
+
+    Args:
+        lines: bins by number of the condition.
+        name: prefix of the figure's identifiers.
+        alt: text alternative of the figure.
+    """
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(4.6, 3.7), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 100], [0, 100], color=GRID, linewidth=1.2, linestyle=DASHES[1])
+        for number, bins in lines.items():
+            colour = _colour(number)
+            total = sum(bin.n for bin in bins)
+            x, y = _percent([bin.confidence for bin in bins]), _percent([bin.accuracy for bin in bins])
+            axes.plot(x, y, color=colour, linewidth=1.1, linestyle=DASHES[number % len(DASHES)])
+            areas = [14 + 130 * bin.n / total for bin in bins]
+            axes.scatter(x, y, s=areas, color=colour, marker=MARKERS[number % len(MARKERS)], edgecolors="#ffffff", linewidths=0.6)
+        axes.set_xlim(0, 102)
+        axes.set_ylim(-2, 102)
+        axes.set_xlabel("confidence, %")
+        axes.set_ylabel("accuracy, %")
+        _few_ticks(axes)
+        return _svg(figure, name, alt)
+
+
 def mean_curve(runs: Sequence[Sequence[tuple[int, float]]], *, points: int = 150) -> Curve:
     """Average (step, value) pairs over seeds.
 
@@ -193,15 +225,20 @@ def _percent(values: Sequence[float]) -> list[float]:
 
 
 def _few_ticks(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=axes.get_xlabel() == "step"))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    """Place 4 to 9 round ticks on each axis: neighbouring steps differ by a factor of at most 2."""
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=ROUND, integer=axes.get_xlabel() == "step"))
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=ROUND))
     axes.tick_params(length=0)
 
 
 def _svg(figure: Figure, name: str, alt: str) -> str:
     """Return the figure as an SVG element: no metadata, unique identifiers, CSS variables, coordinates to a tenth."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with warnings.catch_warnings():
+        # matplotlib only measures the text, in its own font; the browser draws it, with the reader's fonts (CJK names).
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        warnings.filterwarnings("ignore", message="Matplotlib currently does not support .* natively")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flyp_saflex.reporting.html import NOTHING, Markup, cell, details, element, join, listing, paragraph, section, table
+from flyp_saflex.reporting.html import (
+    NOTHING,
+    Markup,
+    cell,
+    details,
+    element,
+    join,
+    listed_file,
+    listing,
+    paragraph,
+    section,
+    table,
+)
 from flyp_saflex.reporting.plots import glyph
 from flyp_saflex.reporting.runs import Run, by_recipe
 from flyp_saflex.reporting.seeds import differing
@@ -76,7 +88,7 @@ def _configurations(runs: Sequence[Run], baseline: str) -> list[Markup]:
             changed = [element("code", line) for line in differing(reference.config, run.config)]
             inside.append(paragraph(f"Differs from {baseline} in:" if changed else f"As {baseline}."))
             inside.append(listing(changed))
-        inside.append(element("pre", element("code", run.config_text or "config.toml is missing")))
+        inside.append(listed_file(run.config_text or "config.toml is missing", f"config.toml of {recipe}, seed {run.seed}"))
         parts.append(details(summary, *inside))
     return parts
 
@@ -92,13 +104,13 @@ def _environments(runs: Sequence[Run]) -> list[Markup]:
         shown["commit"] = env.get("commit") or "not a checkout"
         groups.setdefault(repr(shown), (shown if env else {}, []))[1].append(f"{run.recipe}, seed {run.seed}")
     parts = []
-    for shown, names in groups.values():
+    for number, (shown, names) in enumerate(groups.values(), start=1):
         who = names[0] if len(names) == 1 else f"{len(names)} runs"
         if not shown:
             parts.append(paragraph(f"{who}: no env.json."))
             continue
         lines = [[name, value] for name, value in shown.items()]
-        inside = [table(f"Environment of {who}", ["what", "value"], lines, class_="left")]
+        inside = [table(f"Environment {number}, of {who}", ["what", "value"], lines, class_="left")]
         if len(groups) > 1 and len(names) > 1:
             inside.insert(0, paragraph("; ".join(names), class_="note"))
         versions = ", ".join(f"{name} {shown[name]}" for name in ("flyp-saflex", "torch", "python") if name in shown)

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flyp_saflex.errors import RunError, nearest
+from flyp_saflex.reporting.latex import latex
 from flyp_saflex.reporting.published import CAUTION, Published, published_beside, published_tables
 from flyp_saflex.reporting.runs import Preface
 from flyp_saflex.reporting.seeds import seed_notes
-from flyp_saflex.reporting.tables import Cell, Table, cells, notes, tables
+from flyp_saflex.reporting.tables import BOOTSTRAP_NOTE, Cell, Table, cells, notes, tables
 from flyp_saflex.storage.files import atomic_write
 from flyp_saflex.storage.results import align, read_results
 
-Form = Literal["md", "csv", "json", "html"]
+Form = Literal["md", "csv", "json", "tex", "html"]
 Results = dict[Path, dict[str, Any]]
 
 
@@ -60,8 +61,9 @@ def report(
 
     Args:
         runs: run folders that `evaluate` has been run on.
-        out: file to write; None: print. With `form` = `md` a suffix `.csv`, `.json` or `.html` sets the form.
-        form: Markdown, one row per cell (CSV, JSON), or a self-contained page with plots and a gallery (HTML).
+        out: file to write; None: print. With `form` = `md` a suffix `.csv`, `.json`, `.tex` or `.html` sets the form.
+        form: Markdown, one row per cell (CSV, JSON), tables for a paper (LaTeX), or a self-contained page with plots and
+            pictures (HTML).
         baseline: recipe that the other ones are compared with; None: that of the first run.
         preface: paragraphs above everything else in Markdown and HTML.
         published: add published figures about the same datasets, marked as literature.
@@ -83,6 +85,8 @@ def report(
     suffix = out.suffix.removeprefix(".") if out is not None else ""
     chosen = suffix if form == "md" and suffix in RENDERERS else form
     found = cells(list(results.values()), baseline)
+    if any(cell.interval is not None for cell in found):
+        remarks.append(BOOTSTRAP_NOTE)
     text = RENDERERS[chosen](Content(results, found, remarks, baseline, preface, literature))
     if out is None:
         print(text, end="")
@@ -142,6 +146,7 @@ def _html(content: Content) -> str:
 def _csv(content: Content) -> str:
     text = io.StringIO()
     columns = ["metric", "shift", "split", "role", "recipe", "kind", "alphas", "mean", "deviation", "n", "seeds"]
+    columns += ["interval_low", "interval_high"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, "baseline", "difference", "difference_low", "difference_high", "pairs", "notes"])
     for cell in content.found:
@@ -155,6 +160,7 @@ def _csv(content: Content) -> str:
                 summary.deviation,
                 summary.n,
                 " ".join(map(str, sorted(cell.values))),
+                *(cell.interval or (None, None)),
                 content.baseline,
                 *ends,
                 "; ".join(content.remarks),
@@ -169,10 +175,17 @@ def _csv(content: Content) -> str:
     return text.getvalue()
 
 
+def _tex(content: Content) -> str:
+    return latex(
+        [*tables(content.found, content.baseline), *(published_tables(content.literature) if content.literature else [])],
+        [*content.preface.paragraphs, *content.remarks, *([CAUTION] if content.literature else [])],
+    )
+
+
 def _json(content: Content) -> str:
     made = {"baseline": content.baseline, "cells": [asdict(cell) for cell in content.found], "notes": list(content.remarks)}
     published = {"published": [asdict(row) for row in content.literature]} if content.literature else {}
     return json.dumps(made | published, indent=2) + "\n"
 
 
-RENDERERS: dict[str, Callable[[Content], str]] = {"md": _markdown, "csv": _csv, "json": _json, "html": _html}
+RENDERERS: dict[str, Callable[[Content], str]] = {"md": _markdown, "csv": _csv, "json": _json, "tex": _tex, "html": _html}

@@ -7,7 +7,7 @@ an empty value and a remark, never an error.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,23 +104,6 @@ def by_recipe(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for run in runs:
         groups.setdefault(run.recipe, []).append(run)
     return groups
-
-
-def confusions(run: Run, split: str, alpha: float = 1.0) -> Counter[tuple[str, str]]:
-    """Count the mistakes on one split as (class, predicted class); empty without predictions/<split>.parquet."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    path = run.path / "predictions" / f"{split.replace('/', '%2F')}.parquet"
-    try:
-        table = pq.read_table(path, columns=["label", "prediction", "label_name", "prediction_name", "alpha"])
-    except (OSError, KeyError, pa.ArrowException):
-        return Counter()
-    wrong = pc.and_(pc.equal(table["alpha"], alpha), pc.not_equal(table["label"], table["prediction"]))
-    counts = table.filter(wrong).group_by(["label_name", "prediction_name"]).aggregate([("alpha", "count")]).to_pydict()
-    pairs = zip(counts["label_name"], counts["prediction_name"], strict=True)
-    return Counter(dict(zip(pairs, counts["alpha_count"], strict=True)))
 
 
 def mean_details(runs: Sequence[Run], split: str, table: str, key: str, value: str) -> dict[str, tuple[int, float | None]]:

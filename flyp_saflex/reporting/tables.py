@@ -17,6 +17,12 @@ from flyp_saflex.tables import METRICS
 
 Kind = Literal["finetuned", "wise"]
 
+BOOTSTRAP_NOTE = (
+    "[low, high] behind a value of one seed: 95 % bootstrap interval over the images of the split, so it tells how much other "
+    "images would change the value, not how much another seed would."
+)
+WISE_AT_ONE = "WiSE-FT: alpha 1"
+"""Mark of a finetuned model that is its own WiSE-FT choice."""
 SHIFTS = {"id": "in distribution (ID)", "ood": "out of distribution (OOD)"}
 
 
@@ -35,6 +41,7 @@ class Cell:
         values: value by seed, a fraction.
         summary: mean, sample standard deviation and n of the values.
         difference: difference from the finetuned baseline, paired by seed; None without a shared seed, and for the baseline.
+        interval: ends of the bootstrap interval over the images, fractions; of a single seed only, None where there is none.
     """
 
     metric: str
@@ -47,6 +54,7 @@ class Cell:
     values: dict[int, float]
     summary: Summary
     difference: Interval | None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ def cells(results: Sequence[dict[str, Any]], baseline: str) -> list[Cell]:
                                 values=values,
                                 summary=summarise(values.values()),
                                 difference=None if is_reference else paired_difference(values, reference),
+                                interval=_interval(groups[shift, split, recipe, kind], metric),
                             )
                         )
     return found
@@ -149,7 +158,10 @@ def notes(results: dict[Path, dict[str, Any]]) -> list[str]:
 
 
 def blocks(found: Sequence[Cell]) -> list[Block]:
-    """Group cells by metric and shift; worst-group accuracy is left out where it equals the accuracy."""
+    """Group cells by metric and shift; worst-group accuracy is left out where it equals the accuracy.
+
+    A WiSE-FT row at alpha 1 is the finetuned model again: it is left out, and the name of the finetuned row says so.
+    """
     made = []
     for metric in METRICS:
         for shift in SHIFTS:
@@ -160,7 +172,12 @@ def blocks(found: Sequence[Cell]) -> list[Block]:
             for cell in here:
                 by_condition.setdefault((cell.recipe, cell.kind), {})[cell.split] = cell
             rows = sorted(by_condition.items(), key=lambda item: item[0][1])  # finetuned first, then WiSE-FT; stable
-            lines = tuple((_condition(line), line) for _, line in rows)
+            same = {recipe for (recipe, kind), line in rows if kind == "wise" and _all_finetuned(line, by_condition)}
+            lines = tuple(
+                (f"{recipe} ({WISE_AT_ONE})" if recipe in same else _condition(line), line)
+                for (recipe, kind), line in rows
+                if kind == "finetuned" or recipe not in same
+            )
             made.append(Block(metric, shift, {cell.split: cell.role for cell in here}, lines))
     return made
 
@@ -175,11 +192,12 @@ def tables(found: Sequence[Cell], baseline: str) -> list[Table]:
         values = [
             (
                 name,
-                *(value_text(line[split].summary, block.metric, count=True) if split in line else "-" for split in block.splits),
+                *(value_text(line[split], count=True) if split in line else "-" for split in block.splits),
             )
             for name, line in block.lines
         ]
-        made.append(Table(f"{block.title}: {unit}mean ± standard deviation (n seeds)", header, tuple(values)))
+        single = ", [95 % bootstrap interval over images]" if has_intervals(block) else ""
+        made.append(Table(f"{block.title}: {unit}mean ± standard deviation{single} (n seeds)", header, tuple(values)))
         changes = [
             (
                 name,
@@ -202,11 +220,19 @@ def is_baseline(line: dict[str, Cell], baseline: str) -> bool:
     return all((cell.recipe, cell.kind) == (baseline, "finetuned") for cell in line.values())
 
 
-def value_text(summary: Summary, metric: str, *, count: bool = False) -> str:
-    """Return mean and standard deviation in the metric's unit; with `count` also n in brackets."""
-    unit = METRICS[metric]
-    spread = "" if summary.deviation is None else f" ± {unit.text(summary.deviation)}"
-    return f"{unit.text(summary.mean)}{spread}" + (f" ({summary.n})" if count else "")
+def has_intervals(block: Block) -> bool:
+    """Return whether any cell of a block has a bootstrap interval."""
+    return any(cell.interval is not None for _, line in block.lines for cell in line.values())
+
+
+def value_text(cell: Cell, *, count: bool = False) -> str:
+    """Return mean and standard deviation, or value and bootstrap interval, in the metric's unit; with `count` also n."""
+    unit = METRICS[cell.metric]
+    spread = "" if cell.summary.deviation is None else f" ± {unit.text(cell.summary.deviation)}"
+    if cell.interval is not None:
+        low, high = cell.interval
+        spread = f" [{unit.text(low)}, {unit.text(high)}]"
+    return f"{unit.text(cell.summary.mean)}{spread}" + (f" ({cell.summary.n})" if count else "")
 
 
 def difference_text(change: Interval | None, metric: str, *, count: bool = False) -> str:
@@ -228,6 +254,26 @@ def _has_groups(found: Sequence[Cell], shift: str) -> bool:
 
 def _values(group: dict[int, tuple[float, dict[str, Any]]], metric: str) -> dict[int, float]:
     return {seed: float(row[metric]) for seed, (_, row) in sorted(group.items()) if row.get(metric) is not None}
+
+
+def _interval(group: dict[int, tuple[float, dict[str, Any]]], metric: str) -> tuple[float, float] | None:
+    """Return the bootstrap interval of a single seed; None for several seeds, whose spread says more."""
+    if len(group) != 1:
+        return None
+    ((_, row),) = group.values()
+    try:
+        low, high = (float(end) for end in row.get(f"{metric}_interval") or ())
+    except (TypeError, ValueError):
+        return None
+    return (low, high) if low <= high else None
+
+
+def _all_finetuned(line: dict[str, Cell], others: dict[tuple[str, Kind], dict[str, Cell]]) -> bool:
+    """Return whether a WiSE-FT row is at alpha 1 on every split, with the splits and seeds of the finetuned row."""
+    cell = next(iter(line.values()))
+    finetuned = others.get((cell.recipe, "finetuned"), {})
+    same_splits = line.keys() == finetuned.keys()
+    return same_splits and all(part.alphas == (1.0,) and part.values == finetuned[split].values for split, part in line.items())
 
 
 def _condition(line: dict[str, Cell]) -> str:

@@ -158,7 +158,16 @@ def nt_xent_logits(first_BD: Tensor, second_BD: Tensor, temperature: float = 0.5
     Returns:
         Logits [2B, 2B - 1], float32 or float64.
     """
-    views_ND = F.normalize(at_least_float32(torch.cat([first_BD, second_BD])), dim=1)
+    return view_logits(torch.cat([first_BD, second_BD]), temperature)
+
+
+def view_logits(views_ND: Tensor, temperature: float) -> Tensor:
+    """Return `nt_xent_logits` of views in any order.
+
+    Returns:
+        [N, N - 1]; column j of row i is view j, or view j + 1 from j = i on.
+    """
+    views_ND = F.normalize(at_least_float32(views_ND), dim=1)
     num_views = len(views_ND)
     logits_NN = views_ND @ views_ND.T / temperature
     # Without its last entry the flat matrix has one diagonal entry at the head of every N + 1 entries.

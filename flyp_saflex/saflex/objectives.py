@@ -22,14 +22,14 @@ class Objective:
 
     Attributes:
         loss: logits_NC, assignment_NC (label mass over the columns, rows sum to one), weights_N -> scalar.
-        over: the batch's captions (proxy classes), or the dataset's classes.
+        over: the batch's captions or views (proxy classes), or the dataset's classes.
         gains: logits_AC and their derivative along the validation gradient -> gain of every column, Eq. (9).
         row_losses: logits_AK and labels on the simplex -> loss of every row, for the filter `lowest-loss`.
         is_softmax: whether logits enter through a softmax over the columns, which a bias on all of them does not change.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-    over: Literal["captions", "classes"]
+    over: Literal["captions", "views", "classes"]
     gains: Callable[[Tensor, Tensor], Tensor] = gains
     row_losses: Callable[[Tensor, Tensor], Tensor] = softmax_losses
     is_softmax: bool = True
@@ -39,5 +39,7 @@ CONTRASTIVE = Objective(loss=clip_loss, over="captions")
 """FLYP: both terms of Eq. (13), generalised as Eq. (14); gains of the image term."""
 SIGMOID = Objective(loss=sigmoid_loss, over="captions", gains=sigmoid_gains, row_losses=sigmoid_losses, is_softmax=False)
 """SigLIP's loss, which it was pretrained with."""
+NT_XENT = Objective(loss=soft_cross_entropy, over="views")
+"""Eq. (12), with soft labels and weights as Eq. (14): every view is to find its partner among the other views of the batch."""
 CROSS_ENTROPY = Objective(loss=soft_cross_entropy, over="classes")
 """Eq. (7)."""

@@ -103,7 +103,8 @@ class AugmentedRows:
 
         Args:
             rows: this process's rows.
-            seen: the network's outputs for its augmented rows; head scope starts from the pooled features.
+            seen: the network's outputs for its augmented rows, or for all where rows are related; head scope starts from the
+                pooled features.
             logits_AC: logits of all processes' augmented rows without gradient; None where no filter looks at them.
             space: label space of the step.
             generator: of the `random` filter.
@@ -164,8 +165,8 @@ class AugmentedRows:
         saflex, network = self.saflex, self.network
         head = self.reads_features
         assert seen is not None or not head, "head scope starts from pooled features"
-        # Where batch statistics train, the logits of a row depend on the batch: they are taken in the joint one.
-        joint = not head and trains_statistics(network)
+        # With batch statistics, or views told apart, a row's logits depend on the batch: they are taken in the joint one.
+        joint = network.relates_rows or (not head and trains_statistics(network))
         inputs = seen.pooled_NF if seen is not None and head else rows.inputs[0 if joint else rows.num_train :]
         own_AC = None if seen is None or not len(seen.columns_CD) else own_logits(self.forward, network, seen, space)
         with evaluation_mode(network, but_statistics=joint):

@@ -41,6 +41,8 @@ def obstacle(network: Network, *, freeze_batchnorm: bool) -> str:
         network: the model, as loaded.
         freeze_batchnorm: BatchNorm keeps its running statistics.
     """
+    if network.relates_rows:
+        return "every view is a proxy class of the step's others: choose another train.method"
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not freeze_batchnorm:
             return f"{name} normalises with the statistics of the whole batch: set train.freeze_batchnorm=true"

@@ -99,7 +99,8 @@ class StepLoss:
         logits_NC = out.logits(images_ND, space.inverse_C)
         # Step 2, Eq. (9)-(11): weights and labels of the augmented rows.
         logits_AC = logits_NC.detach()[space.augmented_N]
-        result = self.augmented.decide(rows, out.rows_from(rows.num_train), logits_AC, space, generator, primal)
+        seen = out if self.task.network.relates_rows else out.rows_from(rows.num_train)
+        result = self.augmented.decide(rows, seen, logits_AC, space, generator, primal)
         # Step 3, Eq. (7) or (14): the loss.
         result.loss = loss = self.loss_of(out, images_ND, logits_NC, result, rows, space)
         result.surrogates = [lambda: loss]

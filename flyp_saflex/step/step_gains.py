@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, jvp
 
 from flyp_saflex.saflex.closed_form import gains
 from flyp_saflex.saflex.estimators import CHECK_ROWS
@@ -55,7 +55,8 @@ def step_gains(
         own_AC: the training pass's own logits of these rows, if that pass was this function.
         products: of the training pass (`products_for`), if there are any.
         rows_at_once: rows per pass; 0: all.
-        num_before: training rows before the augmented ones in `inputs`, where norms use the statistics of the joint batch.
+        num_before: training rows before the augmented ones in `inputs`, where norms use the statistics of the joint batch or
+            rows are related to each other.
     """
     head = saflex.settings.scope == "head"
     parameters = network.parameters_in(saflex.settings.scope)
@@ -63,6 +64,9 @@ def step_gains(
 
     def gains_of(derivative: _Derivative) -> tuple[Tensor, Tensor]:
         logits_AC, tangent_AC = (gather(part) for part in derivative)
+        if network.relates_rows:  # what was differentiated are the embeddings of all rows
+            related = jvp(network.relate, (logits_AC,), (tangent_AC,))
+            logits_AC, tangent_AC = (part[space.augmented_N] for part in related)
         return logits_AC, space.average(gains_fn(logits_AC, tangent_AC))
 
     def few(values: Tensor) -> Tensor:
@@ -85,7 +89,8 @@ def products_for(forward: Callable[..., Outputs], network: Network, saflex: Safl
     """Return an empty store for the products of the coming training pass; None if the derivative cannot use them.
 
     The exact derivative can where the pass is the network's own (not a compiler's, which rounds differently), equals the one in
-    evaluation mode, is in full precision and is not made in order to be forgotten and computed again.
+    evaluation mode, is in full precision and is not made in order to be forgotten and computed again. Rows that are related need
+    the derivative of all rows.
 
     Args:
         forward: the network, possibly wrapped.
@@ -93,7 +98,7 @@ def products_for(forward: Callable[..., Outputs], network: Network, saflex: Safl
         saflex: with a validation gradient.
         rows: of the pass.
     """
-    if saflex is None or len(rows.inputs) == rows.num_train or not _is_its_own(forward, network):
+    if saflex is None or len(rows.inputs) == rows.num_train or network.relates_rows or not _is_its_own(forward, network):
         return None
     parameters = network.parameters_in(saflex.settings.scope)
     if torch.is_autocast_enabled(rows.inputs.device.type):
@@ -106,6 +111,8 @@ def products_for(forward: Callable[..., Outputs], network: Network, saflex: Safl
 def own_logits(forward: Callable[..., Outputs], network: Network, seen: Outputs | None, space: LabelSpace) -> Tensor | None:
     """Return the training pass's own logits of its augmented rows; None if that pass was not the evaluated function.
 
+    Of a network that relates rows, the embeddings of all rows.
+
     Args:
         forward: the network, possibly wrapped. A compiled one rounds differently, by as much as a finite difference is.
         network: the bare module, in training's mode.
@@ -115,7 +122,7 @@ def own_logits(forward: Callable[..., Outputs], network: Network, seen: Outputs 
     if seen is None or not _is_its_own(forward, network) or not network.acts_as_evaluated():
         return None
     with torch.no_grad():
-        return seen.logits(columns_C=space.inverse_C)
+        return seen.images_ND if network.relates_rows else seen.logits(columns_C=space.inverse_C)
 
 
 def _is_its_own(forward: Callable[..., Outputs], network: Network) -> bool:
@@ -132,7 +139,7 @@ def _logits_fn(
     estimator: str,
     num_before: int = 0,
 ) -> Callable[[dict[str, Tensor]], Tensor]:
-    """Return the rows' logits as a function of parameters."""
+    """Return the rows' logits as a function of parameters; all rows' embeddings, where rows are related."""
     batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
     called = _outside_autocast(network) if estimator != "exact" or batchnorm else network
     first, *others = inputs.detach().split(rows_at_once or len(inputs))
@@ -146,7 +153,8 @@ def _logits_fn(
     def logits_fn(parameters: dict[str, Tensor]) -> Tensor:
         outputs = run(parameters, first, space.tokens_UL)
         rest = [run(parameters, few, space.tokens_UL[:0]).images_ND for few in others]  # the texts are read once
-        return outputs.logits(torch.cat([outputs.images_ND, *rest])[num_before:], space.inverse_C)
+        images_ND = torch.cat([outputs.images_ND, *rest])
+        return images_ND if network.relates_rows else outputs.logits(images_ND[num_before:], space.inverse_C)
 
     return logits_fn
 

@@ -53,8 +53,11 @@ class ValidationGradient:
         self.task, self.objective, self.saflex, self.rows_at_once = task, objective, saflex, rows_at_once
 
     @property
-    def _over_captions(self) -> bool:
-        return self.saflex.settings.validation_loss == "train" and self.objective.over == "captions"
+    def _among_rows(self) -> bool:
+        """Whether the validation rows are told apart from each other, so that they are one part."""
+        return self.objective.over == "views" or (
+            self.saflex.settings.validation_loss == "train" and self.objective.over == "captions"
+        )
 
     def refresh(self, validation: Validation) -> Tensor:
         """Take the gradient and add it to the running average; return its norm, a scalar tensor.
@@ -76,7 +79,7 @@ class ValidationGradient:
                 if validation.slots_V is not None:
                     inputs, labels_V, captions_V = self.saflex.bank.renew(validation.slots_V, inputs, labels_V, captions_V)
             num_rows = len(labels_V)
-            part = num_rows if head or self._over_captions else at_once
+            part = num_rows if head or self._among_rows else at_once
             for start in range(0, num_rows, part):
                 few = slice(start, start + part)
                 tokens_UL, loss_of = self._loss(labels_V[few], captions_V[few])
@@ -92,11 +95,14 @@ class ValidationGradient:
 
     def _loss(self, labels_V: Tensor, captions_V: Tensor) -> tuple[Tensor, Callable[[Outputs], Tensor]]:
         """Return the texts of the validation rows' label space, and their loss as a function of outputs."""
-        if self._over_captions:
-            space = self.task.validation_space(captions_V)
-            ones_V = torch.ones(len(labels_V), device=labels_V.device)
-            return space.tokens_UL, lambda out: self.objective.loss(out.logits()[:, space.inverse_C], space.assignment_VC, ones_V)
         name = self.saflex.settings.validation_loss
+        if self._among_rows:
+            space = self.task.validation_space(captions_V)
+            partners_V, ones_V = space.assignment_VC.argmax(dim=1), torch.ones_like(space.assignment_VC[:, 0])
+            if name != "train":
+                loss_fn = losses.VALIDATION_LOSSES[name]
+                return space.tokens_UL, lambda out: loss_fn(out.logits()[:, space.inverse_C], partners_V)
+            return space.tokens_UL, lambda out: self.objective.loss(out.logits()[:, space.inverse_C], space.assignment_VC, ones_V)
         if name == "train":
             return self.task.class_tokens(), partial(self._class_loss, labels_V)
         return self.task.class_tokens(), lambda out: losses.VALIDATION_LOSSES[name](out.logits(), labels_V)

@@ -57,24 +57,27 @@ class ImageClassifierTask(Task):
             ModelError: pretrained weights that cannot be had.
         """
         config, dataset, is_pretrained = inputs.config, inputs.dataset, inputs.config.model.pretrained != RANDOM
-        _check_images(dataset.rows, config.data.name)
-        model = _with_options(_model(config, load=is_pretrained and inputs.run is None), config.network, is_pretrained)
-        trunk, width = without_head(model, config.model.name)
+        trunk, width = trunk_of(inputs)
         network = Network(trunk, head=nn.Linear(width, dataset.num_classes))
         task = cls(network, dataset, config.network.image_size_px, is_pretrained)
+        task.take_up(inputs)
+        return task
+
+    def take_up(self, inputs: TaskInputs) -> None:
+        """Load a run's weights if there is a run, note what a person should know, go to the device."""
+        config = inputs.config
         if inputs.run is not None:
-            task.load_weights(inputs.run)
+            self.load_weights(inputs.run)
         elif (
-            not is_pretrained
+            config.model.pretrained == RANDOM
             and config.train.freeze_batchnorm
-            and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+            and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.network.modules())
         ):
-            task.notes.append(
+            self.notes.append(
                 "train.freeze_batchnorm = true leaves BatchNorm's untrained statistics as they are: set it to false from scratch"
             )
-        task.notes += notes_without_clip(config.train)
-        network.to(inputs.device)
-        return task
+        self.notes += notes_without_clip(config.train)
+        self.network.to(inputs.device)
 
     def source(self, data: DataConfig, samples: Sequence[Sample]) -> Source:
         """Return the reader of images: resized, cut to a square, normalised."""
@@ -91,9 +94,24 @@ class ImageClassifierTask(Task):
         return open_reader(data, transform, settings, samples, rows=self.dataset.rows)
 
 
-def _check_images(rows: Sequence[Any] | None, name: str) -> None:
+def trunk_of(inputs: TaskInputs) -> tuple[nn.Module, int]:
+    """Return the recipe's model without its head, and the width of its pooled features.
+
+    Raises:
+        ConfigError: no such model, options that it does not have, or a dataset without images.
+        ModelError: pretrained weights that cannot be had.
+    """
+    config, is_pretrained = inputs.config, inputs.config.model.pretrained != RANDOM
+    _check_images(inputs.dataset.rows, config)
+    model = _with_options(_model(config, load=is_pretrained and inputs.run is None), config.network, is_pretrained)
+    return without_head(model, config.model.name)
+
+
+def _check_images(rows: Sequence[Any] | None, config: Config) -> None:
     if rows is not None and len(rows) and getattr(rows[0], "ndim", 0) < 2:
-        raise ConfigError(f"train.method = image-classifier takes images, but data.name = {name} has rows of numbers: use mlp")
+        raise ConfigError(
+            f"train.method = {config.train.method} takes images, but data.name = {config.data.name} has rows of numbers: use mlp"
+        )
 
 
 def _model(config: Config, *, load: bool) -> nn.Module:

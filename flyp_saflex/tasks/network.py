@@ -10,7 +10,7 @@ Shapes: N rows, C columns, L tokens, F pooled width, D embedding, K classes.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,12 @@ class Network(nn.Module):
         head: linear classifier [K, D]; None for a subclass whose columns come from texts.
 
     Attributes:
+        relates_rows: whether a row's logits are its relation to the other rows of the step (`relate`).
         num_frozen: blocks of the frozen lower part; 0: there is none.
         recomputes: whether activations are recomputed in the backward pass (gradient checkpointing).
     """
+
+    relates_rows: ClassVar[bool] = False
 
     def __init__(self, trunk: nn.Module | None = None, *, head: nn.Linear | None = None) -> None:
         super().__init__()
@@ -91,6 +94,10 @@ class Network(nn.Module):
         pooled_NF = inputs if from_pooled else self.pool(inputs)
         images_ND = self.project(pooled_NF)
         return self.with_linear_head(pooled_NF, images_ND)
+
+    def relate(self, images_ND: Tensor) -> Tensor:
+        """Return the logits [N, C] of all rows of a step, of all processes, from their embeddings alone."""
+        raise NotImplementedError  # asked of networks with `relates_rows`
 
     def with_linear_head(self, pooled_NF: Tensor, images_ND: Tensor) -> Outputs:
         """Return outputs whose columns are the linear head's weights."""

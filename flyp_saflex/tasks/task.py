@@ -31,7 +31,7 @@ from flyp_saflex.user_text import quoted
 Predictor = Callable[[Tensor], Tensor]
 """A batch of inputs to float32 logits over the dataset's classes."""
 Loader = ImageLoader | FeatureCache | LoweredImages
-Over = Literal["captions", "classes"]
+Over = Literal["captions", "views", "classes"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = "weights.safetensors"
@@ -95,6 +95,7 @@ class Task:
         has_captions: whether objectives over captions (proxy classes) can be used.
         gives_evidence: whether its pretrained weights can judge edits (`edit_evidence`).
         has_fixed_classes: whether its columns stand for the classes it was trained on, so that no other class can be scored.
+        num_views: views of a validation row; 2: made by the operations of the training rows, with seeds of their own.
         input_size_px: side of the square images that the model takes; 0: it takes no images.
     """
 
@@ -102,6 +103,7 @@ class Task:
     has_captions: ClassVar[bool] = False
     gives_evidence: ClassVar[bool] = False
     has_fixed_classes: ClassVar[bool] = True
+    num_views: ClassVar[int] = 1
     input_size_px: int = 0
 
     def __init__(self, network: Network, dataset: Dataset) -> None:
@@ -181,6 +183,10 @@ class Task:
 
     # Labels
 
+    def label_of(self, item: Sample | Edit) -> int:
+        """Return the class of a row that training may know."""
+        return item.label
+
     def caption_of(self, item: Sample | Edit, seed: int) -> int:
         """Return the caption id of a row: its class, where a task has no captions."""
         return item.label
@@ -198,7 +204,7 @@ class Task:
 
         Args:
             rows: this process's rows.
-            over: the batch's captions (proxy classes), or the dataset's classes.
+            over: the batch's captions or views (proxy classes), or the dataset's classes.
             seed: of the step, for a random template.
             gather: concatenation over processes.
         """
@@ -210,11 +216,11 @@ class Task:
         return torch.empty(0, 0, dtype=torch.long)
 
     def validation_space(self, captions_V: Tensor) -> ValidationSpace:
-        """Return the label space of validation rows over their own captions (for objectives over captions)."""
-        raise NotImplementedError  # asked of tasks whose method's objective compares captions
+        """Return the label space of validation rows over their own captions or views (for such objectives)."""
+        raise NotImplementedError  # asked of tasks whose method's objective compares captions or views
 
     def class_of(self, label: int, over: Over) -> int | None:
-        """Return the class of a label of the batch's label space; None for a caption that names no class."""
+        """Return the class of a label of the batch's label space; None where it names no class."""
         return label
 
     def edit_evidence(

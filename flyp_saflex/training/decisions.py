@@ -30,21 +30,33 @@ class Decisions:
         labels_N2: the two likeliest classes.
         shares_N: share of the first of them, 0.5..1; 1: the label is one-hot.
         seconds: time that the evidence took when the decisions were made.
+        posteriors_N2: probabilities that an edit shows its upstream label, and that it shows none of the classes; None where the
+            evidence could not be calibrated, and in folders of earlier versions.
     """
 
     weights_N: Tensor
     labels_N2: Tensor
     shares_N: Tensor
     seconds: float = 0.0
+    posteriors_N2: Tensor | None = None
 
     @classmethod
-    def of(cls, decision: Decision) -> Decisions:
-        """Keep the candidates of each edit: at most two."""
+    def of(cls, decision: Decision, own_N: Tensor) -> Decisions:
+        """Keep the candidates of each edit: at most two.
+
+        Args:
+            decision: on all edits.
+            own_N: the label that each edit came with.
+        """
         shares_NK = torch.where(decision.candidates_NK, decision.labels_NK, torch.zeros_like(decision.labels_NK))
         top_N2, labels_N2 = shares_NK.topk(2, dim=1)
         total_N = top_N2.sum(dim=1)
         shares_N = torch.where(total_N > 0, top_N2[:, 0] / total_N.clamp(min=1e-12), torch.ones_like(total_N))
-        return cls(decision.weights_N.float(), labels_N2, shares_N.float())
+        posterior_NJ = decision.verdict.posterior_NJ.float().cpu()
+        posteriors_N2 = torch.stack([posterior_NJ.gather(1, own_N[:, None])[:, 0], posterior_NJ[:, -1]], dim=1)
+        calibrated = decision.status == "calibrated"
+        weights_N = decision.weights_N.float()
+        return cls(weights_N, labels_N2, shares_N.float(), posteriors_N2=posteriors_N2 if calibrated else None)
 
 
 def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Decisions | None:
@@ -74,7 +86,7 @@ def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Dec
         )
         own_N = torch.tensor([edit.label for edit in edits])
         decision = decide(found, own_N, threshold=threshold)
-        made = Decisions.of(decision)
+        made = Decisions.of(decision, own_N)
         stored = {
             "weights": made.weights_N,
             "labels": made.labels_N2,
@@ -84,7 +96,7 @@ def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Dec
             "relabelled": torch.tensor(decision.relabelled_fraction),
             "names": torch.tensor([derived_seed(aug_id) for aug_id in aug_ids_of(edits)]),
             "seconds": torch.tensor(time.monotonic() - started),
-        }
+        } | ({} if made.posteriors_N2 is None else {"posteriors": made.posteriors_N2})
         told = {"calibrated": f"rho = {decision.rho:.2f}", "too few": "too few edits to calibrate: all are kept"}
         accelerator.print(
             f"evidence: {told.get(decision.status, 'it says nothing about the labels: all edits are kept')}; "
@@ -93,7 +105,8 @@ def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Dec
         if accelerator.is_main_process:
             save_file(stored, run / FILE, metadata={"key": key})
     saflex.evidence_row = {name: float(stored[name]) for name in ("rho", "relabelled") if stored[name].isfinite()}
-    return Decisions(stored["weights"], stored["labels"], stored["shares"], float(stored["seconds"]))
+    seconds, posteriors_N2 = float(stored["seconds"]), stored.get("posteriors")
+    return Decisions(stored["weights"], stored["labels"], stored["shares"], seconds, posteriors_N2)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
-from torch import Tensor
+from torch import Tensor, nn
 
 from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError
@@ -43,6 +43,21 @@ def gather_features(features_ND: Tensor, accelerator: Accelerator) -> Tensor:
     parts = list(accelerator.gather(features_ND.detach()).chunk(count))
     parts[accelerator.process_index] = scaled_ND
     return torch.cat(parts)
+
+
+def statistics_note(network: nn.Module, config: Config, num_processes: int) -> list[str]:
+    """Return a note where BatchNorm makes several processes train otherwise than one; nothing where it does not.
+
+    There is no SyncBatchNorm here: it has no forward-mode derivative, which exact gains need, and none on a CPU.
+    """
+    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    if num_processes == 1 or config.train.freeze_batchnorm or not has_norms:
+        return []
+    rows = config.train.batch_size // num_processes // config.train.accumulation
+    return [
+        f"BatchNorm normalises each process's own rows ({rows} training rows), so {num_processes} processes do not train what "
+        "one trains; the main process's running statistics are kept. One process, or train.freeze_batchnorm=true, avoids it"
+    ]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from flyp_saflex.training.batches import Batch
 from flyp_saflex.training.decisions import Decisions
 from flyp_saflex.training.sampling import Row, Stream, derived_seed
 from flyp_saflex.training.setup import Setup
+from flyp_saflex.training.views import ViewSource
 
 KEEP_BYTES = 2 * 2**30
 """Validation rows up to this size are read once and kept on the device; larger ones are read at every refresh."""
@@ -54,7 +56,7 @@ class RowBuilder:
         items = self.items(batch)
         seeds = [derived_seed(row.seed, "caption") for row in batch.rows]
         captions_N = torch.tensor([task.caption_of(item, seed) for item, seed in zip(items, seeds, strict=True)], device=device)
-        labels_N = torch.tensor([item.label for item in items], device=device)
+        labels_N = torch.tensor([task.label_of(item) for item in items], device=device)
         inputs = batch.inputs.to(device, non_blocking=True)
         rows = Rows(inputs, captions_N, labels_N, batch.indices.to(device), batch.num_train)
         if self.decisions is not None:
@@ -99,7 +101,10 @@ class RowBuilder:
             rows.prior_N = rows.confidence_N if rows.prior_N is None else rows.prior_N * rows.confidence_N
 
     def describe(self, step: int, results: list[StepResult]) -> list[dict[str, Any]]:
-        """Return one record per augmented row of a step: identity, weight, gain of its label, learned (soft) label."""
+        """Return one record per augmented row of a step: identity, weight, gain of its label, learned (soft) label.
+
+        Where evidence decided, `posterior` holds the probabilities of its upstream label and of none of the classes.
+        """
         pool = self.setup.pool
         records = []
         for result in results:
@@ -111,6 +116,8 @@ class RowBuilder:
                     "label": item.label,
                     "weight": float(result.weights_A[place]),
                 }
+                if self.decisions is not None and self.decisions.posteriors_N2 is not None:
+                    record["posterior"] = [round(part, 4) for part in self.decisions.posteriors_N2[index].tolist()]
                 if result.gains_A is not None:
                     record["gain"] = float(result.gains_A[place])
                 if result.top_labels_AJ is not None and result.top_shares_AJ is not None:
@@ -198,10 +205,21 @@ class ValidationRows:
     def _read(self, samples: list[Sample]) -> Validation:
         task = self.setup.task
         positions, parts = [], []
-        for found, read in (self.cache or self.setup.loader()).batches(samples):
+        for found, read in self._batches(samples):
             positions += found
             with torch.no_grad():
                 inputs = read.to(self.device)
                 parts.append(inputs if self.cache is not None else task.network.lower(inputs))
-        labels_V = torch.tensor([samples[position].label for position in positions], device=self.device)
+        labels_V = torch.tensor([task.label_of(samples[position]) for position in positions], device=self.device)
         return Validation(torch.cat(parts), labels_V, task.class_caption(labels_V))
+
+    def _batches(self, samples: list[Sample]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yield (positions, inputs [B, ...]), or [B, 2, ...] where a row is a pair of views, drawn once per run."""
+        setup = self.setup
+        if setup.task.num_views == 1:
+            yield from (self.cache or setup.loader()).batches(samples)
+            return
+        seeds = [derived_seed(setup.config.seed, "validation view", number) for number in range(setup.task.num_views)]
+        loaders = [setup.loader(source=ViewSource(setup.source, setup.on_train, seed)) for seed in seeds]
+        for parts in zip(*(loader.batches(samples) for loader in loaders), strict=True):
+            yield parts[0][0], torch.stack([images for _, images in parts], dim=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flyp_saflex.config import AugmentConfig, Config
+from flyp_saflex.config import AugmentConfig, Config, TrainConfig
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
 from flyp_saflex.images.copy_paste import CopyPaste
@@ -81,11 +81,11 @@ class Setup:
         """Augmented rows per step."""
         return self.plan.num_augmented
 
-    def loader(self, *, progress: bool = False) -> ImageLoader:
-        """Return a reader of rows as evaluation sees them."""
+    def loader(self, *, progress: bool = False, source: Source | None = None) -> ImageLoader:
+        """Return a reader of rows as evaluation sees them, or as another source gives them."""
         data = self.config.data
         return ImageLoader(
-            self.source,
+            source or self.source,
             batch_size=self.config.evaluate.batch_size,
             workers=data.workers,
             max_unreadable=data.max_unreadable,
@@ -280,10 +280,12 @@ def _check_against(config: Config, dataset: Dataset, notes: list[str]) -> None:
         )
     if train.min_lr > train.lr:
         raise ConfigError(
-            f"train.min_lr = {train.min_lr:g} is above train.lr = {train.lr:g}: the cosine ends at min_lr, set it to lr or less"
+            f"train.min_lr = {train.min_lr:g} is above train.lr = {train.lr:g}: the schedule ends at min_lr, set it to lr or less"
         )
     if train.patience and not (train.evaluate_every and train.select_split):
         notes.append("train.patience has no effect without train.evaluate_every and train.select_split")
+    if train.schedule == "one-cycle" and train.warmup_steps != TrainConfig().warmup_steps:
+        notes.append("train.warmup_steps has no effect with train.schedule=one-cycle: the first 30 % of the steps rise")
 
 
 def _check_two_passes(config: Config, task: Task, notes: list[str]) -> None:

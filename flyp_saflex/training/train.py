@@ -29,7 +29,7 @@ from flyp_saflex.training import checkpoint
 from flyp_saflex.training.anchor import Anchor
 from flyp_saflex.training.batches import Batch, UnreadableFiles, read_steps
 from flyp_saflex.training.decisions import decide_about_edits
-from flyp_saflex.training.distributed import device_name, make_accelerator, processes_of, synchronised
+from flyp_saflex.training.distributed import device_name, make_accelerator, processes_of, statistics_note, synchronised
 from flyp_saflex.training.model_selection import ModelSelection, save_model
 from flyp_saflex.training.optimizers import optimizer_of
 from flyp_saflex.training.rows import RowBuilder, ValidationRows
@@ -62,7 +62,8 @@ def train(config: Config, path: Path, *, resume: bool = False, limit: int | None
     accelerator.wait_for_everyone()  # before one of them writes what the others check
     setup = prepare(config, limit=limit)
     phases = phases_of(METHODS[config.train.method].phases, steps=setup.total_steps, probe_steps=config.train.probe_steps)
-    for note in (*setup.notes, *checkpoint.check_data(path, setup.dataset)):
+    statistics = statistics_note(setup.task.network, config, accelerator.num_processes)
+    for note in (*setup.notes, *statistics, *checkpoint.check_data(path, setup.dataset)):
         accelerator.print(f"note: {note}")
     accelerator.print(plan_line(setup, phases, accelerator))
     if dry_run:
@@ -164,7 +165,7 @@ class _Trainer:
         for batches in read_steps(setup, self.cache, step, phase.end, accelerator.process_index, accelerator.num_processes):
             started = time.monotonic()
             self.unreadable.note(batches)
-            rate = phase.rate(step, options.warmup_steps, options.min_lr / options.lr)
+            rate = phase.rate(step, options.warmup_steps, options.min_lr / options.lr, options.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * rate
             self._refresh(step, step_loss)

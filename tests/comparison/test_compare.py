@@ -165,6 +165,7 @@ def test_keep_results_removes_models(study, tmp_path):
     ("conditions", "overrides", "words"),
     [
         ({"no-edits": []}, [], ["nothing to compare", "augment.upstream"]),
+        ({"zero-shot-evidence": [CACHE]}, [], ["'zero-shot-evidence' begins with 'zero-shot'", "trains on cached edits"]),
         ({"mine": [CACHE, "train.lrr=1"]}, [], ["condition 'mine'", "unknown key 'train.lrr'", "did you mean 'train.lr'?"]),
         ({"mine": [CACHE, "train.lr"]}, [], ["condition 'mine'", "section.field=value"]),
         ({"mine": [CACHE, "train.batch_size=0"]}, [], ["condition 'mine'", "train.batch_size", ">= 1"]),

@@ -20,8 +20,9 @@ PILOT, BUDGET = 198, 330
 
 
 @pytest.mark.slow
-def test_the_plan_drops_texts_that_lose_the_animal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = biased_world(tmp_path / "world", seed=0, num_images=1200)
+@pytest.mark.parametrize("seed", [2, 3])  # the rule for whole texts was chosen on seed 0
+def test_the_plan_drops_texts_that_lose_the_animal(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = biased_world(tmp_path / "world", seed=seed, num_images=1200)
     edits = [(place, f"put the {{}} {place}") for place in PLACES]
     edits += [(f"nobody {place}", f"put the landscape without animals {place}") for place in USELESS]
     texts = "".join(f"[[edits]]\ndomain = '{domain}'\ninstruction = '{text}'\n" for domain, text in edits)

@@ -178,7 +178,7 @@ def test_a_run_tells_outcomes_by_its_log_or_by_its_decisions(piloted) -> None:
 def test_a_plan_gives_more_to_what_was_kept_and_nothing_to_a_useless_text(piloted, config, capsys) -> None:
     run, entry = piloted
     decide(run, entry, lambda row: row["domain"] == "snow")
-    assert cli.main(["plan", str(run), "--explore", "0.2"]) == 0
+    assert cli.main(["plan", str(run), "--explore", "0"]) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert lines["snow"][1:4] == ["6", "6", "100.0"]
     assert lines["lake"][1:4] == ["6", "0", "0.0"]

@@ -14,9 +14,11 @@ from flyp_saflex.evaluation.calibration import (
     calibration_error,
     fit_temperature,
     probabilities,
+    reliability,
 )
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.evaluation.load_run import load_run, open_run
+from flyp_saflex.evaluation.metrics import expected_calibration_error
 from flyp_saflex.evaluation.predict import predict_split
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.training.train import train
@@ -95,3 +97,14 @@ def test_evaluate_fits_on_the_select_split_and_tells_the_error_before_and_after(
     assert "calibration error on night (alpha 1): " in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"fits the temperature on a select split"):
         evaluate(run, overrides=["evaluate.calibrate=true", "train.select_split="])
+
+
+@pytest.mark.parametrize("bins", [4, 15])
+def test_reliability_bins_hold_every_image_and_give_the_calibration_error(bins):
+    generator = np.random.default_rng(3)
+    confidences, correct = generator.random(500) ** 0.5, generator.random(500) < 0.6
+    found = reliability(confidences, correct, bins=bins)
+    assert sum(bin.n for bin in found) == 500
+    assert [bin.confidence for bin in found] == sorted(bin.confidence for bin in found)
+    error = sum(bin.n * abs(bin.accuracy - bin.confidence) for bin in found) / 500
+    assert error == pytest.approx(expected_calibration_error(confidences, correct, bins=bins))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flyp_saflex import cli
+from flyp_saflex import cli, extras
 from flyp_saflex.errors import ModelError
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.evaluation.load_run import classes_of, load_clip_run, open_run
@@ -220,7 +220,7 @@ def test_an_architecture_that_transformers_lacks_is_told(model_cfg, words):
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(onnx_graph, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     (tmp_path / "file").write_text("")
     assert cli.main(["export", *(part.format(tmp=tmp_path) for part in arguments)]) == 2
     error = capsys.readouterr().err

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from flyp_saflex import extras
 from flyp_saflex.config import DataConfig
 from flyp_saflex.errors import ConfigError, DataError
-from flyp_saflex.predicting import label_issues as module
 from flyp_saflex.predicting.inputs import collect
 from flyp_saflex.predicting.label_issues import issue_columns, label_issues, lonely_classes
 from flyp_saflex.predicting.predict_images import PredictOptions, predict_images
@@ -48,7 +48,7 @@ def test_one_class_has_nothing_to_confuse():
 
 
 def test_a_missing_cleanlab_is_told_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "cleanlab", None)
     with pytest.raises(ConfigError, match=r"--issues needs cleanlab, .* pip install 'flyp-saflex\[issues\]'"):
         predict_images(tmp_path / "no-run", [tmp_path], PredictOptions(out=tmp_path / "o.csv", issues=tmp_path / "i.csv"))

@@ -22,8 +22,9 @@ from PIL import Image
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.reporting import plots
-from flyp_saflex.reporting.gallery import last_decisions, resolve, thumbnail
+from flyp_saflex.reporting.gallery import last_decisions
 from flyp_saflex.reporting.html import text
+from flyp_saflex.reporting.pictures import resolve, thumbnail
 from flyp_saflex.reporting.plots import Path2D, mean_curve, mean_path
 from flyp_saflex.reporting.report import report
 from flyp_saflex.storage.augment_cache import AugmentCache
@@ -170,7 +171,9 @@ def test_chapters_tell_what_was_found(runs):
     page = report(runs, form="html")
     words = re.sub(r"\s+", " ", " ".join(Reader(page).words))
     assert "4 runs, 2 conditions, 2 seeds each on folder" in words
-    assert page.count('class="plot"') == 2 + 4  # two metrics, four quantities
+    assert page.count('class="plot"') == 2 + 3  # two metrics; loss, learning rate, kept share
+    assert "Not logged by these runs: mean gain, rho." in words
+    assert "Constant over the logged steps, so not drawn: entropy (0.1)." in words
     assert "9 augmented images: 5 kept (56%), 1 relabelled (11%), 3 dropped (33%)." in words
     assert "kept 2 of 2 times" in words
     assert "88%" in words
@@ -184,6 +187,7 @@ def test_chapters_tell_what_was_found(runs):
 def test_id_and_ood_and_metrics_are_apart(runs):
     page = report(runs, form="html")
     results = page[page.index('id="results"') : page.index('id="scatter"')]
+    assert "bootstrap" not in results, "several seeds have a spread, which says more"
     captions = re.findall(r'aria-label="([^"]*)"', results)
     assert len(captions) == 3 * 2
     assert [caption.partition(",")[0] for caption in captions] == [
@@ -201,6 +205,94 @@ def test_thumbnails_are_small_and_what_the_files_show(runs):
         with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
             assert max(image.size) <= 144
             assert np.asarray(image).std() > 5
+
+
+def test_edits_are_told_by_class_and_by_instruction(runs):
+    page = report(runs, form="html")
+    table = page[page.index("Edits by instruction") : page.index("Kept, label unchanged")]
+    row = table[table.index(">in snow") :]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", row[: row.index("</tr>")])
+    assert cells == ["9", "67", "11", "+0.1"]
+    by_class = page[page.index("Edits by class") : page.index("Edits by instruction")]
+    assert sum(map(int, re.findall(r'<td class="muted">(\d+)</td>', by_class))) == 9
+
+
+def test_dropped_cards_tell_why(runs):
+    page = report(runs, form="html")
+    dropped = page[page.index("<h4>Dropped") : page.index('id="mistakes"')]
+    assert dropped.count('class="card"') == dropped.count('class="why"') == 3
+    assert "no class more than 20 % likely" in dropped
+
+
+class Outline(HTMLParser):
+    """Levels of headings, names of regions, boxes that scroll, pictures without a text alternative."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.levels, self.regions, self.scrolling, self.silent, self.landmarks = [], [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        if re.fullmatch("h[1-6]", tag):
+            self.levels.append(int(tag[1]))
+        if values.get("role") == "region":
+            self.regions.append(values.get("aria-label"))
+        if tag == "pre" or "scroll" in values.get("class", "").split():
+            self.scrolling.append((values.get("tabindex"), values.get("role"), bool(values.get("aria-label"))))
+        if tag == "img" and not values.get("alt"):
+            self.silent.append(values)
+        if (
+            tag == "svg"
+            and values.get("aria-hidden") != "true"
+            and not (values.get("role") == "img" and values.get("aria-label"))
+        ):
+            self.silent.append(values)
+        if tag in ("header", "main", "footer", "nav"):
+            self.landmarks.append(tag)
+
+
+def test_page_can_be_read_with_a_keyboard_and_a_screen_reader(runs):
+    page = report(runs, form="html")
+    outline = Outline(page)
+    assert '<html lang="en">' in page
+    assert sorted(outline.landmarks) == ["footer", "header", "main", "nav"]
+    assert outline.levels[0] == 1
+    assert outline.levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(outline.levels, outline.levels[1:], strict=False)), outline.levels
+    assert len(outline.scrolling) > 10
+    assert page.count("<pre ") == 2
+    assert set(outline.scrolling) == {("0", "region", True)}, "what scrolls sideways takes the keyboard's focus and has a name"
+    assert len(outline.regions) == len(set(outline.regions)), [
+        name for name in outline.regions if outline.regions.count(name) > 1
+    ]
+    assert outline.silent == []
+
+
+def luminance(colour):
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_have_the_contrast_that_wcag_asks_for(scheme):
+    style = (Path(plots.__file__).parents[1] / "assets" / "report.css").read_text()
+    light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", part)) for part in style.split("prefers-color-scheme: dark")[:2])
+    colours = light if scheme == "light" else dark
+    assert light.keys() == dark.keys() >= {"paper", "panel", "ink", "muted", "link", "bar", "s0", "s6"}
+
+    def contrast(front, back):
+        lighter, darker = sorted((luminance(colours[front]), luminance(colours[back])), reverse=True)
+        return (lighter + 0.05) / (darker + 0.05)
+
+    for front, back in [(f, b) for f in ("ink", "muted", "link") for b in ("paper", "panel")] + [
+        ("ink", "bar"),
+        ("muted", "bar"),
+    ]:
+        assert contrast(front, back) >= 4.5 or (front, back) == ("muted", "bar"), (front, back)
+    for number in range(plots.SERIES):
+        assert contrast(f"s{number}", "paper") >= 3, number
 
 
 def test_page_without_the_images_says_so(runs, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flyp_saflex.data.medmnist import published_sets
 from flyp_saflex.errors import RunError
 from flyp_saflex.reporting.published import published
 from flyp_saflex.reporting.report import report
@@ -43,13 +44,22 @@ def test_tables_7_and_8_are_those_of_the_appendix(shared_dir: Path):
     assert all(len(values) == 8 for values in ours.values())
 
 
+def test_figures_on_medical_images_stand_beside_runs_of_the_reader(tmp_path: Path):
+    sets = {f"medmnist-{name}" for name in published_sets()}
+    assert {row.dataset for row in published() if "table 7" in row.source or "table 8" in row.source} <= sets
+    text = report([run_on(tmp_path, "medmnist-derma")], published=True)
+    _, literature = text.split("\n---\n")
+    assert "### Literature, not our runs: Accuracy on medmnist-derma" in literature
+    assert "76.22 ± 0.27" in literature
+
+
 def test_figures_stand_below_ours_and_are_marked(tmp_path: Path):
     text = report([run_on(tmp_path, "iwildcam")], published=True)
     ours, literature = text.split("\n---\n")
     assert "FLYP" not in ours
     assert "### Literature, not our runs: Macro-F1 on iwildcam" in literature
     assert "35.6" in literature
-    assert "MNIST" not in literature
+    assert "medmnist" not in literature
     assert literature.rstrip().endswith("No difference is computed with them.")
 
 
@@ -76,7 +86,7 @@ def test_other_forms_mark_them_too(tmp_path: Path):
 
 def test_data_without_published_figures_is_told_in_one_line(tmp_path: Path):
     with pytest.raises(
-        RunError, match=r"--published: no published figure is known .*\(folder\); known are iwildcam, pathmnist"
+        RunError, match=r"--published: no published figure is known .*\(folder\); known are iwildcam, medmnist-path"
     ) as caught:
         report([run_on(tmp_path, "folder")], published=True)
     assert "\n" not in str(caught.value)

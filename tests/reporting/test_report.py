@@ -65,6 +65,54 @@ def test_means_spreads_and_paired_intervals(runs):
     assert found["macro_f1", "sketch", "saflex", "finetuned"]["summary"]["mean"] == pytest.approx(sum(a) / 6)
 
 
+def test_one_seed_has_the_bootstrap_interval_of_its_images(tmp_path):
+    run = write_run(tmp_path, "a", 0, 0.5, 0.5, accuracy_interval=[0.41, 0.62])
+    text = report([run])
+    assert "50.0 [41.0, 62.0] (1)" in text
+    assert "Note: [low, high] behind a value of one seed: 95 % bootstrap interval over the images" in text
+    assert "[41.0" not in text[text.index("### Macro-F1") : text.index("### Worst")], "an interval belongs to one metric"
+    assert cells(report([run], form="json"))["accuracy", "sketch", "a", "finetuned"]["interval"] == [0.41, 0.62]
+    (row,) = [
+        r for r in csv.DictReader(io.StringIO(report([run], form="csv"))) if (r["metric"], r["split"]) == ("accuracy", "sketch")
+    ]
+    assert (row["interval_low"], row["interval_high"]) == ("0.41", "0.62")
+
+
+def test_several_seeds_have_a_spread_and_no_bootstrap_interval(tmp_path):
+    runs = [write_run(tmp_path, "a", seed, 0.5, 0.5, accuracy_interval=[0.41, 0.62]) for seed in (0, 1)]
+    text = report(runs)
+    assert "bootstrap" not in text
+    assert "50.0 ± 0.0 (2)" in text
+
+
+@pytest.mark.parametrize("interval", [None, [], [0.4], [0.6, 0.4], "ab", [None, None]])
+def test_interval_that_is_none_is_left_out(tmp_path, interval):
+    assert "bootstrap" not in report([write_run(tmp_path, "a", 0, 0.5, 0.5, accuracy_interval=interval)])
+
+
+def write_choice(root, seed, alpha):
+    """Write a run that chose an alpha; only at alpha 1 the row is that of the finetuned model."""
+    run = write_run(root, "a", seed, 0.5, 0.5, wise=0.1)
+    result = json.loads((run / "results.json").read_text()) | {"chosen_alpha": alpha}
+    (run / "results.json").write_text(json.dumps(result))
+    return run
+
+
+def test_alpha_1_is_one_row(tmp_path):
+    runs = [write_choice(tmp_path, seed, 1.0) for seed in (0, 1)]
+    for text in (report(runs), report(runs, form="html")):
+        assert "a (WiSE-FT: alpha 1)" in text
+        assert "a + WiSE-FT" not in text
+    kinds = [cell["kind"] for cell in cells(report(runs, form="json")).values() if cell["split"] == "sketch"]
+    assert kinds.count("wise") == kinds.count("finetuned"), "JSON and CSV keep both"
+
+
+def test_seeds_that_chose_different_alphas_have_two_rows(tmp_path):
+    text = report([write_choice(tmp_path, 0, 1.0), write_choice(tmp_path, 1, 0.5)])
+    assert "a + WiSE-FT, alpha 0.5, 1" in text
+    assert "WiSE-FT: alpha 1)" not in text
+
+
 def test_wise_rows_stand_apart(runs):
     found = cells(report(runs, form="json"))
     wise = found["accuracy", "sketch", "saflex", "wise"]

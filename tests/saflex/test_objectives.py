@@ -79,4 +79,5 @@ def test_flyp_is_over_captions_and_cross_entropy_over_classes():
         "lp-ft": "classes",
         "mlp": "classes",
         "image-classifier": "classes",
+        "contrastive-images": "views",
     }

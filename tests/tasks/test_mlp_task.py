@@ -85,7 +85,8 @@ def test_a_table_is_trained_with_saflex_evaluated_and_reported(
 def test_a_killed_run_goes_on_bit_for_bit(
     table: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
 ) -> None:
-    config = table(*SAFLEX, f"saflex.preset={preset}", "train.optimizer=sgd")
+    schedule = {"paper-log": "cosine", "robust": "one-cycle"}[preset]
+    config = table(*SAFLEX, f"saflex.preset={preset}", "train.optimizer=sgd", f"train.schedule={schedule}")
     train(config, tmp_path / "whole")
     train_until(monkeypatch, 13, config, tmp_path / "killed")
     train(config, tmp_path / "killed", resume=True)

@@ -52,6 +52,7 @@ def test_relabelled_edits_are_trained_on_under_their_class(make_config, edits, t
     assert all(row["learned_label"] == row["label"] for row in decided if row["label"] != 0)
     assert all(row["weight"] > 0 for row in decided)
     assert ("gain" in decided[0]) == (penalty == "1")
+    assert all(len(row["posterior"]) == 2 and 0 <= sum(row["posterior"]) <= 1.001 for row in decided)
     assert "rho" in rows(run, "metrics.jsonl")[0]
     assert "under another class" in capsys.readouterr().out
 
@@ -100,6 +101,7 @@ def test_too_few_edits_are_all_kept(make_config, edits, tmp_path, capsys):
     train(make_config(*SAFLEX, "train.steps=2"), run)
     assert "too few edits to calibrate: all are kept" in capsys.readouterr().out
     assert all(row["weight"] == 1 and row["learned_label"] == row["label"] for row in rows(run))
+    assert all("posterior" not in row for row in rows(run)), "nothing was calibrated"
 
 
 def test_without_cached_edits_gains_decide_and_say_so(make_config, tmp_path, capsys):
@@ -114,9 +116,13 @@ def test_without_cached_edits_gains_decide_and_say_so(make_config, tmp_path, cap
 
 
 def test_decisions_keep_two_candidates():
-    scores = torch.tensor([[6.0, 5.5, 5.0], [9.0, 0.0, 0.0]]).repeat(60, 1) + 0.5 * torch.randn(
+    scores = torch.tensor([[5.0, 6.0, 5.0], [9.0, 0.0, 0.0]]).repeat(60, 1) + 0.5 * torch.randn(
         120, 3, generator=torch.Generator().manual_seed(0)
     )
-    made = Decisions.of(decide({"zero-shot": scores}, torch.zeros(120, dtype=torch.long), min_edits=10))
+    own_N = torch.zeros(120, dtype=torch.long)
+    made = Decisions.of(decide({"zero-shot": scores}, own_N, min_edits=10), own_N)
     assert made.labels_N2.shape == (120, 2)
     assert bool(((made.shares_N >= 0.5) & (made.shares_N <= 1)).all())
+    own_N1, none_N1 = made.posteriors_N2.split(1, dim=1)
+    assert bool(((own_N1 >= 0) & (none_N1 >= 0) & (own_N1 + none_N1 <= 1.001)).all())
+    assert own_N1[1::2].mean() > own_N1[::2].mean(), "the others look like another class"

@@ -1,14 +1,15 @@
 """The start of a run: learning rates of its phases, what may change on resuming."""
 
 import pytest
+import torch
 
 from flyp_saflex.tables import METHODS
 from flyp_saflex.training.schedule import Phase, phases_of
 from flyp_saflex.training.setup import prepare
 
 
-def rates(phase, warmup_steps=0, floor=0.0):
-    return [phase.rate(step, warmup_steps, floor) for step in range(phase.start, phase.end)]
+def rates(phase, warmup_steps=0, floor=0.0, schedule="cosine"):
+    return [phase.rate(step, warmup_steps, floor, schedule) for step in range(phase.start, phase.end)]
 
 
 def test_rate_warms_up_linearly_and_falls_as_a_cosine():
@@ -33,6 +34,20 @@ def test_the_cosine_ends_at_the_floor():
     assert rates(Phase("train", 0, 10, False), floor=1.0) == [1.0] * 10
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 41, 100])
+def test_one_cycle_is_pytorchs(steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=steps, cycle_momentum=False)
+    expected = []
+    for _ in range(steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(expected) < steps:
+            schedule.step()
+    assert rates(Phase("train", 7, steps, False), 500, 0.0, "one-cycle") == pytest.approx(expected, rel=1e-9)
+    assert rates(Phase("train", 0, steps, False), 0, 0.2, "one-cycle")[-1] == pytest.approx(0.2)
+
+
 def test_a_later_phase_has_a_schedule_of_its_own():
     assert rates(Phase("finetune", 7, 30, False), 2, 0.1) == rates(Phase("train", 0, 30, False), 2, 0.1)
 
@@ -55,3 +70,8 @@ def test_an_option_without_effect_is_noted(make_config):
     notes = prepare(make_config("train.patience=3")).notes
     assert "train.patience has no effect without train.evaluate_every and train.select_split" in notes
     assert not any("patience" in note for note in prepare(make_config("train.patience=3", "train.evaluate_every=1")).notes)
+
+
+def test_warm_up_of_one_cycle_is_noted(make_config):
+    assert any("train.warmup_steps has no effect" in note for note in prepare(make_config("train.schedule=one-cycle")).notes)
+    assert not any("train.warmup_steps" in note for note in prepare(make_config()).notes)

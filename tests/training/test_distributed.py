@@ -1,0 +1,29 @@
+"""What several processes are told before they start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+from flyp_saflex.config import Config
+from flyp_saflex.training.distributed import statistics_note
+
+
+@pytest.mark.parametrize(
+    ("norm", "num_processes", "options", "told"),
+    [
+        (nn.BatchNorm2d(4), 2, ("train.freeze_batchnorm=false",), True),
+        (nn.BatchNorm2d(4), 1, ("train.freeze_batchnorm=false",), False),
+        (nn.BatchNorm2d(4), 2, ("train.freeze_batchnorm=true",), False),
+        (nn.LayerNorm(4), 2, ("train.freeze_batchnorm=false",), False),
+    ],
+)
+def test_batch_statistics_of_several_processes_are_told(
+    make_config: Callable[..., Config], norm: nn.Module, num_processes: int, options: tuple[str, ...], told: bool
+) -> None:
+    notes = statistics_note(nn.Sequential(norm), make_config("train.batch_size=6", *options), num_processes)
+    assert len(notes) == told
+    if told:
+        assert notes[0].startswith("BatchNorm normalises each process's own rows (3 training rows), so 2 processes do not")
