@@ -15,6 +15,8 @@ from documents import ELSEWHERE, PAGES, ROOT, Page, cells, make_small_data, on_s
 from flyp_saflex import cli, recipe
 
 DOCUMENTS = ["README.md", *PAGES]
+PYTHON_ELSEWHERE = ("docs/how-to/loops.md",)
+"""Pages whose Python another test runs: test_loops.py."""
 EXECUTED = [name for name in PAGES if name.startswith(("docs/start/", "docs/how-to/"))]
 
 
@@ -63,7 +65,10 @@ def test_commands_run_on_small_data(name, tmp_path, tiny_images_dir, monkeypatch
         assert code == 0, f"{' '.join(words)}: {captured.out[-1000:]}{captured.err[-1000:]}"
 
 
-@pytest.mark.parametrize("name", [name for name in DOCUMENTS if any(kind == "python" for kind, _ in Page(name).blocks)])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in DOCUMENTS if name not in PYTHON_ELSEWHERE and any(kind == "python" for kind, _ in Page(name).blocks)],
+)
 def test_python_runs(name):
     for kind, text in Page(name).blocks:
         if kind == "python":
