@@ -295,6 +295,9 @@ class EvaluateConfig:
     """Alphas of WiSE-FT: weights (1 - alpha) * pretrained + alpha * finetuned; 1 is always evaluated."""
     select_split: str = ""
     """Split of role `select` that chooses alpha; empty: `train.select_split`."""
+    max_forgetting: Fraction = 1.0
+    """With `evaluate --on`: largest loss of zero-shot accuracy on any of the named sets, as a fraction (0.02: two points). Alphas
+    that lose more are not chosen; 1: no limit."""
     bootstrap: Natural = 1000
     """Bootstrap resamples for the 95 % intervals; 0: no intervals."""
     calibrate: bool = False
