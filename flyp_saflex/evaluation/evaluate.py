@@ -199,7 +199,7 @@ def evaluate_split(
     for key, logits_NK in zip(variants, arrays, strict=True):
         scored[key] = score_split(split, index_N, logits_NK, bootstrap=bootstrap, seed=seed)
         if temperatures is not None:
-            scores = scores_of([split.samples[place] for place in index_N], logits_NK, split.own_classes)
+            scores = scores_of([split.samples[place] for place in index_N], logits_NK, split.own_classes, split.merged)
             if fits:
                 temperatures[key] = fit_temperature(scores.logits_NK, scores.labels_N)
             if key in temperatures:

@@ -58,7 +58,7 @@ def evaluate_on(
     found = {}
     for name, path in places.items():
         moved = [f"data.root={path}", "data.prompts=", "data.shots=0", "data.add_to_train=[]"]
-        moved += ["data.materialised=", "data.box_crop=false", "evaluate.select_split=", "evaluate.max_forgetting=1"]
+        moved += ["data.materialised=", "data.box_crop=true", "evaluate.select_split=", "evaluate.max_forgetting=1"]
         found[name] = evaluate(run, wise_alphas=alphas, overrides=[*overrides, *moved], limit=limit, dry_run=dry_run, on=name)
     lost = {} if dry_run else losses(found)
     if lost and PartialState().is_main_process:
