@@ -131,6 +131,11 @@ class AugmentConfig:
     """Filter of the augmented rows: `scores` keeps rows whose `keep` is true in `cache.scores`; `argmax` drops rows that the
     current model assigns to another class; `lowest-loss` keeps the `keep_fraction` of each batch with the lowest loss;
     `random` keeps that fraction at random. The last three are baselines."""
+    inter_class: Literal["source", "target", "diff-mix"] = "source"
+    """Label of a cached edit whose manifest row states the class that it was made into (`target`) and how far (`strength`, s):
+    its source's, its target's, or Diff-Mix' (1 - s^gamma) source + s^gamma target (arXiv 2403.19600)."""
+    inter_class_gamma: Positive = 0.5
+    """`diff-mix`: gamma; below 1 the target gets more than s."""
     keep_fraction: Fraction = 0.5
     """Fraction of rows that `lowest-loss` and `random` keep."""
     mixup_alpha: Positive = 0.2

@@ -152,6 +152,12 @@ def check(config: Config) -> list[str]:
         )
     if augment.filter == "scores" and "cache" not in augment.upstream:
         problems.append('augment.filter = "scores" needs edits: add "cache" to augment.upstream or set augment.filter="none"')
+    others = {"mixup", "cutmix"} & set(augment.upstream) or (saflex.enabled and saflex.evidence)
+    if augment.inter_class != "source" and ("cache" not in augment.upstream or others):
+        problems.append(
+            f'augment.inter_class = "{augment.inter_class}" labels cached edits: set augment.upstream=["cache"], without mixup '
+            "and cutmix, and with SAFLEX a preset without evidence, such as saflex.preset=robust"
+        )
     if "cache" in augment.upstream[1:]:
         problems.append('augment.upstream: "cache" must come first, the operations after it are applied to its images')
     if train.batch_size % train.accumulation:

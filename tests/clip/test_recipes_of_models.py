@@ -12,7 +12,6 @@ import zoo_models
 from flyp_saflex import recipe
 from flyp_saflex.cli import main
 
-
 FAMILIES = {
     "siglip2": "SigLIP 2",
     "bioclip2": "ViT",
