@@ -82,6 +82,6 @@ def _strength(edit: Edit) -> float:
     if isinstance(strength, (int, float)) and not isinstance(strength, bool) and 0 < strength <= 1:
         return float(strength)
     raise DataError(
-        f"edit {quoted(edit.aug_id)}: strength {quoted(repr(strength))}, expected a number above 0 and at most 1; correct the row "
+        f"edit {quoted(edit.aug_id)}: strength {quoted(repr(strength))}, expected a number above 0 and up to 1; correct the row "
         'of metadata.jsonl, or set augment.inter_class="target"'
     )
