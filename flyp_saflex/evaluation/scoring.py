@@ -101,7 +101,7 @@ def scores_of(
 
 
 def _merged(logits_NK: NDArray[np.float64], merged: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-    """Return logits where the first class of a group has the highest of the group, and the others are never predicted."""
+    """Return logits where the first class of a group has the highest, and the others are never predicted."""
     found_NK = logits_NK.copy()
     for group in merged:
         found_NK[:, list(group)] = NEVER
