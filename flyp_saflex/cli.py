@@ -240,7 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="test another set before and after finetuning; NAME: imagenet-v2, -r, -a, -sketch, -val, or your own class folders",
+        help="test another set before and after finetuning: imagenet-v2, -r, -a, -sketch, -val, objectnet, or class folders",
     )
     command.add_argument(
         "--wilds-submission", action="store_true", help="write the prediction files of WILDS' leaderboard (iwildcam)"

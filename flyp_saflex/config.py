@@ -140,6 +140,11 @@ class AugmentConfig:
     levels: tuple[NonNegative, ...] = ()
     """Cached edits to train on, by the strength or image guidance of their manifest rows (`editor.strengths`,
     `editor.image_guidances`); empty: all."""
+    inter_class: Literal["source", "target", "diff-mix"] = "source"
+    """Label of a cached edit whose manifest row states the class that it was made into (`target`) and how far (`strength`, s):
+    its source's, its target's, or Diff-Mix' (1 - s^gamma) source + s^gamma target (arXiv 2403.19600)."""
+    inter_class_gamma: Positive = 0.5
+    """`diff-mix`: gamma; below 1 the target gets more than s."""
     keep_fraction: Fraction = 0.5
     """Fraction of rows that `lowest-loss` and `random` keep."""
     mixup_alpha: Positive = 0.2
@@ -308,6 +313,9 @@ class EvaluateConfig:
     """Alphas of WiSE-FT: weights (1 - alpha) * pretrained + alpha * finetuned; 1 is always evaluated."""
     select_split: str = ""
     """Split of role `select` that chooses alpha; empty: `train.select_split`."""
+    max_forgetting: Fraction = 1.0
+    """With `evaluate --on`: largest loss of zero-shot accuracy on any of the named sets, as a fraction (0.02: two points). Alphas
+    that lose more are not chosen; 1: no limit."""
     bootstrap: Natural = 1000
     """Bootstrap resamples for the 95 % intervals; 0: no intervals."""
     calibrate: bool = False

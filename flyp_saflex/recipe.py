@@ -152,6 +152,12 @@ def check(config: Config) -> list[str]:
         )
     if augment.filter == "scores" and "cache" not in augment.upstream:
         problems.append('augment.filter = "scores" needs edits: add "cache" to augment.upstream or set augment.filter="none"')
+    others = {"mixup", "cutmix"} & set(augment.upstream) or (saflex.enabled and saflex.evidence)
+    if augment.inter_class != "source" and ("cache" not in augment.upstream or others):
+        problems.append(
+            f'augment.inter_class = "{augment.inter_class}" labels cached edits: set augment.upstream=["cache"], without mixup '
+            "and cutmix, and with SAFLEX a preset without evidence, such as saflex.preset=robust"
+        )
     if "cache" in augment.upstream[1:]:
         problems.append('augment.upstream: "cache" must come first, the operations after it are applied to its images')
     if "copy-paste" in augment.upstream[1:]:
@@ -295,10 +301,8 @@ def _found(values: Mapping[str, Any], where: str) -> str:
     """Return ` = value` of an option, cut where it is long; the empty string where it cannot be told."""
     value: Any = values
     for key in re.findall(r"[^.\[\]]+", where):
-        if isinstance(value, Mapping):
-            value = value.get(key)
-        else:
-            value = value[int(key)] if isinstance(value, (list, tuple)) and key.isdigit() else None
+        is_list = isinstance(value, list | tuple) and key.isdigit()
+        value = value.get(key) if isinstance(value, Mapping) else value[int(key)] if is_list else None
     return "" if value is None else f" = {quoted(repr(value))}"
 
 
@@ -309,8 +313,7 @@ def _choices(where: str) -> str:
         return ""
     classes = type(getattr(Config(), section)).__mro__[:-1]
     annotation = next((found[name] for cls in classes if name in (found := inspect.get_annotations(cls))), "")
-    hint = annotation if isinstance(annotation, str) else ""
-    return f" (expected {hint})" if "Literal" in hint else ""
+    return f" (expected {annotation})" if "Literal" in str(annotation) else ""
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,7 +335,7 @@ def _as_declared(item: Any, default: Any) -> Any:
 def _listed(item: Any) -> Any:
     if item == "":
         return []
-    return [item] if isinstance(item, (str, int, float)) else item
+    return [item] if isinstance(item, str | int | float) else item
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

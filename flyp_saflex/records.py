@@ -226,6 +226,7 @@ class Split:
         shift: `id` if the split shares the domains of the training split, else `ood`.
         samples: rows in the order of the source file: a tuple, or columns of many.
         own_classes: classes that predictions are taken from (`data.own_classes`); empty: all.
+        merged: classes that count as one, by the highest score: labels and predictions are the first of each; empty: none.
     """
 
     name: str
@@ -233,6 +234,7 @@ class Split:
     shift: Shift
     samples: Sequence[Sample]
     own_classes: tuple[int, ...] = ()
+    merged: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -198,6 +198,7 @@ TEST_SETS: Table[Callable[[DataConfig], Dataset]] = Table(
         "imagenet-sketch": "data.evaluation_sets:IMAGENET_SKETCH",
         "imagenet-r": "data.evaluation_sets:IMAGENET_R",
         "imagenet-a": "data.evaluation_sets:IMAGENET_A",
+        "objectnet": "data.objectnet:read_objectnet",
         "class-folders": "data.evaluation_sets:read_class_folders",
     },
 )

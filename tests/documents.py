@@ -56,6 +56,11 @@ class Page:
         return re.findall(r"```(\w*)\n(.*?)```", self.text, flags=re.DOTALL)
 
     @property
+    def headings(self) -> list[str]:
+        """Headings of the second level."""
+        return re.findall(r"^## (.+)$", self.text, flags=re.MULTILINE)
+
+    @property
     def shell(self) -> list[str]:
         """Lines of the shell blocks, continued lines joined, without comments."""
         lines = [

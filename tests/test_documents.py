@@ -5,17 +5,23 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 from documents import ELSEWHERE, PAGES, ROOT, Page, cells, make_small_data, on_small_data
 
 from flyp_saflex import cli, recipe
 
 DOCUMENTS = ["README.md", *PAGES]
-EXECUTED = [name for name in PAGES if name.startswith(("docs/start/", "docs/how-to/"))]
+WALK = "docs/start/walk.md"
+"""Page whose blocks, commands and Python, need each other: they run in order."""
+PYTHON_ELSEWHERE = ("docs/how-to/loops.md", WALK)
+"""Pages whose Python other tests run: test_loops.py, and the walk below."""
+EXECUTED = [name for name in PAGES if name.startswith(("docs/start/", "docs/how-to/")) and name != WALK]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -63,11 +69,41 @@ def test_commands_run_on_small_data(name, tmp_path, tiny_images_dir, monkeypatch
         assert code == 0, f"{' '.join(words)}: {captured.out[-1000:]}{captured.err[-1000:]}"
 
 
-@pytest.mark.parametrize("name", [name for name in DOCUMENTS if any(kind == "python" for kind, _ in Page(name).blocks)])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in DOCUMENTS if name not in PYTHON_ELSEWHERE and any(kind == "python" for kind, _ in Page(name).blocks)],
+)
 def test_python_runs(name):
     for kind, text in Page(name).blocks:
         if kind == "python":
             exec(compile(text, name, "exec"), {"__name__": "document"})
+
+
+@pytest.mark.slow
+def test_the_walk_runs_block_by_block(tmp_path, tiny_images_dir, tiny_clip_dir, monkeypatch, capsys):
+    """The model is a tiny ViT, which transformers has; what it loads in the end classifies as `predict` did."""
+    monkeypatch.chdir(tmp_path)
+    make_small_data(tmp_path, tiny_images_dir, WALK)
+    page = Page(WALK)
+    page.write_files(tmp_path)
+    num_commands, space = 0, {}
+    for kind, text in page.blocks:
+        if kind == "python":
+            space = {"__name__": "document"}
+            exec(compile(text, WALK, "exec"), space)
+        for line in text.splitlines() if kind == "bash" else ():
+            words = on_small_data(shlex.split(line.removeprefix("flyp-saflex ")))
+            if words[0] in ("data", "train"):
+                words += ["--set", f"model.name=local-dir:{tiny_clip_dir}"]
+            code = cli.main(words)
+            captured = capsys.readouterr()
+            assert code == 0, f"{line}: {captured.out[-1000:]}{captured.err[-1000:]}"
+            num_commands += 1
+    assert num_commands == len(page.commands) == 5
+    predicted = pandas.read_parquet("predictions.parquet").set_index("image")
+    row = next(row for path, row in predicted.iterrows() if path.endswith("circle/0.png"))
+    assert space["classes"]["class_names"][int(space["probabilities"].argmax())] == row["class"]
+    assert len(predicted) == len(list(Path("my_images/sketch").rglob("*.png")))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -49,6 +49,7 @@ def evaluate(
     dry_run: bool = False,
     wilds_submission: bool = False,
     on: str = "",
+    forgetting: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a finished run and return what results.json then holds.
 
@@ -61,6 +62,8 @@ def evaluate(
         dry_run: run all checks, load no model, write nothing.
         wilds_submission: write the prediction files of WILDS' leaderboard to RUN/wilds-submission.
         on: name of a test set that `overrides` lead to (`other_sets.py`); no alpha is chosen on it.
+        forgetting: `limit`, `sets` and loss `by_alpha` (`other_sets.py`), which limit the choice of alpha, now and later;
+            None: as before.
 
     Raises:
         RunError: no run folder, a run without a model, a linear head for other classes, or logits that are NaN.
@@ -96,6 +99,10 @@ def evaluate(
             select_metric=config.train.select_metric,
             other=other,
         )
+        if forgetting is not None:
+            results.values["forgetting"] = dict(forgetting)
+        elif config.evaluate.max_forgetting < 1 and len(alphas) > 1 and "forgetting" not in results.values:
+            data_notes.append("evaluate.max_forgetting limits no alpha here: give the sets by --on NAME=PATH")
         for note in data_notes if state.is_main_process else ():
             print(f"note: {note}")
         if dry_run:
@@ -192,7 +199,7 @@ def evaluate_split(
     for key, logits_NK in zip(variants, arrays, strict=True):
         scored[key] = score_split(split, index_N, logits_NK, bootstrap=bootstrap, seed=seed)
         if temperatures is not None:
-            scores = scores_of([split.samples[place] for place in index_N], logits_NK, split.own_classes)
+            scores = scores_of([split.samples[place] for place in index_N], logits_NK, split.own_classes, split.merged)
             if fits:
                 temperatures[key] = fit_temperature(scores.logits_NK, scores.labels_N)
             if key in temperatures:

@@ -61,7 +61,7 @@ def score_split(split: Split, positions_N: ArrayLike, logits_NK: ArrayLike, *, b
     order_N = np.argsort(positions_N, kind="stable")
     samples, logits_NK = [split.samples[i] for i in positions_N[order_N]], logits_NK[order_N]
     try:
-        scores = scores_of(samples, logits_NK, split.own_classes)
+        scores = scores_of(samples, logits_NK, split.own_classes, split.merged)
         row: dict[str, Any] = {
             "n": len(samples),
             **metrics.metric_row(scores),
@@ -73,25 +73,40 @@ def score_split(split: Split, positions_N: ArrayLike, logits_NK: ArrayLike, *, b
     row = {"split": split.name, "role": split.role, "shift": split.shift, **row, "unreadable": len(split) - len(samples)}
     if split.own_classes:
         row["num_classes"] = len(split.own_classes)
+    if split.merged:
+        row["num_classes"] = len(split.merged)
     if groups := len({sample.group for sample in samples} - {""}):
         row["num_groups"] = groups
     return Scored(row, samples, scores.labels_N, scores.predictions_N, scores.confidences_N)
 
 
-def scores_of(samples: Sequence[Sample], logits_NK: ArrayLike, own_classes: Sequence[int] = ()) -> metrics.Scores:
+def scores_of(
+    samples: Sequence[Sample], logits_NK: ArrayLike, own_classes: Sequence[int] = (), merged: Sequence[Sequence[int]] = ()
+) -> metrics.Scores:
     """Return the scores of samples whose logits are given in the same order.
 
     Args:
         samples: N images.
         logits_NK: their logits.
         own_classes: classes that predictions are taken from; empty: all.
+        merged: classes that count as one; the first of them gets the highest logit, the others are never predicted.
     """
     logits_NK = np.asarray(logits_NK, dtype=np.float64)
     if own_classes:
         is_other_K = np.ones(logits_NK.shape[1], dtype=bool)
         is_other_K[list(own_classes)] = False
         logits_NK = np.where(is_other_K & np.isfinite(logits_NK), NEVER, logits_NK)
+    logits_NK = _merged(logits_NK, merged) if merged else logits_NK
     return metrics.Scores.of(logits_NK, [sample.label for sample in samples], groups_of(samples))
+
+
+def _merged(logits_NK: NDArray[np.float64], merged: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """Return logits where the first class of a group has the highest, and the others are never predicted."""
+    found_NK = logits_NK.copy()
+    for group in merged:
+        found_NK[:, list(group)] = NEVER
+        found_NK[:, group[0]] = logits_NK[:, list(group)].max(axis=1)
+    return found_NK
 
 
 def groups_of(samples: Sequence[Sample]) -> list[str]:

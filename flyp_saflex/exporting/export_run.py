@@ -15,9 +15,10 @@ from flyp_saflex.clip.model import save_clip
 from flyp_saflex.errors import ConfigError, RunError, nearest
 from flyp_saflex.evaluation.evaluate import check_start
 from flyp_saflex.evaluation.load_run import classes_of, load_clip_run, open_run, own_data
+from flyp_saflex.exporting import usage
 from flyp_saflex.exporting.hub import push, repository
 from flyp_saflex.exporting.model_card import model_card
-from flyp_saflex.exporting.onnx_graph import OPSET, check_onnx, save_onnx
+from flyp_saflex.exporting.onnx_graph import check_onnx, save_onnx
 from flyp_saflex.exporting.transformers_clip import check_architecture, save_transformers
 from flyp_saflex.storage.files import write_json
 from flyp_saflex.tasks.clip_task import ClipTask
@@ -34,7 +35,9 @@ class Format:
     save: Callable[[ClipTask, Path], None]
     """Writes the model into an empty folder."""
     usage: str
-    """Python that loads it."""
+    """Python that loads it and classifies an image."""
+    head_usage: str = ""
+    """The same with the linear head that lies beside the model."""
     check: Callable[[], None] = lambda: None
     """Checks that the packages that it needs are there."""
     check_task: Callable[[ClipTask], None] = lambda task: None
@@ -47,20 +50,20 @@ FORMATS: Mapping[str, Format] = {
     "open_clip": Format(
         library="open_clip",
         save=lambda task, folder: save_clip(task.clip, folder),
-        usage='import open_clip\n\nmodel, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")',
+        usage=usage.OPEN_CLIP,
+        head_usage=usage.OPEN_CLIP_HEAD,
     ),
     "transformers": Format(
         library="transformers",
         save=lambda task, folder: save_transformers(task.clip, folder),
-        usage='from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained("FOLDER")\n'
-        'processor = CLIPProcessor.from_pretrained("FOLDER")',
+        usage=usage.TRANSFORMERS,
+        head_usage=usage.TRANSFORMERS_HEAD,
         check_task=lambda task: check_architecture(task.clip.config),
     ),
     "onnx": Format(
         library="onnx",
         save=lambda task, folder: save_onnx(task, folder / "model.onnx"),
-        usage=f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")  # opset {OPSET}\n'
-        'logits, embeddings = session.run(None, {"images": images})  # float32 [N, 3, S, S], prepared as classes.json says',
+        usage=usage.ONNX,
         check=check_onnx,
         has_head=True,
     ),
@@ -123,7 +126,9 @@ def export_run(
                 "preprocess": task.clip.config["preprocess_cfg"],
             },
         )
-        card = model_card(run, config, classes, library=form.library, usage=form.usage, licence=licence, alpha=alpha)
+        beside = task.network.head is not None and not form.has_head
+        told = {"library": form.library, "usage": form.head_usage if beside else form.usage, "licence": licence}
+        card = model_card(run, config, classes, **told, alpha=alpha, has_head=beside or form.has_head)
         (new / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
             out.rmdir()

@@ -1,9 +1,10 @@
 """Results of a run: results.json with one row per split and WiSE-FT alpha, tables and predictions.
 
     {"recipe", "seed", "results": [{"split", "role", "shift", "wise_alpha", "n", "accuracy", "macro_f1",
-     "worst_group_accuracy", ...}], "select_split", "select_metric", "chosen_alpha"}
+     "worst_group_accuracy", ...}], "select_split", "select_metric", "chosen_alpha", "forgetting"}
 
-Metrics are fractions in 0..1. `chosen_alpha` is null unless several alphas were evaluated on the select split.
+Metrics are fractions in 0..1. `chosen_alpha` is null unless several alphas were evaluated on the select split. `forgetting` is
+there if `evaluate --on` limited it: `limit`, `sets`, and the largest loss of accuracy `by_alpha`.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ class Results:
             old = read_results(run, self.path.name)
             self.rows = old["results"]
             self._earlier = (old.get("select_split") or "", old.get("select_metric") or select_metric)
+            if isinstance(old.get("forgetting"), dict):
+                self.values["forgetting"] = old["forgetting"]
 
     @property
     def path(self) -> Path:
@@ -112,11 +115,19 @@ class Results:
 
     @property
     def chosen_alpha(self) -> float | None:
-        """Alpha with the best metric on the select split, the larger one of a tie; None without a choice."""
+        """Alpha with the best metric on the select split, the larger one of a tie; None without a choice.
+
+        Alphas that forget more than the limit are left out, and so are those whose forgetting was not measured.
+        """
         split, metric = self._select if self._select[0] else self._earlier
         rows = [row for row in self.rows if row["split"] == split and row.get(metric) is not None]
         if len(rows) < 2 or rows[0]["role"] != "select":
             return None
+        if forgetting := self.values.get("forgetting"):
+            lost = {float(alpha): loss for alpha, loss in forgetting["by_alpha"].items()}
+            rows = [row for row in rows if lost.get(row["wise_alpha"], math.inf) <= forgetting["limit"]]
+            if not rows:
+                return None
         sign = 1 if METRICS[metric].larger_is_better else -1
         return float(max(rows, key=lambda row: (sign * row[metric], row["wise_alpha"]))["wise_alpha"])
 
@@ -182,6 +193,8 @@ class Results:
         unreadable = {row["split"]: row["unreadable"] for row in self.rows if row["split"] in splits and row.get("unreadable")}
         if self.chosen_alpha is not None:
             text += f"\n* alpha chosen on {self.as_dict()['select_split']} by {self.as_dict()['select_metric']}"
+            if forgetting := self.values.get("forgetting"):
+                text += f", losing at most {percent(forgetting['limit'])} points on {', '.join(forgetting['sets'])}"
         for row in shown:
             if row.get("sequences") and row["wise_alpha"] in (1, self.chosen_alpha):
                 bursts = row["sequences"]

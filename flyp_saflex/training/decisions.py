@@ -1,4 +1,4 @@
-"""Decisions about cached edits before training, from evidence of the pretrained model."""
+"""Decisions about cached edits before training, from evidence of the pretrained model or from what their rows state."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flyp_saflex.saflex.evidence import Decision, decide
 from flyp_saflex.storage.edits import aug_ids_of
+from flyp_saflex.training.inter_class import stated_labels
 from flyp_saflex.training.sampling import derived_seed
 from flyp_saflex.training.setup import Setup
 
@@ -28,7 +29,7 @@ class Decisions:
     Attributes:
         weights_N: 0..1.
         labels_N2: the two likeliest classes.
-        shares_N: share of the first of them, 0.5..1; 1: the label is one-hot.
+        shares_N: share of the first of them, above 0; 1: the label is one-hot. Of evidence 0.5 or more.
         seconds: time that the evidence took when the decisions were made.
         posteriors_N2: probabilities that an edit shows its upstream label, and that it shows none of the classes; None where the
             evidence could not be calibrated, and in folders of earlier versions.
@@ -60,7 +61,7 @@ class Decisions:
 
 
 def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Decisions | None:
-    """Return the decisions of a run, made now or read from its folder; None where no evidence is asked for.
+    """Return the decisions of a run, made now or read from its folder; None where none are asked for.
 
     They are made with the weights that the task has now: call it before a checkpoint is restored.
 
@@ -69,7 +70,10 @@ def decide_about_edits(setup: Setup, accelerator: Accelerator, run: Path) -> Dec
         accelerator: processes share the work.
         run: folder that keeps the decisions.
     """
-    saflex, edits = setup.saflex, setup.edits
+    saflex, edits, augment = setup.saflex, setup.edits, setup.config.augment
+    if augment.inter_class != "source" and edits is not None:
+        labels_N2, shares_N = stated_labels(edits, setup.dataset.class_names, augment.inter_class, augment.inter_class_gamma)
+        return Decisions(torch.ones(len(edits)), labels_N2, shares_N)
     if saflex is None or not saflex.settings.evidence or edits is None:
         return None
     kinds, threshold = saflex.settings.evidence, saflex.settings.evidence_threshold

@@ -110,7 +110,7 @@ class _Trainer:
         if self.saflex is not None:
             self.saflex.watch.tell = accelerator.print
         self.decisions = decide_about_edits(setup, accelerator, run.path)
-        if self.decisions is not None:
+        if self.decisions is not None and self.decisions.seconds:
             self.environment["evidence_seconds"] = self.decisions.seconds
         self.rows = RowBuilder(setup, accelerator.device, self.decisions, processes_of(accelerator))
         apart = not obstacle(self.network, freeze_batchnorm=self.options.freeze_batchnorm)

@@ -14,6 +14,7 @@ from flyp_saflex import cli, extras
 from flyp_saflex.errors import ModelError
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.evaluation.load_run import classes_of, load_clip_run, open_run
+from flyp_saflex.evaluation.other_sets import evaluate_on
 from flyp_saflex.exporting import export_run as module
 from flyp_saflex.exporting import onnx_graph
 from flyp_saflex.exporting.export_run import export_run
@@ -150,6 +151,61 @@ def test_wise_weights_are_exported(run, tmp_path):
     for name, value in found.items():
         assert torch.allclose(value, (start[name] + end[name]) / 2, atol=1e-6)
     assert "WiSE-FT, 0.5 of the way" in (out / "README.md").read_text()
+
+
+def used(out, picture):
+    """Run the card's own Python on a picture, and return the logits that it ends with."""
+    card = (out / "README.md").read_text(encoding="utf-8")
+    text = card.split("```python\n")[1].split("```")[0]
+    space = {"__name__": "card"}
+    exec(compile(text.replace("FOLDER", str(out)).replace("image.jpg", str(picture)), "card", "exec"), space)
+    return torch.as_tensor(space["logits"]).detach()
+
+
+@pytest.mark.parametrize("to", ["open_clip", "transformers", "onnx"])
+@pytest.mark.parametrize("method", ["flyp", "ce-linear"])
+def test_the_cards_python_gives_the_runs_logits(to, method, make_config, tiny_images_dir, tmp_path, capsys):
+    if to == "onnx":
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(name, reason=NO_ONNX)
+    run = tmp_path / "run"
+    train(make_config(f"train.method={method}"), run)
+    out = export_run(run, to=to, out=tmp_path / "out")
+    capsys.readouterr()
+    picture, task = tiny_images_dir / "night" / "circle" / "0.png", task_of(run)
+    expected = task.predictor()(task.clip.preprocess(Image.open(picture).convert("RGB"))[None])
+    found = used(out, picture)
+    assert found.shape == expected.shape == (1, 3)
+    # transformers' processor and ImageOps.fit round pixels in another way than open_clip's preprocessing
+    assert torch.allclose(found, expected, atol=1e-4 if to == "open_clip" else 0.05)
+    assert capsys.readouterr().out.strip() in ("circle", "square", "stripes")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    fixed = to == "onnx" or method == "ce-linear"
+    assert ("pipeline_tag: image-classification" in card) == fixed
+    assert ("(forgetting)" in card) != fixed
+
+
+def test_the_card_tells_before_and_after_the_choice_of_alpha_and_other_sets(make_config, tiny_images_dir, tmp_path):
+    run = tmp_path / "run"
+    train(make_config(), run)
+    evaluate(run, wise_alphas=(0.0, 0.5), overrides=["evaluate.calibrate=true"])
+    evaluate_on(run, [f"dusk={tiny_images_dir / 'night'}"])
+    own = json.loads((run / "results.json").read_text())
+    card = (export_run(run, to="open_clip", out=tmp_path / "out", alpha=0.0) / "README.md").read_text()
+    accuracy = {row["wise_alpha"]: f"{100 * row['accuracy']:.1f}" for row in own["results"] if row["split"] == "night"}
+    assert card.startswith("---\nlicense: unknown\n")
+    assert "# tiny_clip, finetuned on images of 3 classes" in card
+    assert f"| dusk, test | 24 | {accuracy[0.0]} | {accuracy[0.0]} |" in card, "the pretrained weights themselves"
+    assert "its figures are too good" in card
+    assert "calibrated after dividing the logits by" in card
+    other = next(alpha for alpha in (0.5, 1.0) if alpha != own["chosen_alpha"])
+    card = (export_run(run, to="open_clip", out=tmp_path / "other", alpha=other) / "README.md").read_text()
+    assert f"alpha {own['chosen_alpha']:g} was the best on id_val; these are of {other:g}" in card
+    after, before = card.split("The pretrained weights on the same images:")
+    assert f"| night | test | 24 | {accuracy[other]} " in after
+    assert f"| night | test | 24 | {accuracy[0.0]} " in before
+    assert "- `train.lr = 0.001` (default `1e-05`)" in card
+    assert "log_every" not in card
 
 
 class Hub:
