@@ -233,7 +233,7 @@ def test_settings_of_an_entry_hold_every_option_that_decides_how_an_edit_looks(c
         "dataset", "kind", "model", "revision", "steps", "guidance", "image_guidance", "strength", "negative_prompt", "scheduler",
         "size_px", "precision", "safety_checker", "seed", "per_text", "texts_per_image", "image_format", "texts", "identity",
     ]  # fmt: skip
-    without_say = {"prompts", "batch_size", "compile", "sheet_every"}  # the texts themselves are stated
+    without_say = {"prompts", "batch_size", "compile", "sheet_every", "offload"}  # the texts themselves are stated
     without_say |= {*LATER, *CHOICE, "places", "hard_run"}  # stated where they are set, see below
     assert {field.name for field in dataclasses.fields(EditorConfig)} - without_say == stated.keys() & (
         {field.name for field in dataclasses.fields(EditorConfig)}
