@@ -61,7 +61,12 @@ class Calibration:
     @property
     def at_bound(self) -> bool:
         """True if the likelihood has its optimum beyond the bounds, as with a few images that are all answered rightly."""
-        return self.temperature in (COLDEST, HOTTEST)
+        return usable(self.temperature) != self.temperature
+
+
+def usable(temperature: float) -> float:
+    """Return a fitted temperature; 1 for one at its bound, which says that the images are too few to fit one."""
+    return 1.0 if temperature in (COLDEST, HOTTEST) else temperature
 
 
 @dataclass(frozen=True, kw_only=True)

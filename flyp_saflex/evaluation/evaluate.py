@@ -23,7 +23,7 @@ from flyp_saflex.clip.model import RANDOM
 from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset, split_for
 from flyp_saflex.errors import ConfigError, DataError
-from flyp_saflex.evaluation.calibration import calibration_error, fit_temperature
+from flyp_saflex.evaluation.calibration import calibration_error, fit_temperature, usable
 from flyp_saflex.evaluation.load_run import check_folder, check_model, load_run
 from flyp_saflex.evaluation.predict import Variant, predict_split
 from flyp_saflex.evaluation.run_data import compare_data
@@ -201,7 +201,7 @@ def evaluate_split(
         if temperatures is not None:
             scores = scores_of([split.samples[place] for place in index_N], logits_NK, split.own_classes, split.merged)
             if fits:
-                temperatures[key] = fit_temperature(scores.logits_NK, scores.labels_N)
+                temperatures[key] = usable(fit_temperature(scores.logits_NK, scores.labels_N))
             if key in temperatures:
                 after = calibration_error(scores.logits_NK, scores.labels_N, temperatures[key])
                 scored[key].row.update(temperature=temperatures[key], ece_calibrated=after)

@@ -122,6 +122,11 @@ def predict_images(
     if not is_main:
         return {}
     calibration = _calibration(task, config, split, state) if split is not None else None
+    if calibration is not None and calibration.at_bound:
+        not_calibrated = (
+            f"no temperature fits {calibration.split}: its {calibration.n} images are too few, or all are answered rightly"
+        )
+        calibration = None
     positions, embeddings = parts.gather()
     likely = probabilities(_logits(task, embeddings), calibration.temperature if calibration else 1.0)
     columns = prediction_columns(
@@ -333,8 +338,6 @@ def _tell(
         told = f"probabilities are calibrated: temperature {calibration.temperature:.3f}, fitted on {calibration.n} images of "
         told += f"{calibration.split}; calibration error there {percent(calibration.ece_before)} % before, "
         print(f"{told}{percent(calibration.ece_after)} % after")
-        if calibration.at_bound:
-            print("note: the temperature stands at its bound: the split is too small, or the model has nothing wrong on it")
     if options.embeddings is not None:
         print(f"image features: {options.embeddings}")
     if issues is not None:

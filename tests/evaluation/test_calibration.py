@@ -15,6 +15,7 @@ from flyp_saflex.evaluation.calibration import (
     fit_temperature,
     probabilities,
     reliability,
+    usable,
 )
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.evaluation.load_run import load_run, open_run
@@ -61,6 +62,7 @@ def test_a_likelihood_without_optimum_ends_at_a_bound():
     assert fit_temperature(logits, [0, 1, 2]) == COLDEST
     assert fit_temperature(logits, [1, 2, 0]) == HOTTEST
     assert Calibration.of(logits, [0, 1, 2], "val").at_bound
+    assert (usable(COLDEST), usable(HOTTEST), usable(0.7)) == (1.0, 1.0, 0.7)
     assert fit_temperature(np.ones((4, 3)), [0, 1, 2, 0]) == 1.0
 
 
@@ -91,7 +93,7 @@ def test_evaluate_fits_on_the_select_split_and_tells_the_error_before_and_after(
         _, (logits_NK,) = predict_split([task.predictor], split, loader)
         labels_N = [sample.label for sample in split.samples]
         if name == "id_val":
-            assert rows[name]["temperature"] == pytest.approx(fit_temperature(logits_NK, labels_N), rel=1e-4)
+            assert rows[name]["temperature"] == pytest.approx(usable(fit_temperature(logits_NK, labels_N)), rel=1e-4)
         after = calibration_error(logits_NK, labels_N, rows[name]["temperature"])
         assert rows[name]["ece_calibrated"] == pytest.approx(after, abs=1e-4)
     assert "calibration error on night (alpha 1): " in capsys.readouterr().out

@@ -13,7 +13,8 @@ from flyp_saflex import cli
 from flyp_saflex.clip.model import load_clip
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import ConfigError, DataError, RunError
-from flyp_saflex.evaluation.calibration import Calibration, probabilities
+from flyp_saflex.evaluation import calibration as calibration_module
+from flyp_saflex.evaluation.calibration import COLDEST, Calibration, probabilities
 from flyp_saflex.evaluation.evaluate import evaluate
 from flyp_saflex.predicting import predict_images as module
 from flyp_saflex.predicting.predict_images import PredictOptions, predict_images
@@ -50,7 +51,10 @@ def logits_by_hand(run, samples):
         return features.numpy(), (clip.model.logit_scale.exp() * features @ head.T).numpy(), dataset
 
 
-def test_a_folder_is_predicted_with_the_probabilities_that_the_select_split_calibrates(run, tiny_images_dir, tmp_path, capsys):
+def test_a_folder_is_predicted_with_the_probabilities_that_the_select_split_calibrates(
+    run, tiny_images_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(calibration_module, "usable", lambda temperature: temperature)  # six images fit none
     out = tmp_path / "out.csv"
     summary = predict_images(run, [tiny_images_dir / "night"], PredictOptions(out=out, top_k=2))
     rows = rows_of(out)
@@ -73,6 +77,16 @@ def test_a_folder_is_predicted_with_the_probabilities_that_the_select_split_cali
     assert "24 images predicted" in told
     assert f"fitted on {len(select)} images of id_val" in told
     assert not (tmp_path / "out.csv.parts").exists()
+
+
+def test_a_split_that_is_answered_rightly_calibrates_nothing(run, tiny_images_dir, tmp_path, capsys, monkeypatch):
+    """The likelihood rises for ever as the temperature falls; at its bound every probability would be 1."""
+    found = Calibration(temperature=COLDEST, split="id_val", n=18, ece_before=0.1, ece_after=0.0)
+    monkeypatch.setattr(module, "_calibration", lambda *arguments: found)
+    summary = predict_images(run, [tiny_images_dir / "night"], PredictOptions(out=tmp_path / "out.csv"))
+    assert summary["temperature"] is None
+    assert "not calibrated: no temperature fits id_val: its 18 images are too few" in capsys.readouterr().out
+    assert {row["calibrated"] for row in rows_of(tmp_path / "out.csv")} == {"False"}
 
 
 def test_predictions_agree_with_those_of_evaluate(run, tiny_images_dir, tmp_path):
