@@ -65,7 +65,7 @@ class Calibration:
 
 
 def usable(temperature: float) -> float:
-    """Return a fitted temperature; 1 for one at its bound, which says that the images are too few to fit one."""
+    """Return a fitted temperature; 1 for one at its bound, where the images are too few."""
     return 1.0 if temperature in (COLDEST, HOTTEST) else temperature
 
 
