@@ -37,7 +37,7 @@ def test_the_plan_finds_the_texts_that_lose_the_animal(tmp_path: Path, capsys: p
         "editor.texts_per_image=0",
         "augment.upstream=cache",
         "saflex.enabled=true",
-        "train.steps=40",
+        "train.steps=8",  # evidence decides before training
     ]
 
     def run(command: str, *more: str) -> str:
