@@ -21,11 +21,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tiny_models import build_tiny_editor, build_tiny_kontext, build_tokenizer, build_vae, text_config
-from tokenizers import pre_tokenizers
+from tiny_qwen import byte_tokenizer, qwen_vl_config
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
@@ -150,35 +149,7 @@ def flux2_klein() -> Flux2KleinPipeline:
 
 def qwen_image_edit() -> QwenImageEditPipeline:
     tokenizer = qwen_tokenizer()
-    ids = {
-        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")
-    }
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.2,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": 16,
-            "fullatt_block_indexes": [0],
-        },
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-    )
+    config = qwen_vl_config(tokenizer, initializer_range=0.2, bos_token_id=0, eos_token_id=0)
     return QwenImageEditPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=AutoencoderKLQwenImage(
@@ -208,8 +179,6 @@ def qwen_image_edit() -> QwenImageEditPipeline:
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """Return a tokenizer without merges: one token per byte."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Qwen2Tokenizer(vocab={piece: number for number, piece in enumerate(letters)}, merges=[], unk_token=None)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    tokenizer = byte_tokenizer(SPECIAL)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tiny_qwen import byte_tokenizer, qwen_vl_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertTokenizer,
@@ -24,7 +25,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
@@ -133,42 +133,13 @@ VLM_SPECIAL = (
 
 def _vlm_tokenizer() -> tuple[Qwen2Tokenizer, dict[str, int]]:
     """Return a tokenizer of one token per byte, and its special tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Qwen2Tokenizer(vocab={piece: number for number, piece in enumerate(letters)}, merges=[], unk_token=None)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(VLM_SPECIAL), "pad_token": "<|endoftext|>"})
+    tokenizer = byte_tokenizer(VLM_SPECIAL, pad_token="<|endoftext|>")
     return tokenizer, {name.strip("<|>"): tokenizer.convert_tokens_to_ids(name) for name in VLM_SPECIAL}
 
 
 def _qwen_vl() -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor]:
     tokenizer, ids = _vlm_tokenizer()
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "bos_token_id": None,
-        "eos_token_id": ids["im_end"],
-        "pad_token_id": ids["endoftext"],
-        "rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "fullatt_block_indexes": [0],
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-    )
+    config = qwen_vl_config(tokenizer, bos_token_id=None, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"])
     template = VLM_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
     return Qwen2_5_VLForConditionalGeneration(config), processor

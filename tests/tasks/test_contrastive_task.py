@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from disc_sets import write_discs
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch.func import functional_call
@@ -18,7 +19,6 @@ from vanishing import train_until
 from flyp_saflex import recipe
 from flyp_saflex.config import Config
 from flyp_saflex.data import medmnist
-from flyp_saflex.data.medmnist import Published
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import ConfigError, DataError, RunError
 from flyp_saflex.evaluation.evaluate import evaluate
@@ -39,18 +39,7 @@ SIZES = (32, 12, 16)
 @pytest.fixture
 def views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
     """`views("saflex.enabled=true", ...)`: the contrastive recipe, narrow, on drawn colour images of two kinds."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:28, :28]
-    arrays = {}
-    for part, size in zip(("train", "val", "test"), SIZES, strict=True):
-        labels = np.arange(size) % 2
-        disc = ((x[None] - rng.integers(9, 19, size)[:, None, None]) ** 2 + (y[None] - 14) ** 2) < 40
-        grey = 100 + disc * np.where(labels, 90, -60)[:, None, None] + rng.normal(0, 15, (size, 28, 28))
-        images = grey[..., None] + rng.normal(0, 20, (size, 1, 1, 3))
-        arrays[f"{part}_images"], arrays[f"{part}_labels"] = images.clip(0, 255).astype(np.uint8), labels[:, None]
-    np.savez(tmp_path / "retinamnist.npz", **arrays)
-    md5 = medmnist._md5(tmp_path / "retinamnist.npz")
-    monkeypatch.setattr(medmnist, "published_sets", lambda: {"retina": Published("retina", md5, 3, SIZES, ("dark", "bright"))})
+    write_discs(tmp_path, "retina", SIZES, monkeypatch, colour=True)
     common = [
         f"data.root={tmp_path}",
         "network.width=4",

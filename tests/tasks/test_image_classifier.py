@@ -6,16 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from disc_sets import write_discs
 from safetensors.torch import load_file
 from vanishing import train_until
 
 from flyp_saflex import recipe
 from flyp_saflex.config import Config
-from flyp_saflex.data import medmnist
-from flyp_saflex.data.medmnist import Published
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import ConfigError
 from flyp_saflex.evaluation.evaluate import evaluate
@@ -34,17 +32,7 @@ SIZES = (48, 16, 24)
 @pytest.fixture
 def breast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
     """`breast("saflex.enabled=true", ...)`: the Breast recipe, narrow, on drawn images of bright and dark discs."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:28, :28]
-    arrays = {}
-    for part, size in zip(("train", "val", "test"), SIZES, strict=True):
-        labels = np.arange(size) % 2
-        disc = ((x[None] - rng.integers(9, 19, size)[:, None, None]) ** 2 + (y[None] - 14) ** 2) < 40
-        images = 100 + disc * np.where(labels, 90, -60)[:, None, None] + rng.normal(0, 15, (size, 28, 28))
-        arrays[f"{part}_images"], arrays[f"{part}_labels"] = images.clip(0, 255).astype(np.uint8), labels[:, None]
-    np.savez(tmp_path / "breastmnist.npz", **arrays)
-    md5 = medmnist._md5(tmp_path / "breastmnist.npz")
-    monkeypatch.setattr(medmnist, "published_sets", lambda: {"breast": Published("breast", md5, 1, SIZES, ("dark", "bright"))})
+    write_discs(tmp_path, "breast", SIZES, monkeypatch)
     common = [
         f"data.root={tmp_path}",
         "network.width=4",
