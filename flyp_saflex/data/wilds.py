@@ -235,10 +235,11 @@ def _metadata(path: Path, num_classes: int) -> pd.DataFrame:
 def _check_as_wilds(path: Path, table: pd.DataFrame) -> None:
     """Refuse what the `wilds` package refuses: numbers with gaps, and dates that are none."""
     for column in NUMBERS:
-        missing = sorted(set(range(int(table[column].max()) + 1)).difference(table[column]))
-        if missing:
+        found = table[column].sort_values().unique()
+        missing = (found != range(len(found))).argmax() if found[-1] >= len(found) else None
+        if missing is not None:
             raise DataError(
-                f"{path}: column '{column}' runs to {table[column].max()}, but has no {missing[0]}; the wilds package refuses "
+                f"{path}: column '{column}' runs to {found[-1]}, but has no {missing}; the wilds package refuses "
                 "numbers with gaps; copy WILDS' own file again"
             )
     wrong = pd.to_datetime(table["datetime"], format=DATE, errors="coerce").isna()

@@ -159,6 +159,10 @@ BAD = {
     "text for a label": (lambda p: change(p, 7, "y", "deer"), "row 7: column 'y' is 'deer', expected a whole number"),
     "not UTF-8": (lambda p: p.write_bytes(p.read_bytes() + b"\xe9"), "is not UTF-8 text"),
     "gaps": (lambda p: change(p, 150, "y", 0), "column 'y' runs to 181, but has no 148; the wilds package refuses"),
+    "a huge number": (
+        lambda p: change(p, 150, "sequence_remapped", 10**12),
+        "column 'sequence_remapped' runs to 1000000000000, but has no 148; the wilds package refuses",
+    ),
     "bad date": (lambda p: change(p, 3, "datetime", "yesterday"), "row 3: column 'datetime' is 'yesterday', expected a time"),
     "empty file": (lambda p: p.write_text(""), "cannot be read"),
     "missing images": (
