@@ -34,7 +34,7 @@ def require(purpose: str, *packages: str) -> None:
     Raises:
         ConfigError: names the missing ones and the extras that install them.
     """
-    missing = [package for package in packages if not _installed(package)]
+    missing = [package for package in packages if not is_installed(package)]
     if missing:
         raise ConfigError(_told(purpose, missing))
 
@@ -50,7 +50,8 @@ def explained(error: ModuleNotFoundError, purpose: str) -> ConfigError | None:
     return ConfigError(_told(purpose, [package])) if package in EXTRA_OF else None
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
     try:
         return find_spec(package) is not None
     except (ImportError, ValueError):  # a module without a specification, or None in its place

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 from flyp_saflex.errors import ModelError
+from flyp_saflex.extras import is_installed
 
 TOKENIZER_OPTIONS: dict[str, tuple[type, ...]] = {
     "clean": (str,),
@@ -66,7 +66,7 @@ def check_config(config: Any, source: str) -> dict[str, Any]:
 @contextmanager
 def no_remote_code() -> Iterator[None]:
     """Let transformers refuse a model that brings code, at once, instead of asking on the terminal whether to run it."""
-    if find_spec("transformers") is None:  # then there is none that could
+    if not is_installed("transformers"):  # then there is none that could
         yield
         return
     from transformers import dynamic_module_utils

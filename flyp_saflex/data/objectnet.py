@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from flyp_saflex.clip.imagenet import imagenet_classes
 from flyp_saflex.config import DataConfig
 from flyp_saflex.data.account import Account
@@ -22,6 +20,7 @@ from flyp_saflex.data.folder import existing_root
 from flyp_saflex.data.listing import Folder
 from flyp_saflex.data.text import listed, spelt
 from flyp_saflex.errors import DataError
+from flyp_saflex.images.decode import stored_size
 from flyp_saflex.records import Dataset, Sample, Split
 
 BORDER_PX = 2
@@ -118,8 +117,7 @@ def _text(path: Path) -> str:
 def _within_border(path: Path) -> tuple[float, float, float, float] | None:
     """Return the box inside of the red border; None where the file cannot be read, which decoding then tells."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except (OSError, ValueError):
+        width, height = stored_size(path)
+    except DataError:
         return None
     return (BORDER_PX, BORDER_PX, width - 2 * BORDER_PX, height - 2 * BORDER_PX)

@@ -64,7 +64,7 @@ def tune(pipeline: Any, settings: EditorConfig) -> None:
         vae = getattr(pipeline, "vae", None)
         try:
             vae.enable_tiling()  # type: ignore[union-attr]
-        except (AttributeError, NotImplementedError):
+        except (AttributeError, NotImplementedError):  # no autoencoder; one whose class diffusers cannot tile
             raise ConfigError(
                 f"editor.tiling = true, but the autoencoder of {name} ({type(vae).__name__}) has no tiling: remove the option"
             ) from None

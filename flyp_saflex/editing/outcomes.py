@@ -18,6 +18,7 @@ from flyp_saflex.config import Config
 from flyp_saflex.editing.plan import Cell
 from flyp_saflex.editing.settings import LEVELS
 from flyp_saflex.errors import DataError, RunError
+from flyp_saflex.evaluation.load_run import check_folder
 from flyp_saflex.evaluation.statistics import summarise
 from flyp_saflex.records import Edit
 from flyp_saflex.storage.augment_cache import AugmentCache
@@ -71,8 +72,7 @@ def read_outcomes(run: Path) -> RunOutcomes:
         RunError: no run folder, or a run without a record of augmented rows or of its data.
         DataError: the cache entry is gone, or its edits were not made by `generate`.
     """
-    if not run.is_dir():
-        raise RunError(f"run folder {run}: there is no such folder; give the folder that `flyp-saflex train` wrote")
+    check_folder(run)
     folder = RunDir(run, lock=False)
     config, record = folder.read_config(), read_record(run)
     if "cache" not in config.augment.upstream:

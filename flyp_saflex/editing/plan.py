@@ -201,9 +201,9 @@ def plan_edits(
             if (level, text) in known:
                 continue
             known.add((level, text))
-            named = text if level is None else f"{text}\n{level:g}"
+            called = text if level is None else f"{text}\n{level:g}"
             for k in range(per_text):
-                file_name = AugmentCache.file_name(sample_id, named, k, suffix)
+                file_name = AugmentCache.file_name(sample_id, called, k, suffix)
                 plan.add(source, number_of[id(wording)], text, k, file_name, level)
     return plan
 

@@ -23,7 +23,7 @@ from flyp_saflex.evaluation.evaluate import check_start, evaluate, select_split
 from flyp_saflex.evaluation.load_run import load_run, open_run
 from flyp_saflex.evaluation.metrics import metric_row
 from flyp_saflex.evaluation.predict import Variant, predict_split
-from flyp_saflex.evaluation.scoring import scores_of
+from flyp_saflex.evaluation.scoring import split_scores
 from flyp_saflex.images.loader import ImageLoader
 from flyp_saflex.records import Dataset
 from flyp_saflex.runtime import process_state
@@ -137,8 +137,7 @@ def _average(
         )
         variants = [_variant(task, candidate, config.train.precision) for candidate in candidates]
         positions_N, arrays = predict_split(variants, split, images, state=state)
-        chosen = [split.samples[position] for position in positions_N]
-        rows = [metric_row(scores_of(chosen, logits_NK, split.own_classes)) for logits_NK in arrays]
+        rows = [metric_row(split_scores(split, positions_N, logits_NK)) for logits_NK in arrays]
         values = [value for row in rows if (value := row[config.train.select_metric]) is not None]
         if len(values) < len(rows):
             raise ConfigError(f"train.select_metric = {config.train.select_metric} has no value on {chosen_on}: choose another")

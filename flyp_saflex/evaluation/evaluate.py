@@ -27,7 +27,7 @@ from flyp_saflex.evaluation.calibration import calibration_error, fit_temperatur
 from flyp_saflex.evaluation.load_run import check_folder, check_model, load_run
 from flyp_saflex.evaluation.predict import Variant, predict_split
 from flyp_saflex.evaluation.run_data import compare_data
-from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split, scores_of
+from flyp_saflex.evaluation.scoring import Scored, details, prediction_columns, score_split, split_scores
 from flyp_saflex.evaluation.weight_averaging import WeightAverage
 from flyp_saflex.evaluation.wilds_submission import check_submission, write_submission
 from flyp_saflex.images.loader import ImageLoader
@@ -199,7 +199,7 @@ def evaluate_split(
     for key, logits_NK in zip(variants, arrays, strict=True):
         scored[key] = score_split(split, index_N, logits_NK, bootstrap=bootstrap, seed=seed)
         if temperatures is not None:
-            scores = scores_of([split.samples[place] for place in index_N], logits_NK, split.own_classes, split.merged)
+            scores = split_scores(split, index_N, logits_NK)
             if fits:
                 temperatures[key] = usable(fit_temperature(scores.logits_NK, scores.labels_N))
             if key in temperatures:

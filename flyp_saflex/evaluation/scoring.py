@@ -7,7 +7,7 @@ Shapes: N images that could be read, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,17 @@ def score_split(split: Split, positions_N: ArrayLike, logits_NK: ArrayLike, *, b
     if groups := len({sample.group for sample in samples} - {""}):
         row["num_groups"] = groups
     return Scored(row, samples, scores.labels_N, scores.predictions_N, scores.confidences_N)
+
+
+def split_scores(split: Split, positions_N: Iterable[int], logits_NK: ArrayLike) -> metrics.Scores:
+    """Return the scores of a split's images that logits are given of, over its own classes.
+
+    Args:
+        split: the images.
+        positions_N: which of them the logits are of.
+        logits_NK: their logits.
+    """
+    return scores_of([split.samples[position] for position in positions_N], logits_NK, split.own_classes, split.merged)
 
 
 def scores_of(

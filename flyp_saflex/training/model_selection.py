@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from flyp_saflex.errors import RunError
 from flyp_saflex.evaluation.metrics import metric_row
 from flyp_saflex.evaluation.predict import predict_split
-from flyp_saflex.evaluation.scoring import scores_of
+from flyp_saflex.evaluation.scoring import split_scores
 from flyp_saflex.records import Split
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.tables import METRICS
@@ -80,8 +80,7 @@ class ModelSelection:
             return None
         variant = lambda: self.task.predictor(lowered=self.lowered)  # noqa: E731
         positions_N, (logits_NK,) = predict_split([variant], self.split, self.loader, state=self.state)
-        chosen = [self.split.samples[position] for position in positions_N]
-        row = metric_row(scores_of(chosen, logits_NK, self.split.own_classes))
+        row = metric_row(split_scores(self.split, positions_N, logits_NK))
         value = row[self.metric]
         if value is None:
             raise RunError(
