@@ -131,7 +131,7 @@ def test_adapters_that_cannot_be_used_are_one_line(
     assert "neither a file or folder here nor to be had from the hub" in line(config(lora=("no/where-at-all/a.safetensors:0.5",)))
     for scale in ("x", "0", "nan", "inf", ""):
         assert f"has the scale '{scale}', expected a number other than 0" in line(config(lora=(f"{lora}:{scale}",)))
-    monkeypatch.setattr("flyp_saflex.extras._installed", lambda package: package != "peft")
+    monkeypatch.setattr("flyp_saflex.extras.is_installed", lambda package: package != "peft")
     assert "editor.lora needs peft, which is not installed; pip install 'flyp-saflex[edits]'" in line(config(lora=(str(lora),)))
 
 
@@ -230,7 +230,7 @@ def test_quantisation_without_a_gpu_or_bitsandbytes_is_one_line(
     assert "editor.quantisation = nf4 needs an NVIDIA GPU, and the editor would run on the cpu" in line(
         config(quantisation="nf4")
     )
-    monkeypatch.setattr("flyp_saflex.extras._installed", lambda package: package != "bitsandbytes")
+    monkeypatch.setattr("flyp_saflex.extras.is_installed", lambda package: package != "bitsandbytes")
     with pytest.raises(ConfigError, match=r"needs bitsandbytes, .* pip install 'flyp-saflex\[quantisation\]'"):
         one_card.check_quantisation(resolve(config(quantisation="int8")), torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"cannot be offloaded layer by layer: set editor\.offload=model"):

@@ -81,6 +81,6 @@ def test_near_duplicates_are_dropped_and_their_distance_is_written(config: Confi
 
 
 def test_the_missing_package_is_one_line(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flyp_saflex.extras._installed", lambda package: False)
+    monkeypatch.setattr("flyp_saflex.extras.is_installed", lambda package: False)
     with pytest.raises(ConfigError, match=r'filter.use = "near-duplicate" needs imagehash.*flyp-saflex\[edits\]'):
         filter_edits(config)
