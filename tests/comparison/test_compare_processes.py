@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import run_ranks, with_overrides
 
 from flyp_saflex import recipe
 from flyp_saflex.comparison.compare import compare
@@ -24,13 +22,8 @@ CONDITIONS = {
 
 
 def two_processes(out: Path, options: list[str], *further: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flyp_saflex"]
-    command += ["compare", "folder", "--run-dir", str(out), *further]
-    command += [part for option in options for part in ("--set", option)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    words = with_overrides("compare", "folder", "--run-dir", str(out), *further, overrides=options)
+    return run_ranks(words, out.parent)[0]
 
 
 def test_two_processes_share_every_run(tiny_options, edits, tmp_path):

@@ -1,13 +1,13 @@
 """Evaluation of a run folder: rows, WiSE-FT, predictions, merging, and every mistake a user can make."""
 
 import json
-import sys
 from dataclasses import replace
 
 import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
+from children import run_ranks
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -345,24 +345,11 @@ def test_batch_size_and_workers_change_nothing(run):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(run, tmp_path):
-    import os
-    import subprocess
-
     one = evaluate(run, wise_alphas=(0.5,))
     (run / "results.json").unlink()
-    script = tmp_path / "both.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom accelerate.state import PartialState\n"
-        "from flyp_saflex.evaluation.evaluate import evaluate\n"
-        "evaluate(Path(sys.argv[1]), wise_alphas=(0.5,))\n"
-        "assert PartialState().num_processes == 2\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(run)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr
+    out, _ = run_ranks(["evaluate", str(run), "--wise-alphas", "0.5"], tmp_path)
     two = read(run)
-    assert done.stdout.count("macro-F1") == 1, "only the main process prints"
+    assert out.count("macro-F1") == 1, "only the main process prints"
     for a, b in zip(one["results"], two["results"], strict=True):
         assert (a["split"], a["wise_alpha"], a["n"], a["accuracy"], a["macro_f1"]) == (
             b["split"],

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from children import run_ranks, with_overrides
 from PIL import Image
 
 from flyp_saflex import recipe
@@ -418,24 +417,8 @@ def test_two_processes_equal_one(config: Config, options: list[str], edits: Augm
     filter_edits(config)
     one = rows_of(edits)
     (edits.folder / "scores.jsonl").unlink()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "flyp_saflex",
-        "filter",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    arguments = ["folder", *(part for value in options for part in ("--set", value))]
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=environment, check=False, timeout=280, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("scoring 24 edits") == 1, "only the first process prints"
+    out, _ = run_ranks(with_overrides("filter", "folder", overrides=options), tmp_path)
+    assert out.count("scoring 24 edits") == 1, "only the first process prints"
     for alone, together in zip(one, rows_of(edits), strict=True):
         for name in COLUMNS:
             if isinstance(alone[name], float):  # batches hold other images: the last digits differ

@@ -2,14 +2,14 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from children import CPU_ONLY, run_ranks, start_ranks, with_overrides
+from children import run as run_child
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -79,19 +79,6 @@ CASES = {
 }
 
 
-def two_processes(options, run, script, *, expected=0):
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom accelerate.state import PartialState\n"
-        "from flyp_saflex import recipe\nfrom flyp_saflex.training.train import train\n"
-        "config = recipe.load('folder', sys.argv[2:])\ntrain(config, Path(sys.argv[1]))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(run)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False, timeout=280)
-    assert (done.returncode == 0) == (expected == 0), done.stderr
-    return done
-
-
 def write_third_swapped(config):
     """Twelve edits of every training image, enough to calibrate evidence; four show an image of another class."""
     samples = load_dataset(config.data, seed=config.seed).train.samples
@@ -114,9 +101,10 @@ def test_two_processes_equal_one(make_config, tiny_options, edits, tmp_path, cas
     if "evidence" in case:
         write_third_swapped(make_config())
     train(make_config(*options), tmp_path / "one")
-    done = two_processes(options, tmp_path / "two", tmp_path / "both.py")
-    assert "2 processes" in done.stdout
-    assert done.stdout.count("done:") == 1, "only the main process prints"
+    words = with_overrides("train", "folder", "--run-dir", str(tmp_path / "two"), overrides=options)
+    out, _ = run_ranks(words, tmp_path)
+    assert "2 processes" in out
+    assert out.count("done:") == 1, "only the main process prints"
     one, two = (RunDir(tmp_path / name, lock=False) for name in ("one", "two"))
     losses = [[row["loss"] for row in run.read_rows() if "loss" in row] for run in (one, two)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
@@ -144,8 +132,9 @@ def test_an_image_that_one_process_cannot_read_stops_both(make_config, tiny_opti
     broken = prepare(make_config()).dataset.train.samples[0].path
     broken.write_bytes(b"no image")
     options = [*tiny_options, "data.max_unreadable=0", "train.select_split=", "train.batch_size=12"]
-    done = two_processes(options, tmp_path / "run", tmp_path / "both.py", expected=1)
-    assert "state after step 1 is saved" in done.stderr
+    words = with_overrides("train", "folder", "--run-dir", str(tmp_path / "run"), overrides=options)
+    _, err = run_ranks(words, tmp_path, expected=2)
+    assert "state after step 1 is saved" in err
     assert (tmp_path / "run" / "checkpoints" / "step-00000001.pt").is_file()
 
 
@@ -154,34 +143,19 @@ def test_an_image_that_one_process_cannot_read_stops_both(make_config, tiny_opti
     [(signal.SIGKILL, "ended or cannot be reached"), (signal.SIGSTOP, "did not answer in time (train.process_timeout_s)")],
 )
 def test_a_lost_process_ends_the_other_in_one_line(tiny_options, tmp_path, number, said):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     changes = ["train.steps=10000", "train.checkpoint_every=1", "train.select_split=", "train.process_timeout_s=20"]
-    options = [part for option in [*tiny_options, *changes] for part in ("--set", option)]
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "flyp_saflex", "train", "folder", *options, "--run-dir", str(run)]
-    common = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-    with open(tmp_path / "told", "wb") as file, open(os.devnull, "wb") as nowhere:
-        both = [
-            subprocess.Popen(command, stderr=err, stdout=nowhere, env=common | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
-            for rank, err in enumerate((file, nowhere))
-        ]
+    words = with_overrides("train", "folder", "--run-dir", str(run), overrides=[*tiny_options, *changes])
+    left, lost = start_ranks(words, tmp_path)
     try:
-        deadline = time.monotonic() + 240
-        while not list((run / "checkpoints").glob("step-*.pt")):
-            assert both[0].poll() is None, (tmp_path / "told").read_text()
-            assert time.monotonic() < deadline, "no step was taken"
-            time.sleep(0.2)
-        both[1].send_signal(number)
-        both[0].wait(timeout=240)
+        left.wait_for(lambda: list((run / "checkpoints").glob("step-*.pt")))
+        lost.send_signal(number)
+        code = left.wait()
     finally:
-        for process in both:
-            process.kill()
-            process.wait()
-    told = (tmp_path / "told").read_text()
-    assert both[0].returncode == 2, told
+        lost.process.kill()
+        lost.process.join()
+    told = left.stderr
+    assert code == 2, told
     assert "Traceback" not in told
     (line,) = [line for line in told.splitlines() if line.startswith("flyp-saflex:")]
     assert f"another process of this run {said}" in line
@@ -203,13 +177,15 @@ def test_a_launcher_that_starts_one_process_is_told(tmp_path, capsys):
 def test_evaluation_in_two_processes_gives_every_digit_of_one(make_config, tiny_options, tmp_path):
     run = tmp_path / "run"
     train(make_config("train.select_split="), run)
+    words = ["evaluate", str(run), "--set", "evaluate.batch_size=2", "--set", "data.max_unreadable=0.2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flyp_saflex", *words]
     results = []
-    for count in ("1", "2"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, "-m", "flyp_saflex"]
-        command += ["evaluate", str(run), "--set", "evaluate.batch_size=2", "--set", "data.max_unreadable=0.2"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
-        assert done.returncode == 0, done.stderr
+    for count in (1, 2):
+        if count == 1:
+            assert run_child(words, tmp_path).returncode == 0
+        else:
+            done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | CPU_ONLY, check=False, timeout=280)
+            assert done.returncode == 0, done.stderr
         results.append(((run / "results.json").read_bytes(), *(path.read_bytes() for path in sorted(run.glob("predictions/*")))))
         (run / "results.json").unlink()
     assert len(results[0]) > 2

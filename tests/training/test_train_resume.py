@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from children import CPU_ONLY, start, with_overrides
 from safetensors.torch import load_file
 from vanishing import train_until
 
@@ -103,26 +103,8 @@ def test_a_kill_after_early_stopping_does_not_go_on_training(make_config, tmp_pa
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def command(options, run, *extra):
-    sets = [word for option in options for word in ("--set", option)]
-    return [sys.executable, "-m", "flyp_saflex", "train", "folder", *sets, "--run-dir", str(run), *extra]
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-def start(options, run, *extra):
-    return subprocess.Popen(
-        command(options, run, *extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
-    )
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
+def words(options, run, *extra):
+    return with_overrides("train", "folder", "--run-dir", str(run), *extra, overrides=options)
 
 
 @pytest.mark.slow
@@ -136,13 +118,14 @@ def test_kill_9_and_resume_equals_the_undisturbed_run(make_config, tiny_options,
         "train.evaluate_every=7",
     ]
     run = tmp_path / "cut"
-    process = start(options, run)
+    child = start(words(options, run), tmp_path)
     # Some step after the first checkpoint: which one differs from machine to machine.
-    wait_for(lambda: list(run.glob("checkpoints/step-*.pt")), process)
-    process.kill()
-    process.communicate()
+    child.wait_for(lambda: list(run.glob("checkpoints/step-*.pt")))
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
     assert not (run / "DONE").exists()
-    done = subprocess.run(command(options, run, "--resume"), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    command = [sys.executable, "-m", "flyp_saflex", *words(options, run, "--resume")]  # a new Python, as after a reboot
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | CPU_ONLY, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stdout
     train(make_config(*options), tmp_path / "whole")
@@ -154,11 +137,11 @@ def test_kill_9_and_resume_equals_the_undisturbed_run(make_config, tiny_options,
 def test_a_signal_saves_the_step_in_flight(make_config, tiny_options, tmp_path, number):
     options = [*tiny_options, *SAFLEX, "train.steps=30", "train.evaluate_every=4"]
     run = tmp_path / "cut"
-    process = start(options, run)
-    wait_for((run / "metrics.jsonl").is_file, process)
-    process.send_signal(number)
-    output = process.communicate()[0]
-    assert process.returncode == 130
+    child = start(words(options, run), tmp_path)
+    child.wait_for((run / "metrics.jsonl").is_file)
+    child.send_signal(number)
+    assert child.wait() == 130
+    output = child.stdout + child.stderr
     assert "is saved, go on with --resume" in output
     assert "Traceback" not in output
     (saved,) = (run / "checkpoints").glob("step-*.pt")
