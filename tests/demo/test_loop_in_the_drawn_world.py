@@ -16,7 +16,7 @@ PLACES = ("in the snow", "in the dusk", "in the meadow", "near a lake")
 USELESS = ("in the snow", "in the infrared night")
 """Places of the planted texts: with strong guidance the editor does as they say and removes the animal. Nonsense would not do: at
 `lorem ipsum dolor` the tiny editor paints a forest, with the animal in it."""
-PILOT, BUDGET = 198, 330
+PILOT, BUDGET = 198, 120
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_the_plan_finds_the_texts_that_lose_the_animal(tmp_path: Path, capsys: p
     assert max(useful[name] for name in planted) < min(useful[place] for place in PLACES)
     assert min(shares[name] for name in planted) < 5 < min(shares[place] for place in PLACES)
     nobody = sum(shares[name] for name in planted)
-    assert nobody < 100 * len(planted) / len(edits), "less than their even share; RESULTS says how much on three seeds"
+    assert nobody < 100 * len(planted) / len(edits), "less than their even share; RESULTS says how much on five seeds"
     run("generate", "--plan", str(tmp_path / "plan.json"), "--set", f"editor.budget={BUDGET}")
     made = domains() - pilot
     assert made[min(planted, key=lambda name: shares[name])] < 0.05 * made.total()
