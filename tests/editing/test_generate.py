@@ -32,6 +32,7 @@ from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import EditText
 from flyp_saflex.storage.augment_cache import AugmentCache
 from flyp_saflex.storage.augment_cache_writer import CacheWriter
+from flyp_saflex.storage.edit_times import seconds_of_edits
 
 TEXTS = """dataset = "folder"
 [[edits]]
@@ -116,11 +117,11 @@ def tint(monkeypatch: pytest.MonkeyPatch):
 
 
 def tree(entry: Path) -> dict[str, bytes]:
-    """Files of an entry, without the lock and the sheets, whose names depend on the process."""
+    """Files of an entry, without the lock, the times, and the sheets, whose names depend on the process."""
     return {
         str(path.relative_to(entry)): path.read_bytes()
         for path in sorted(entry.rglob("*"))
-        if path.is_file() and path.parent.name != "sheets" and path.name != ".lock"
+        if path.is_file() and path.parent.name != "sheets" and path.name != ".lock" and not path.name.startswith("times")
     }
 
 
@@ -404,6 +405,19 @@ def test_ten_kills_of_a_real_editor_are_invisible(config, tiny_editor, tmp_path,
 
     assert kill_and_restart(lambda: generate(config(*options)), 10, kill_soon) >= 5
     assert tree(next((tmp_path / "cache" / "folder").iterdir())) == whole
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_edit_has_its_seconds_beside_the_manifest(shards, config, tint):
+    tint(seconds=0.01)
+    for index in range(shards):
+        entry = generate(config(), shard=(index, shards))
+    seconds = seconds_of_edits(entry)
+    assert seconds.keys() == {row["aug_id"] for row in rows(entry)}
+    assert min(seconds.values()) > 0
+    assert not any("seconds" in row for row in rows(entry)), "a manifest of the same edits has the same bytes"
+    generate(config(), shard=(0, shards))
+    assert seconds_of_edits(entry) == seconds, "nothing was made again"
 
 
 @pytest.mark.parametrize("order", [(0, 1), (3, 1, 0, 2)])
