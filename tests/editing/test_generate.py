@@ -278,6 +278,24 @@ def test_a_chosen_plan_is_told_and_made_alike_by_any_number_of_processes(config,
     assert tree(generate(config(*quota))) == before
 
 
+@pytest.mark.parametrize(("plan", "count"), [("all", 36), ("quota", 9), ("bias", 9)])
+def test_a_dry_run_prints_the_table_of_the_plan(plan, count, config, tint, tmp_path, capsys):
+    (tmp_path / "places.csv").write_text("domain,place\nday,snow\n")
+    options = [f"editor.plan={plan}", *([f"editor.places={tmp_path / 'places.csv'}"] if plan == "bias" else [])]
+    generate(config(*options, *([f"editor.budget={count}"] if count < 36 else [])), dry_run=True)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    head = next(number for number, line in enumerate(lines) if line[:2] == ["class", "images"])
+    texts = len(lines[head]) - 6
+    assert set(lines[head][2:-4]) <= {"snow", "night", "lake"}
+    rows_of = {line[0]: [int(value) for value in line[1:]] for line in lines[head + 1 : head + 5]}
+    assert list(rows_of) == ["circle", "square", "stripes", "all"]
+    for images, *counts, edits, both in rows_of.values():
+        assert sum(counts[:texts]) == edits == both - images
+    assert rows_of["all"][-2] == count
+    if plan == "bias":
+        assert "snow" not in lines[head], "training knows every class in the snow"
+
+
 def test_settings_of_an_entry_cannot_change(config, tint, tmp_path):
     entry = generate(config("cache.key=mine"))
     with pytest.raises(
