@@ -206,8 +206,8 @@ def _label_names(kind: Any, column: str, name: str) -> Sequence[str] | None:
     names, held = getattr(kind, "names", None), str(getattr(kind, "dtype", "")) or type(kind).__name__
     if names is None and not held.startswith(LABEL_TYPES):
         raise DataError(
-            f"data.label_column = {column}: in {name} this column holds {held}, expected a class per row, a name or a whole number; "
-            "name another column"
+            f"data.label_column = {column}: in {name} this column holds {held}, expected a class per row, a name or a whole "
+            "number; name another column"
         )
     return names
 

@@ -182,7 +182,8 @@ def test_labels_that_are_measurements_or_lists_are_told_before_they_are_read(tmp
     for name, values, held in (("score", [0.5], "float"), ("tags", [[1, 2]], "List|Sequence")):
         part = rows(12).add_column(name, values * 12)
         root = parquet(tmp_path / name, train=part)
-        with pytest.raises(DataError, match=rf"data\.label_column = {name}: in .* holds ({held}).*; name another column") as caught:
+        message = rf"data\.label_column = {name}: in .* holds ({held}).*; name another column"
+        with pytest.raises(DataError, match=message) as caught:
             load_dataset(DataConfig(name="hf", root=str(root), label_column=name))
         assert "\n" not in str(caught.value)
 
