@@ -143,8 +143,8 @@ class AugmentConfig:
     inter_class: Literal["source", "target", "diff-mix"] = "source"
     """Label of a cached edit whose manifest row states the class that it was made into (`target`) and how far (`strength`, s):
     its source's, its target's, or Diff-Mix' (1 - s^gamma) source + s^gamma target (arXiv 2403.19600)."""
-    inter_class_gamma: Positive = 0.5
-    """`diff-mix`: gamma; below 1 the target gets more than s."""
+    inter_class_gamma: Positive = 0.8
+    """`diff-mix`: gamma; below 1 the target gets more than s. 0.8 is that of the authors' scripts (Zhicaiwww/Diff-Mix)."""
     keep_fraction: Fraction = 0.5
     """Fraction of rows that `lowest-loss` and `random` keep."""
     mixup_alpha: Positive = 0.2
@@ -182,9 +182,9 @@ class TrainConfig:
     distill_teacher: Literal["pretrained", "ema"] = "pretrained"
     """Teacher: the model as it started, or the running average of the weights under training."""
     distill_weight: Positive = 1.0
-    """Factor of the distillation."""
+    """Factor of the distillation. `logits` is the mean of the two directions; CaRot's script adds them, times 1.5: 3 here."""
     distill_decay: BelowOne = 0.999
-    """`distill_teacher = "ema"`: decay of the average per optimiser step."""
+    """`distill_teacher = "ema"`: decay of the average per optimiser step. CaRot's code takes 0.9 every 500 steps instead."""
     l2_sp: NonNegative = 0.0
     """L2-SP: alpha of the penalty alpha / 2 * |w - w_0|^2 towards the weights of the start; 0: none."""
     proxies: Literal["captions", "batch"] = "captions"

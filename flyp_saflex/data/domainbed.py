@@ -1,7 +1,8 @@
 """DomainBed's datasets by name: leave-one-domain-out over `root/<domain>/<class>/*` (arXiv 2007.01434).
 
 `data.test_domains` names what is left out; every other domain is trained on, and `id_val`, held out of the training domains,
-selects the model (DomainBed's training-domain validation).
+selects the model (DomainBed's training-domain validation). DomainBed itself holds out 20 % of every training domain and tests on
+none of them: `data.select_fraction = 0.2`, `data.test_fraction = 0`.
 """
 
 from __future__ import annotations

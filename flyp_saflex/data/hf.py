@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NO_LABEL = -1
 """Class index of a row without a label, as the hub writes it into test splits."""
+LABEL_TYPES = ("int", "uint", "bool", "string", "large_string", "null")
+"""Starts of the types of `datasets` that a label may have, beside `ClassLabel`."""
 
 
 class HubImages:
@@ -74,7 +76,7 @@ def read_hf(config: DataConfig) -> Dataset:
     columns = next(iter(parts.values())).features
     image = _image_column(config, columns, name)
     rows = HubImages(name, [_encoded(part, image) for part in parts.values()], image)
-    label_names = getattr(_column_type(columns, config.label_column, "label_column", name), "names", None)
+    label_names = _label_names(_column_type(columns, config.label_column, "label_column", name), config.label_column, name)
     if config.domain_column:
         _column_type(columns, config.domain_column, "domain_column", name)
 
@@ -193,6 +195,21 @@ def _column_type(columns: datasets.Features, column: str, option: str, name: str
             f"{column}.FIELD"
         )
     return kind
+
+
+def _label_names(kind: Any, column: str, name: str) -> Sequence[str] | None:
+    """Return the class names that the type of the label column has, if it has any.
+
+    Raises:
+        DataError: cells of this type are no labels; told before any of them is read, for images are decoded when read.
+    """
+    names, held = getattr(kind, "names", None), str(getattr(kind, "dtype", "")) or type(kind).__name__
+    if names is None and not held.startswith(LABEL_TYPES):
+        raise DataError(
+            f"data.label_column = {column}: in {name} this column holds {held}, expected a class per row, a name or a whole "
+            "number; name another column"
+        )
+    return names
 
 
 def _encoded(part: datasets.Dataset, column: str) -> datasets.Dataset:

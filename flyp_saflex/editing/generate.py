@@ -46,7 +46,9 @@ from flyp_saflex.runtime import ProgressLines, StopSignals
 from flyp_saflex.storage.augment_cache import DONE, SHEETS, AugmentCache
 from flyp_saflex.storage.augment_cache_files import read_rejected, state_settings
 from flyp_saflex.storage.augment_cache_writer import CacheWriter
+from flyp_saflex.storage.edit_times import EditTimes
 from flyp_saflex.storage.manifest import MANIFEST, WRITERS
+from flyp_saflex.training.distributed import device_name
 
 MEMORY = ("quantisation", "offload", "tiling", "attention")
 """Options of the manifest rows that are told where they are set."""
@@ -210,6 +212,7 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
     total = sum(edit.file_name not in done_before for batch in batches for edit in batch)
     allowed = work.max_unreadable
     sheets = Sheets(work.folder, config.editor.sheet_every, index=work.index, count=work.count, done=len(done_before))
+    times = EditTimes(work.folder, device_name(PartialState().device), index=work.index, count=work.count)
     quiet = None if work.is_main else True
     lines, count = ProgressLines("editing", total=total, done=0, unit="edits", shown=work.is_main), 0
     with tqdm(total=total, unit="edit", desc="editing", disable=quiet, smoothing=0.05) as bar:
@@ -225,6 +228,7 @@ def _edit(work: _Work, editor: Editor, writer: CacheWriter, signals: StopSignals
             writer.write(edits, [*rejections, *(_rejection(result) for result in first_seen.values())])
             for result in first_seen.values():
                 work.say(f"skipped: {result.reason}")
+            times.add([result.planned.file_name for result in new if not result.unreadable])
             tally.add(new)
             sheets.add(new)
             bar.update(len(new))

@@ -9,12 +9,17 @@
     img2img                img2img           a batch     50     guidance 7.5, strength 0.5      512     CreativeML OpenRAIL-M
     text2img               text2img          a batch     50     guidance 7.5                    512     CreativeML OpenRAIL-M
     inpaint                inpaint           a batch     50     guidance 7.5, strength 1        512     CreativeML OpenRAIL-M
-    controlnet-canny       controlnet-canny  a batch     20     guidance 7.5                    512     CreativeML OpenRAIL-M
+    controlnet-canny       controlnet-canny  a batch     20     guidance 7.5                    512     the same, and OpenRAIL
 
-Steps and guidance follow the models' cards, for the kinds of Stable Diffusion 1.5 `settings.py`. Only SDXL's were compared with
-the card itself; the others, the licences and the sizes are noted from memory: read the card before use. `references`: the
-pipeline reads a list of images as several sources of one edit, so
-edits are made one at a time. A preset is one `EditorPreset` and one line in `tables.PRESETS`.
+Sources: instruct-pix2pix: ALIA's configuration (guidance), ours (steps; the authors take 100), the code's licence. SDXL: the
+card and diffusers' example. Kontext: diffusers' default steps, Black Forest Labs' guidance and licence
+(black-forest-labs/flux). Klein: published examples of the card (4 steps, guidance 1), licence from black-forest-labs/flux2.
+Qwen: QwenLM/Qwen-Image, README. img2img: ALIA's configuration; text2img and inpaint: diffusers' defaults; ControlNet:
+diffusers' example. Licences of Stable Diffusion 1.5, its ControlNet and SDXL: pages of the hub. Cards change: read them before
+use. Numbers of parameters: file sizes of Kontext's and Klein's denoisers and Klein's text encoder, Qwen's README (20 billion);
+the others were counted (`scripts/benchmarks/edit_cost.py`) or are from memory. `references`: the pipeline reads a list of
+images as several sources of one edit, so edits are made one at a time. A preset is one `EditorPreset` and one line in
+`tables.PRESETS`.
 """
 
 from __future__ import annotations
@@ -126,7 +131,7 @@ TEXT2IMG = EditorPreset(kind="text2img", licence="CreativeML OpenRAIL-M", parame
 INPAINT = EditorPreset(kind="inpaint", licence="CreativeML OpenRAIL-M", parameters=STABLE_DIFFUSION, passes=2, **FIGURES)
 CONTROLNET_CANNY = EditorPreset(
     kind="controlnet-canny",
-    licence="CreativeML OpenRAIL-M",
+    licence="CreativeML OpenRAIL-M; of the ControlNet OpenRAIL",
     parameters=STABLE_DIFFUSION | {"controlnet": 0.36},
     passes=2,
     **FIGURES | {"teraflops": 1.09},

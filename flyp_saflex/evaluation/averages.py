@@ -101,8 +101,9 @@ def greedy_soup(runs: Finetuned) -> tuple[State, dict[str, Any]]:
 def model_stock(runs: Finetuned) -> tuple[State, dict[str, Any]]:
     """Move every tensor of the mean towards the pretrained one where the runs disagree.
 
-    c is the mean over pairs of runs, per tensor as in the authors' code. Runs that disagree (c < 0) give the pretrained tensor:
-    the formula, made for c >= 0, would extrapolate beyond it. A tensor that no run has changed stays.
+    c is the mean over pairs of runs, per tensor as in the authors' code (`compute_angle`, `compute_ratio`). Runs that
+    disagree (c < 0) give the pretrained tensor: the formula, made for c >= 0, would extrapolate beyond it. A tensor that
+    no run has changed stays.
     """
     start, ratios = runs.known_start, {}
     averaged = dict(mean_state(runs.states))
@@ -126,7 +127,8 @@ def stock_ratio(changes: Sequence[Tensor]) -> float:
 def lines(runs: Finetuned) -> tuple[State, dict[str, Any]]:
     """Scale the change of every block by its depth; the smallest factor a is chosen.
 
-    The first block has factor a, the last 1 (b = 1 - a). Tensors outside of the blocks are scaled by a, as in the authors' code.
+    The first block has factor a, the last 1 (b = 1 - a). Tensors outside of the blocks are scaled by a, as in the authors' code
+    (wang-kee/LiNeS, `LiNeS_scaling`).
     Each tower has its own depth.
     """
     mean, start = mean_state(runs.states), runs.known_start

@@ -5,8 +5,10 @@
     cross-entropy  Eq. (7) over the class captions, which FLYP (arXiv 2212.00638) compares with
     supcon         mean_i -1/|P_i| sum_{p in P_i} log softmax_{a != i}(f_i . f_a / tau)_p        arXiv 2004.11362, L_out
 
-' marks the teacher, P_i the other images of the class of image i. A new loss of the classes is one function of (embeddings, class
-logits, class labels, weights) and one line in `tables.EXTRA_LOSSES`.
+' marks the teacher, P_i the other images of the class of image i. CLIP-KD's code averages the squared distance over the D
+numbers of an embedding as well; here it is their sum. CaRot's code adds the two directions of `logits`,
+CLIP-KD's takes their mean as here; both have cross entropies or divergences, whose gradients are equal. A new loss of the
+classes is one function of (embeddings, class logits, class labels, weights) and one line in `tables.EXTRA_LOSSES`.
 
 Shapes: N rows, D embedding, C columns, K classes.
 """
@@ -23,7 +25,7 @@ from torch import Tensor
 from flyp_saflex.saflex.losses import at_least_float32, soft_cross_entropy
 
 SUPCON_TEMPERATURE = 0.1
-"""tau of SupCon, the paper's."""
+"""tau of SupCon, that of the authors' commands for CIFAR and ImageNet (HobbitLong/SupContrast; the code's default is 0.07)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
     Omega = alpha / 2 * |w - w_0|^2 over the trained parameters
 
-The paper penalises a new head towards zero; here a head starts as the zero-shot classifier and is drawn there. The gradient
-does not depend on the rows, so the gains of augmented rows (Eq. 9) stay what they are.
+The paper adds beta / 2 * |w_head|^2, which draws a new head to zero; here a head starts as the zero-shot classifier and is
+drawn there. The gradient does not depend on the rows, so the gains of augmented rows (Eq. 9) stay what they are.
 """
 
 from __future__ import annotations

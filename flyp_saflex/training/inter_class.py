@@ -1,7 +1,8 @@
 """Labels of cached edits from one class into another, which rows of the manifest state by `target` and `strength`.
 
-Diff-Mix (arXiv 2403.19600) moves an image of class i towards class j by a diffusion of strength s, and labels it
-(1 - s^gamma) i + s^gamma j. To keep the source's label, or to take the target's, are its two limits.
+Diff-Mix (arXiv 2403.19600) moves an image of class i towards class j by a diffusion of strength s, and labels it (1 - s^gamma)
+i + s^gamma j, as in the authors' code (dataset/base.py, `get_syn_item`). To keep the source's label, or to take the target's,
+are its two limits.
 
 Shapes: N edits.
 """

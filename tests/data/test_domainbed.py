@@ -52,6 +52,13 @@ def test_each_is_read_by_its_name_with_one_domain_left_out(tmp_path: Path, bench
     assert sum(len(split) for split in dataset.splits.values()) == 10 * len(classes) * len(benchmark.images)
 
 
+def test_domainbeds_own_parts_are_a_fifth_to_select_and_none_to_test(tmp_path: Path):
+    root = make(tmp_path, domainbed.VLCS)
+    config = DataConfig(name="vlcs", root=str(root), test_domains=("SUN09",), select_fraction=0.2, test_fraction=0.0)
+    sizes = {name: len(split) for name, split in load_dataset(config).splits.items()}
+    assert sizes == {"train": 48, "id_val": 12, "SUN09": 20}
+
+
 def test_the_domain_folders_may_be_the_root_itself(tmp_path: Path):
     root = make(tmp_path, domainbed.VLCS) / "VLCS"
     assert len(load_dataset(DataConfig(name="vlcs", root=str(root), test_domains=("SUN09",))).splits["SUN09"]) == 20

@@ -162,6 +162,7 @@ def test_tars_of_webdataset_are_read_with_their_labels(tmp_path: Path):
             r"data\.label_column = lable: .* has no such column; did you mean 'label'\? \(found: im",
         ),
         ({"image_column": "label"}, r"data\.image_column = label: .* expected images or bytes"),
+        ({"label_column": "image"}, r"data\.label_column = image: .* holds PIL\.Image\.Image, expected a class per row"),
         ({"train_domains": ("south",)}, r"need data\.domain_column"),
         (
             {"domain_column": "place", "train_domains": ("sout",)},
@@ -175,6 +176,16 @@ def test_a_wrong_column_is_told_in_one_line(tmp_path: Path, options: dict, messa
     with pytest.raises(DataError, match=message) as caught:
         load_dataset(DataConfig(name="hf", root=str(root), **options))
     assert "\n" not in str(caught.value)
+
+
+def test_labels_that_are_measurements_or_lists_are_told_before_they_are_read(tmp_path: Path):
+    for name, values, held in (("score", [0.5], "float"), ("tags", [[1, 2]], "List|Sequence")):
+        part = rows(12).add_column(name, values * 12)
+        root = parquet(tmp_path / name, train=part)
+        message = rf"data\.label_column = {name}: in .* holds ({held}).*; name another column"
+        with pytest.raises(DataError, match=message) as caught:
+            load_dataset(DataConfig(name="hf", root=str(root), label_column=name))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from flyp_saflex.offline import EditorConfig
 from flyp_saflex.prompting.edit_prompts import EditText
 from flyp_saflex.storage.augment_cache import AugmentCache
 from flyp_saflex.storage.augment_cache_writer import CacheWriter
+from flyp_saflex.storage.edit_times import seconds_of_edits
 
 TEXTS = """dataset = "folder"
 [[edits]]
@@ -116,11 +117,11 @@ def tint(monkeypatch: pytest.MonkeyPatch):
 
 
 def tree(entry: Path) -> dict[str, bytes]:
-    """Files of an entry, without the lock and the sheets, whose names depend on the process."""
+    """Files of an entry, without the lock, the times, and the sheets, whose names depend on the process."""
     return {
         str(path.relative_to(entry)): path.read_bytes()
         for path in sorted(entry.rglob("*"))
-        if path.is_file() and path.parent.name != "sheets" and path.name != ".lock"
+        if path.is_file() and path.parent.name != "sheets" and path.name != ".lock" and not path.name.startswith("times")
     }
 
 
@@ -277,6 +278,24 @@ def test_a_chosen_plan_is_told_and_made_alike_by_any_number_of_processes(config,
     assert tree(generate(config(*quota))) == before
 
 
+@pytest.mark.parametrize(("plan", "count"), [("all", 36), ("quota", 9), ("bias", 9)])
+def test_a_dry_run_prints_the_table_of_the_plan(plan, count, config, tint, tmp_path, capsys):
+    (tmp_path / "places.csv").write_text("domain,place\nday,snow\n")
+    options = [f"editor.plan={plan}", *([f"editor.places={tmp_path / 'places.csv'}"] if plan == "bias" else [])]
+    generate(config(*options, *([f"editor.budget={count}"] if count < 36 else [])), dry_run=True)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    head = next(number for number, line in enumerate(lines) if line[:2] == ["class", "images"])
+    texts = len(lines[head]) - 6
+    assert set(lines[head][2:-4]) <= {"snow", "night", "lake"}
+    rows_of = {line[0]: [int(value) for value in line[1:]] for line in lines[head + 1 : head + 5]}
+    assert list(rows_of) == ["circle", "square", "stripes", "all"]
+    for images, *counts, edits, both in rows_of.values():
+        assert sum(counts[:texts]) == edits == both - images
+    assert rows_of["all"][-2] == count
+    if plan == "bias":
+        assert "snow" not in lines[head], "training knows every class in the snow"
+
+
 def test_settings_of_an_entry_cannot_change(config, tint, tmp_path):
     entry = generate(config("cache.key=mine"))
     with pytest.raises(
@@ -404,6 +423,19 @@ def test_ten_kills_of_a_real_editor_are_invisible(config, tiny_editor, tmp_path,
 
     assert kill_and_restart(lambda: generate(config(*options)), 10, kill_soon) >= 5
     assert tree(next((tmp_path / "cache" / "folder").iterdir())) == whole
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_edit_has_its_seconds_beside_the_manifest(shards, config, tint):
+    tint(seconds=0.01)
+    for index in range(shards):
+        entry = generate(config(), shard=(index, shards))
+    seconds = seconds_of_edits(entry)
+    assert seconds.keys() == {row["aug_id"] for row in rows(entry)}
+    assert min(seconds.values()) > 0
+    assert not any("seconds" in row for row in rows(entry)), "a manifest of the same edits has the same bytes"
+    generate(config(), shard=(0, shards))
+    assert seconds_of_edits(entry) == seconds, "nothing was made again"
 
 
 @pytest.mark.parametrize("order", [(0, 1), (3, 1, 0, 2)])

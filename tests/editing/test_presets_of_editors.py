@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flyp_saflex.editing import generate as generate_module
 from flyp_saflex.editing.control_image import canny
 from flyp_saflex.editing.cost import preset_note
 from flyp_saflex.editing.editor import Request, load_editor
@@ -20,6 +25,7 @@ from flyp_saflex.editing.settings import resolve
 from flyp_saflex.errors import ConfigError, ModelError
 from flyp_saflex.offline import EditorConfig
 from flyp_saflex.recipe import load as load_recipe
+from flyp_saflex.storage import augment_cache_writer as writer_module
 from flyp_saflex.tables import EDITORS, PRESETS
 
 TOLERANCE = 2
@@ -61,8 +67,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def small_areas(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have Qwen-Image-Edit see sources of 64 x 64 px instead of a megapixel."""
-    import dataclasses
-
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as module
 
     whole = module.calculate_dimensions
@@ -102,6 +106,58 @@ def test_a_preset_edits_from_the_request_alone_in_batches_or_one_by_one(
     for name, value in changes.items():
         values = {"image": one.image, "text": one.text, "seed": one.seed, "box": one.box, name: value}
         assert distance(editor.edit([Request(**values)])[0], alone[0]) > 0, name
+
+
+def killed_at_the_second_batch(config: Any) -> int:
+    """Run `generate` in a child that kills itself between the images and the rows of its second batch; return its signal."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    try:
+        write, batches = writer_module.append_rows, itertools.count()
+
+        def append(path: Path, rows: Any) -> None:
+            if path.name == "metadata.jsonl" and next(batches) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, rows)
+
+        writer_module.append_rows = append
+        generate_module.generate(config)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_areas")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_killed_entry_goes_on_to_the_same_bytes(
+    preset: str, folders: Any, tiny_images_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [{"category": "1", "conf": 0.9, "bbox": [0.25, 0.25, 0.5, 0.4]}]
+    images = [str(path.relative_to(tiny_images_dir)) for path in sorted(tiny_images_dir.glob("day/*/*"))]
+    boxes, texts = tmp_path / "boxes.json", tmp_path / "texts.toml"
+    boxes.write_text(json.dumps({"images": [{"file": name, "detections": found} for name in images]}), encoding="utf-8")
+    texts.write_text('[[edits]]\ndomain = "snow"\ninstruction = "put the deer in the snow"\nprompt = "put the {} in the snow"\n')
+    config = edit_config(folders, preset, batch_size=2, prompts=str(texts))
+    editor = load_editor(config)
+    monkeypatch.setattr(generate_module, "load_editor", lambda *_, **__: editor)
+    recipe = load_recipe("folder", [f"data.root={tiny_images_dir}", "data.train_domains=day", "data.test_domains=night"])
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, boxes=str(boxes), shots=2), editor=config)
+
+    def at(name: str) -> Any:
+        return dataclasses.replace(recipe, cache=dataclasses.replace(recipe.cache, root=str(tmp_path / name)))
+
+    def files(entry: Path) -> dict[str, bytes]:
+        paths = [entry / "metadata.jsonl", entry / "DONE", *sorted(entry.glob("images/**/*.png"))]
+        return {str(path.relative_to(entry)): path.read_bytes() for path in paths}
+
+    whole = files(generate_module.generate(at("whole")))
+    assert len(whole) == 2 + 6, "two images of three classes"
+    assert killed_at_the_second_batch(at("killed")) == signal.SIGKILL
+    (entry,) = (tmp_path / "killed" / "folder").iterdir()
+    assert len((entry / "metadata.jsonl").read_text().splitlines()) == 2, "the first batch is there, the second is lost"
+    assert files(generate_module.generate(at("killed"))) == whole
 
 
 def test_a_preset_fills_in_what_is_unset_and_is_stable() -> None:

@@ -76,6 +76,37 @@ CASES = {
         "train.accumulation=2",
         "train.rows_at_once=3",
     ],
+    "distillation of logits from a running average, whose columns and rows are those of both": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.weight_rule=sum",
+        "train.distill=logits",
+        "train.distill_teacher=ema",
+        "train.distill_decay=0.5",
+        "train.distill_weight=20",
+    ],
+    "distillation of features, features first, and L2-SP": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.weight_rule=sum",
+        "train.distill=features",
+        "train.distill_weight=20",
+        "train.rows_at_once=3",
+        "train.l2_sp=1",
+    ],
+    "SupCon among the rows of both that the filter keeps": [
+        "augment.upstream=randaugment",
+        "augment.filter=random",
+        "train.extra_loss=supcon",
+    ],
+    "LoRA on both towers": [
+        "augment.upstream=randaugment",
+        "saflex.enabled=true",
+        "saflex.weight_rule=sum",
+        "saflex.scope=all",
+        "train.adapter=lora",
+        "train.lora_rank=2",
+    ],
 }
 
 
@@ -117,7 +148,8 @@ def test_two_processes_equal_one(make_config, tiny_options, edits, tmp_path, cas
                 torch.testing.assert_close(b[key], a[key], rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
     rows = [list(run.read_rows("augmented.jsonl")) for run in (one, two)]
     decided = [
-        sorted((row["step"], row["id"], row["learned_label"] if row["weight"] > 0 else -1) for row in of_run) for of_run in rows
+        sorted((row["step"], row["id"], row.get("learned_label", row["label"]) if row["weight"] > 0 else -1) for row in of_run)
+        for of_run in rows
     ]
     assert decided[0] == decided[1]
     if "evidence" in case:
