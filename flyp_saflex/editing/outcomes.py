@@ -24,6 +24,7 @@ from flyp_saflex.records import Edit
 from flyp_saflex.storage.augment_cache import AugmentCache
 from flyp_saflex.storage.augment_cache_files import SETTINGS
 from flyp_saflex.storage.data_record import DataRecord, read_record
+from flyp_saflex.storage.edit_times import seconds_of_edits
 from flyp_saflex.storage.files import read_mapping
 from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.training.decisions import recorded_decisions
@@ -40,12 +41,14 @@ class Outcome:
         kept: whether its weight was above 0, in any step.
         useful: weight under its own class, 0..1; 0 if it was dropped or relabelled.
         gain: mean gain over its steps; None if none was logged.
+        seconds: wall time of making it; None if it was not logged.
     """
 
     cell: Cell
     kept: bool
     useful: float
     gain: float | None
+    seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +101,20 @@ def read_outcomes(run: Path) -> RunOutcomes:
         for label, name in enumerate(record.class_names)
     }
     level_name = next((single for name, single in LEVELS.items() if settings.get(name)), "")
-    outcomes = []
+    outcomes, times = [], seconds_of_edits(entry.folder)
     for edit in entry.edits:
         name, rows = derived_seed(edit.aug_id), logged.get(edit.aug_id, ())
         if (name not in decided.by_name) if decided is not None else not rows:
             continue  # made after the run, filtered, or never drawn
         cell = _cell(edit, texts, level_name, entry.folder)
         gains = [row["gain"] for row in rows if isinstance(row.get("gain"), (int, float))]
-        gain = math.fsum(gains) / len(gains) if gains else None
+        gain, seconds = math.fsum(gains) / len(gains) if gains else None, times.get(edit.aug_id)
         if decided is not None:
             weight, label = decided.by_name[name]
-            outcomes.append(Outcome(cell, weight > 0, weight if label == edit.label else 0.0, gain))
+            outcomes.append(Outcome(cell, weight > 0, weight if label == edit.label else 0.0, gain, seconds))
         else:
             own = [row["weight"] > 0 and row.get("learned_label", edit.label) == edit.label for row in rows]
-            outcomes.append(Outcome(cell, any(row["weight"] > 0 for row in rows), sum(own) / len(own), gain))
+            outcomes.append(Outcome(cell, any(row["weight"] > 0 for row in rows), sum(own) / len(own), gain, seconds))
     if not outcomes:
         raise DataError(f"augment cache {entry.folder} holds none of the edits that run {run} decided on: restore the entry")
     notes = []

@@ -15,10 +15,10 @@ from flyp_saflex.editing.settings import LEVELS
 from flyp_saflex.errors import ConfigError, RunError
 from flyp_saflex.storage.results import align, percent
 
-HEAD = ("edits", "kept", "own class %", "bound %", "mean gain", "95 %", "edits per kept", "next %")
+HEAD = ("edits", "kept", "own class %", "bound %", "mean gain", "95 %", "edits per kept", "s per kept", "next %")
 LEGEND = """\
 kept: weight above 0; own class: mean weight under the class that the edit was made for; bound: its upper bound, after shrinkage;
-mean gain with its 95 % interval over edits; next: share of the next edits."""
+mean gain with its 95 % interval over edits; s per kept: wall seconds; next: share of the next edits."""
 LONGEST_NAME = 40
 
 
@@ -100,10 +100,10 @@ def _table(
     for key, name in names.items():
         share = math.fsum(share for cell, share in allocation.shares.items() if cell[part] == key)
         bound = bounds.get(key) if isinstance(key, int) else None
-        lines.append((name[:LONGEST_NAME], *_cells(of[key]), *_gain(of[key]), _cost(of[key]), percent(share)))
+        lines.append((name[:LONGEST_NAME], *_cells(of[key]), *_gain(of[key]), *_cost(of[key]), percent(share)))
         if bound is not None:
             lines[-1] = (*lines[-1][:4], percent(bound.upper), *lines[-1][5:])
-    lines.append(("all", *_cells(found.outcomes), *_gain(found.outcomes), _cost(found.outcomes), "100.0"))
+    lines.append(("all", *_cells(found.outcomes), *_gain(found.outcomes), *_cost(found.outcomes), "100.0"))
     return align(lines, left=1)
 
 
@@ -120,6 +120,10 @@ def _gain(outcomes: Sequence[Outcome]) -> tuple[str, str]:
     return f"{mean:+.3g}", "-" if math.isnan(half) else f"{mean - half:+.2g}..{mean + half:+.2g}"
 
 
-def _cost(outcomes: Sequence[Outcome]) -> str:
+def _cost(outcomes: Sequence[Outcome]) -> tuple[str, str]:
     kept = sum(one.kept for one in outcomes)
-    return f"{len(outcomes) / kept:.1f}" if kept else "-"
+    if not kept:
+        return "-", "-"
+    seconds = [one.seconds for one in outcomes if one.seconds is not None]
+    each = math.fsum(seconds) / len(seconds) if seconds else None
+    return f"{len(outcomes) / kept:.1f}", "-" if each is None else f"{each * len(outcomes) / kept:.2g}"

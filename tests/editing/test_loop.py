@@ -178,12 +178,15 @@ def test_a_run_tells_outcomes_by_its_log_or_by_its_decisions(piloted) -> None:
 def test_a_plan_gives_more_to_what_was_kept_and_nothing_to_a_useless_text(piloted, config, capsys) -> None:
     run, entry = piloted
     decide(run, entry, lambda row: row["domain"] == "snow")
+    batches = [{"aug_ids": [row["aug_id"] for row in rows(entry)], "seconds": 2.0 * PILOT}]
+    (entry / "times.jsonl").write_text("".join(json.dumps(batch) + "\n" for batch in batches))
     assert cli.main(["plan", str(run), "--explore", "0"]) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert lines["snow"][1:4] == ["6", "6", "100.0"]
     assert lines["lake"][1:4] == ["6", "0", "0.0"]
-    assert lines["lake"][-2:] == ["-", "0.0"]
-    assert lines["snow"][-2:] == ["1.0", "100.0"]
+    assert lines["lake"][-3:] == ["-", "-", "0.0"]
+    assert lines["snow"][-3:] == ["1.0", "2", "100.0"]
+    assert lines["all"][-3:] == ["2.0", "4", "100.0"], "what was dropped was paid for"
     before = {row["aug_id"] for row in rows(entry)}
     budgeted = config("editor.budget=9")
     assert generate(budgeted, plan_file=run / "plan.json", dry_run=True) == entry
