@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from flyp_saflex.errors import DataError, RunError
 
 BLOCK_BYTES = 2**20
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of network file systems mounted without locks
+WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # of network file systems mounted without locks
 
 
 @contextmanager

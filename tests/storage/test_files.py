@@ -124,7 +124,7 @@ time.sleep(60)
             os.killpg(holder.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("code", WITHOUT_LOCKS)
+@pytest.mark.parametrize("code", sorted(WITHOUT_LOCKS))
 def test_a_file_system_without_locks_is_worked_on_without_them(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
