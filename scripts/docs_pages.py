@@ -7,6 +7,7 @@ the repository with their links made to fit.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import posixpath
 import re
@@ -44,25 +45,35 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put sections of the README where a page names them."""
-    return PART.sub(lambda match: readme_section(match[1]), markdown)
+    address = page.file.src_uri
+    return PART.sub(lambda match: with_links_of(readme_section(match[1]), "README.md", address), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let the keyboard reach tables, which scroll on a narrow screen."""
+    return html.replace("<table>", '<table tabindex="0">')
 
 
 def from_repository(source: str) -> str:
-    """Return a file of the repository; links to pages of the site are kept, links to other files become text."""
+    """Return a file of the repository as a page."""
+    return with_links_of((ROOT / source).read_text(encoding="utf-8"), source, FILES[source])
+
+
+def with_links_of(text: str, source: str, page: str) -> str:
+    """Return text of a file of the repository; links to pages of the site lead from `page`, links to other files become text."""
 
     def link(match: re.Match[str]) -> str:
         target, _, anchor = match[2].partition("#")
         if "//" in target or not target:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        if path not in FILES:
-            return f"{match[1]} (`{path}`)" if f"`{path}`" != match[1] else match[1]
-        page = os.path.relpath(FILES[path], posixpath.dirname(FILES[source]) or ".")
-        return f"[{match[1]}]({page}{'#' if anchor else ''}{anchor})"
+        in_site = path.removeprefix("docs/") if path.startswith("docs/") and path.endswith(".md") else FILES.get(path)
+        if in_site is None:
+            return f"{match[1]} (`{path}`)" if match[1].strip("`") != path else f"`{path}`"
+        return f"[{match[1]}]({os.path.relpath(in_site, posixpath.dirname(page) or '.')}{'#' if anchor else ''}{anchor})"
 
-    text = (ROOT / source).read_text(encoding="utf-8")
     return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", link, text)
 
 
@@ -123,7 +134,7 @@ def commands_page() -> str:
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     for name, command in commands.choices.items():
         usage = " ".join(command.format_usage().removeprefix("usage: ").split())
-        lines += [f"## `{name}`", "", _plain(command.description or ""), "", f"```text\n{usage}\n```", ""]
+        lines += [f"## `{name}`", "", _plain(inspect.cleandoc(command.description or "")), "", f"```text\n{usage}\n```", ""]
         lines += ["| argument | meaning |", "|---|---|"]
         for action in command._actions:
             if action.dest != "help":

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+from filelock import Timeout
 from PIL import Image
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ from flyp_saflex.images.resized_copies import (
     stamps,
 )
 from flyp_saflex.records import Sample
-from flyp_saflex.storage.files import append_rows, mend_tail, replace_lines, try_lock, write_troubles
+from flyp_saflex.storage.files import append_rows, hold, mend_tail, replace_lines, write_troubles
 
 JPEG_QUALITY = 95
 SHARD_BYTES = 64 * 2**20
@@ -208,7 +209,11 @@ def _cut(folder: Path, shard: int, end: int) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder against a second writer."""
-    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
-        if not try_lock(lock):
-            raise DataError(f"data.materialised = {folder} is being written by another process: wait for it")
+    try:
+        lock = hold(folder / ".lock")
+    except Timeout:
+        raise DataError(f"data.materialised = {folder} is being written by another process: wait for it") from None
+    try:
         yield
+    finally:
+        lock.release()

@@ -1,29 +1,22 @@
 """HTML elements of the page: escaped text, scrolling tables, figures, sections.
 
-Text from a run (names of recipes, classes, files, instructions) is a plain `str` and is escaped here, once. `Markup` is HTML
-already and is not escaped again.
+Text from a run (names of recipes, classes, files, instructions) is a plain `str` and is escaped here, once. `markupsafe.Markup`
+is HTML already and is not escaped again.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
+
+from markupsafe import Markup, escape
 
 NOTHING = "\N{EN DASH}"
 """Placeholder of a missing number."""
 
 
-class Markup(str):
-    """Text that is HTML already."""
-
-    __slots__ = ()
-
-
 def text(value: object) -> Markup:
     """Return a value as HTML: escaped, without control characters; `Markup` stays as it is."""
-    if isinstance(value, Markup):
-        return value
-    return Markup(html.escape(plain(str(value))))
+    return value if isinstance(value, Markup) else escape(plain(str(value)))
 
 
 def plain(value: str) -> str:
@@ -63,8 +56,8 @@ def listing(items: Sequence[object], class_: str | None = None) -> Markup:
 
 def details(summary: object, *parts: object, open_: bool = False) -> Markup:
     """Return a block that the reader can unfold."""
-    made = element("details", join([element("summary", summary), *parts]))
-    return Markup(made.replace("<details>", "<details open>", 1)) if open_ else made
+    inside = join([element("summary", summary), *parts])
+    return Markup(f"<details{' open' if open_ else ''}>{inside}</details>")
 
 
 def figure(drawing: Markup, caption: object) -> Markup:

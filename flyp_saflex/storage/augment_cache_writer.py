@@ -19,9 +19,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import msgspec
+from filelock import FileLock
 
 from flyp_saflex.errors import DataError
 from flyp_saflex.storage.augment_cache import DONE, FORMATS, SHEETS, AugmentCache, SavableImage
@@ -56,7 +57,7 @@ class CacheWriter:
         self.rejected: set[str] = set()
         self._home = folder / WRITERS / f"{index}-of-{count}"
         self._alone = count == 1
-        self._lock: IO[str] | None = None
+        self._lock: FileLock | None = None
 
     def __enter__(self) -> CacheWriter:
         with troubles(self.folder):
@@ -93,7 +94,7 @@ class CacheWriter:
                 raise
         finally:
             if self._lock is not None:
-                self._lock.close()
+                self._lock.release()
 
     def write(self, edits: Sequence[tuple[SavableImage, Mapping[str, Any]]], rejected: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write images, then their rows; after a kill in between, the images without rows are ignored.

@@ -6,20 +6,18 @@ import errno
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from flyp_saflex.errors import DataError, RunError
 
-if sys.platform != "win32":
-    import fcntl
-
 BLOCK_BYTES = 2**20
+WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # of network file systems mounted without locks
 
 
 @contextmanager
@@ -140,42 +138,48 @@ def write_troubles(what: str, another: str) -> Iterator[None]:
         ) from None
 
 
+def hold(path: Path, *, wait: bool = False) -> FileLock:
+    """Lock a file until `release()` or any end of the process.
+
+    Args:
+        path: the file; it is created if missing, and stays.
+        wait: wait for another holder.
+
+    Returns:
+        The lock. Its `is_locked` is False on a file system without locks, where nothing protects from a second process.
+
+    Raises:
+        Timeout: another process, or another lock of this one, holds it, and `wait` is False.
+        OSError: the file cannot be opened for writing.
+    """
+    # No fallback: filelock's own would be a file that a killed process leaves behind.
+    lock = FileLock(path, blocking=wait, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+    return lock
+
+
 @contextmanager
 def entry_lock(folder: Path) -> Iterator[bool]:
     """Hold the lock of an entry, waiting for it; yield whether the file system supports locks."""
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        locked = False
-        if sys.platform != "win32":
-            with suppress(OSError):  # without locks nothing is protected from a second process
-                fcntl.flock(file, fcntl.LOCK_EX)
-                locked = True
-        yield locked
-
-
-def try_lock(file: IO[str]) -> bool:
-    """Lock an open file without waiting, until it is closed; return whether it could be locked (on Windows: always)."""
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
-
-
-def hold(path: Path) -> IO[str]:
-    """Open and lock a file; closing it, or any end of the process, releases the lock."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
-    try_lock(file)  # a file system may have no locks
-    return file
+    lock = hold(folder / ".lock", wait=True)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 def held_by_other(path: Path) -> bool | None:
     """Return whether another running process holds the lock; None if that cannot be determined."""
-    if sys.platform == "win32":
-        return None
     try:
-        with open(path, "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError as error:
-        return True if error.errno in (errno.EAGAIN, errno.EACCES) else None
+        lock = hold(path)
+    except (Timeout, PermissionError):  # another user's file is taken for a held one
+        return True
+    except OSError:
+        return None
+    known = lock.is_locked
+    lock.release()
+    return False if known else None

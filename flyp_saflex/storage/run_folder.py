@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import msgspec
+from filelock import Timeout
 
 from flyp_saflex import recipe as recipe_module
 from flyp_saflex.config import Config
 from flyp_saflex.errors import RunError
-from flyp_saflex.storage.files import atomic_write, read_mapping, try_lock, write_json
+from flyp_saflex.storage.files import atomic_write, hold, read_mapping, write_json
 from flyp_saflex.user_text import quoted
 
 PACKAGES = (
@@ -53,25 +54,22 @@ class RunDir:
 
     def __init__(self, path: Path, *, lock: bool = True) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if lock:
-                self._lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
-        except OSError as error:
-            raise RunError(f"run folder {path} cannot be written: {error.strerror}; choose another with --run-dir") from error
-        if self._lock is not None and not try_lock(self._lock):
-            self._lock.close()
+            self._lock = hold(path / ".lock") if lock else None
+        except Timeout:
             raise RunError(
                 f"run folder {path} is in use by another process: wait for it, stop it, or choose another with --run-dir"
-            )
+            ) from None
+        except OSError as error:
+            raise RunError(f"run folder {path} cannot be written: {error.strerror}; choose another with --run-dir") from error
 
     def __enter__(self) -> RunDir:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
     @property
     def checkpoints(self) -> Path:

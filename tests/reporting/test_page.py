@@ -367,7 +367,7 @@ def test_folder_that_is_not_there_is_one_line_about_out(runs, tmp_path):
 
 
 def test_text_escapes_and_drops_control_characters():
-    assert text('<a href="x">\x00\u202e&') == "&lt;a href=&quot;x&quot;&gt;\ufffd\ufffd&amp;"
+    assert text('<a href="x">\x00\u202e&') == "&lt;a href=&#34;x&#34;&gt;\ufffd\ufffd&amp;"
 
 
 def test_figures_take_names_as_they_are():

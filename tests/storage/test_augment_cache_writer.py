@@ -34,7 +34,7 @@ def numbers(entry: Path) -> list[int]:
 def die(writer: CacheWriter) -> None:
     """Leave a writer's files as a kill does: its lock is free, nothing is tidied up."""
     assert writer._lock is not None
-    writer._lock.close()
+    writer._lock.release()
 
 
 @pytest.fixture

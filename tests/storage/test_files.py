@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,19 @@ from pathlib import Path
 import pytest
 
 from flyp_saflex.errors import RunError
-from flyp_saflex.storage.files import append_rows, atomic_write, mend_tail, replace_lines, whole_lines, write_json
+from flyp_saflex.storage.files import (
+    WITHOUT_LOCKS,
+    append_rows,
+    atomic_write,
+    entry_lock,
+    held_by_other,
+    hold,
+    mend_tail,
+    replace_lines,
+    whole_lines,
+    write_json,
+)
+from flyp_saflex.storage.run_folder import RunDir
 
 
 def test_interrupted_write_is_invisible(tmp_path: Path) -> None:
@@ -84,3 +98,53 @@ def test_replacing_lines_by_none_removes_the_file_unless_it_is_kept(tmp_path: Pa
     assert path.read_bytes() == b""
     replace_lines(path, [])
     assert not path.exists()
+
+
+def test_a_killed_process_frees_its_lock_and_its_children_do_not_keep_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    code = f"""
+import os, pathlib, time
+from flyp_saflex.storage.files import hold
+lock = hold(pathlib.Path({str(path)!r}))
+if os.fork() == 0:
+    os.close(1)
+    time.sleep(60)
+print(lock.is_locked, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "True\n"
+            assert held_by_other(path) is True
+            holder.kill()
+            holder.wait(timeout=60)
+            assert held_by_other(path) is False
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("code", sorted(WITHOUT_LOCKS))
+def test_a_file_system_without_locks_is_worked_on_without_them(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with entry_lock(tmp_path) as locked:
+        assert not locked
+    assert held_by_other(tmp_path / ".lock") is None
+    with RunDir(tmp_path / "run") as run, RunDir(tmp_path / "run"):
+        run.mark_done()
+    assert run.done
+
+
+def test_a_lock_file_of_another_user_is_taken_for_a_held_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("os.open", refuse)
+    assert held_by_other(tmp_path / "lock") is True
+    with pytest.raises(PermissionError):
+        hold(tmp_path / "lock")

@@ -25,7 +25,6 @@ def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path: Path) -> None:
         write_json(tmp_path / "missing" / "x.json", {})
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
 def test_one_process_holds_a_run_folder(tmp_path: Path) -> None:
     code = f"""
 import pathlib
