@@ -250,6 +250,8 @@ UPSTREAMS: Table[Upstream] = Table(
         "copy-paste": "training.upstreams:COPY_PASTE",
         "randaugment": "training.upstreams:RANDAUGMENT",
         "autoaugment": "training.upstreams:AUTOAUGMENT",
+        "autoaugment-cifar10": "training.upstreams:AUTOAUGMENT_CIFAR10",
+        "autoaugment-svhn": "training.upstreams:AUTOAUGMENT_SVHN",
         "augmix": "training.upstreams:AUGMIX",
         "trivialaugment": "training.upstreams:TRIVIALAUGMENT",
         "random-crop": "training.upstreams:RANDOM_CROP",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -18,16 +19,28 @@ from flyp_saflex.errors import ConfigError, DataError, nearest
 from flyp_saflex.images.picture import Picture, Turn
 from flyp_saflex.images.preprocessing import size_with_shorter
 
-Operation = Literal["randaugment", "autoaugment", "augmix", "trivialaugment", "random-crop", "flip"]
+Operation = Literal[
+    "randaugment",
+    "autoaugment",
+    "autoaugment-cifar10",
+    "autoaugment-svhn",
+    "augmix",
+    "trivialaugment",
+    "random-crop",
+    "flip",
+]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 CROP_AREA, CROP_RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
 POLICIES: dict[str, Callable[[], Callable[[Image.Image], Image.Image]]] = {
     "randaugment": transforms.RandAugment,
     "autoaugment": transforms.AutoAugment,
+    "autoaugment-cifar10": partial(transforms.AutoAugment, transforms.AutoAugmentPolicy.CIFAR10),
+    "autoaugment-svhn": partial(transforms.AutoAugment, transforms.AutoAugmentPolicy.SVHN),
     "augmix": transforms.AugMix,
     "trivialaugment": transforms.TrivialAugmentWide,
 }
+"""Published ones; AutoAugment's three were learned on ImageNet, CIFAR-10 and SVHN (arXiv 1805.09501)."""
 
 
 class Augmentation:

@@ -25,10 +25,12 @@ class ValidationDirection:
 
     Attributes:
         watch: comparison of estimated with exact gains at intervals; with `estimator = "auto"` it may switch to `exact`.
+        mean_of: mean over processes of a scalar tensor, by which they agree on the step of a finite difference.
     """
 
     def __init__(self, settings: SaflexSettings) -> None:
         self.settings = settings
+        self.mean_of: Callable[[Tensor], Tensor] = lambda value: value
         self._gradient: dict[str, Tensor] | None = None
         self._previous_rms: Tensor | float | None = None
         self._length: Tensor | None = None  # of the gradient, when it was first asked for
@@ -139,9 +141,10 @@ class ValidationDirection:
             previous_rms=previous,
             length=self._length,
             products=products,
+            mean_of=self.mean_of,
         )
         if estimator != "exact":
-            self._previous_rms = tangent.square().mean().sqrt()
+            self._previous_rms = self.mean_of(tangent.square().mean()).sqrt()
         return values, tangent
 
     def reset(self) -> None:

@@ -71,6 +71,7 @@ def directional_derivative(
     previous_rms: float | None = None,
     length: Tensor | None = None,
     products: Products | None = None,
+    mean_of: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> tuple[Tensor, Tensor]:
     """Return the logits and their derivative along `direction`, detached, computed outside of autocast.
 
@@ -93,6 +94,8 @@ def directional_derivative(
             h = target_rms / previous_rms; None: search the step size, in one or two more passes.
         length: finite differences: `norm(direction)`, if the caller has it.
         products: `exact`: primal cache of a pass of the same function at the same parameters, outside of autocast.
+        mean_of: finite differences: mean over processes of a scalar tensor; all of them take the same step, as norms over the
+            rows of all processes need it.
 
     Returns:
         Logits and tangent, float32 or float64. A zero direction gives a zero tangent.
@@ -122,6 +125,7 @@ def directional_derivative(
                     target_rms=target_rms,
                     previous_rms=previous_rms,
                     length=norm(towards) if length is None else length,
+                    mean_of=mean_of,
                 )
     return at_least_float32(values.detach()), at_least_float32(tangent.detach())
 
@@ -146,6 +150,7 @@ def _finite_difference(
     target_rms: float,
     previous_rms: float | None,
     length: Tensor,
+    mean_of: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     def at(step: float) -> Tensor:
         return logits_fn({name: torch.add(value, towards[name], alpha=step) for name, value in point.items()})
@@ -156,7 +161,7 @@ def _finite_difference(
         base = logits_fn(point) if base is None else base
         if not 0 < float(length) < math.inf:
             return base, base * length  # zeros, or NaN: whoever called sees at once that the direction is broken
-        step, ahead = _first_step(at, base, point, float(length), target_rms)
+        step, ahead = _first_step(at, base, point, float(length), target_rms, mean_of)
     if estimator == "one-sided":
         ahead = at(step) if ahead is None else ahead
         base = logits_fn(point) if base is None else base
@@ -170,7 +175,12 @@ def _finite_difference(
 
 
 def _first_step(
-    at: Callable[[float], Tensor], base: Tensor, point: dict[str, Tensor], length: float, target_rms: float
+    at: Callable[[float], Tensor],
+    base: Tensor,
+    point: dict[str, Tensor],
+    length: float,
+    target_rms: float,
+    mean_of: Callable[[Tensor], Tensor],
 ) -> tuple[float, Tensor]:
     """Return a step size that changes the logits by about `target_rms`, and the logits at that step.
 
@@ -181,7 +191,7 @@ def _first_step(
     step = 1e-6 * longest
     ahead = at(step)
     for _ in range(_PROBES):
-        change = rms(ahead - base)
+        change = float(mean_of((ahead - base).square().mean()).sqrt())
         if target_rms / 3 < change < target_rms * 3 or (step == longest and change < target_rms):
             break
         wanted = target_rms / change if change > 0 else 1e3

@@ -17,6 +17,7 @@ from flyp_saflex.config import Config
 from flyp_saflex.errors import ConfigError
 from flyp_saflex.runtime import process_state
 from flyp_saflex.tasks.task import Processes
+from flyp_saflex.training.batch_statistics import can_share
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
@@ -46,17 +47,19 @@ def gather_features(features_ND: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def statistics_note(network: nn.Module, config: Config, num_processes: int) -> list[str]:
-    """Return a note where BatchNorm makes several processes train otherwise than one; nothing where it does not.
-
-    There is no SyncBatchNorm here: it has no forward-mode derivative, which exact gains need, and none on a CPU.
-    """
-    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-    if num_processes == 1 or config.train.freeze_batchnorm or not has_norms:
+    """Return a note where norms make several processes train otherwise than one; nothing where they do not."""
+    own = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not can_share(module)
+    ]
+    if num_processes == 1 or config.train.freeze_batchnorm or not own:
         return []
     rows = config.train.batch_size // num_processes // config.train.accumulation
     return [
-        f"BatchNorm normalises each process's own rows ({rows} training rows), so {num_processes} processes do not train what "
-        "one trains; the main process's running statistics are kept. One process, or train.freeze_batchnorm=true, avoids it"
+        f"{len(own)} norms (first: {own[0]}) normalise each process's own rows ({rows} training rows), so {num_processes} "
+        "processes do not train what one trains; the main process's running statistics are kept. One process, or "
+        "train.freeze_batchnorm=true, avoids it"
     ]
 
 

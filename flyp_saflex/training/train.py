@@ -27,6 +27,7 @@ from flyp_saflex.storage.run_folder import RunDir
 from flyp_saflex.tables import METHODS
 from flyp_saflex.training import checkpoint
 from flyp_saflex.training.anchor import Anchor
+from flyp_saflex.training.batch_statistics import share_statistics
 from flyp_saflex.training.batches import Batch, UnreadableFiles, read_steps
 from flyp_saflex.training.decisions import decide_about_edits
 from flyp_saflex.training.distributed import device_name, make_accelerator, processes_of, statistics_note, synchronised
@@ -88,6 +89,8 @@ class _Trainer:
         self.task, self.saflex, self.options = setup.task, setup.saflex, setup.config.train
         self.network = self.task.network
         self.network.to(accelerator.device)
+        processes = processes_of(accelerator)
+        share_statistics(self.network, processes, freeze_batchnorm=self.options.freeze_batchnorm)
         self.teacher = setup.terms.teacher
         if self.teacher is not None:
             self.teacher.network.to(accelerator.device)
@@ -109,10 +112,11 @@ class _Trainer:
         self.validation = ValidationRows(setup, self.cache, accelerator.device) if self.saflex else None
         if self.saflex is not None:
             self.saflex.watch.tell = accelerator.print
+            self.saflex.mean_of = lambda value: processes.gather(value[None]).mean()
         self.decisions = decide_about_edits(setup, accelerator, run.path)
         if self.decisions is not None and self.decisions.seconds:
             self.environment["evidence_seconds"] = self.decisions.seconds
-        self.rows = RowBuilder(setup, accelerator.device, self.decisions, processes_of(accelerator))
+        self.rows = RowBuilder(setup, accelerator.device, self.decisions, processes)
         apart = not obstacle(self.network, freeze_batchnorm=self.options.freeze_batchnorm)
         self.selecting = Selecting(setup.config.saflex.select if apart else "never")
         self.signals = StopSignals()

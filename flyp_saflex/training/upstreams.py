@@ -114,8 +114,17 @@ CACHE = Upstream(is_pool=True)
 COPY_PASTE = Upstream(pastes=True)
 TRANSLATE = Upstream(configured=_translation)
 SOFT_CROP = Upstream(configured=_translation, confidence=_soft_confidence)
-RANDAUGMENT, AUTOAUGMENT, AUGMIX, TRIVIALAUGMENT, RANDOM_CROP, FLIP = (
+RANDAUGMENT, AUGMIX, TRIVIALAUGMENT, RANDOM_CROP, FLIP, AUTOAUGMENT, AUTOAUGMENT_CIFAR10, AUTOAUGMENT_SVHN = (
     Upstream(operation=partial(augmentation, name))
-    for name in ("randaugment", "autoaugment", "augmix", "trivialaugment", "random-crop", "flip")
+    for name in (
+        "randaugment",
+        "augmix",
+        "trivialaugment",
+        "random-crop",
+        "flip",
+        "autoaugment",
+        "autoaugment-cifar10",
+        "autoaugment-svhn",
+    )
 )
 MIXUP, CUTMIX = Upstream(mix=_mixup), Upstream(mix=_cutmix)

@@ -72,6 +72,13 @@ def test_the_table_has_the_papers_eight_sets_and_their_sizes() -> None:
     assert len(sets["organa"].class_names) == 11
 
 
+def test_classes_with_few_validation_images_are_warned_of(toy: Callable[..., DataConfig]) -> None:
+    notes = read_medmnist(toy()).notes
+    assert any(
+        note.startswith("warning: split 'val' has fewer than 10 rows of 'malignant' (6), 'benign' (6)") for note in notes
+    ), notes
+
+
 def test_labels_and_gray_images_in_either_form_are_the_same_data(toy: Callable[..., DataConfig]) -> None:
     plain = read_medmnist(toy())
     assert not plain.notes or not any("altered" in note for note in plain.notes)

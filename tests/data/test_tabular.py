@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import fields
 
 from flyp_saflex import recipe
 from flyp_saflex.config import DataConfig
 from flyp_saflex.data.published import Problems
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.data.tabular import read_tabular
-from flyp_saflex.data.tabular_card import read_card, shipped_cards
+from flyp_saflex.data.tabular_card import Card, read_card, shipped_cards
 from flyp_saflex.data.tabular_encoding import encode
 from flyp_saflex.data.tabular_file import RawTable, read_cells
 from flyp_saflex.errors import DataError
+from flyp_saflex.user_text import parse_toml
 
 CARD = """
 title = "Toy"
@@ -177,6 +181,23 @@ def test_one_line_for_a_wrong_card(tmp_path: Path, change: tuple[str, str], line
     with pytest.raises(DataError, match=line) as error:
         read_tabular(written(tmp_path / "toy", toy_rows(), CARD.replace(*change)))
     assert "\n" not in str(error.value)
+
+
+def test_the_template_reads_a_table_with_all_that_it_mentions(tmp_path: Path) -> None:
+    text = (resources.files("flyp_saflex.assets") / "tabular/my-table.toml").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert all(line.startswith("# ") for line in lines if line.startswith("#"))
+    whole = "\n".join([lines[0], *(line.removeprefix("# ") for line in lines[1:])])
+    for key, value in (("rows", 60), ("features", 2), ("positives", 20), ("missing", 3)):
+        whole = re.sub(rf"^{key} = \d+$", f"{key} = {value}", whole, flags=re.MULTILINE)
+    (tmp_path / "mine.toml").write_text(whole, encoding="utf-8")
+    rng = np.random.default_rng(0)
+    size = ["NA", "?", "", *(f"{value:.3f}" for value in rng.normal(size=57))]
+    rows = [f"{rng.normal():.3f},{size[place]},{int(place % 3 == 0)}" for place in range(60)]
+    (tmp_path / "my_table.csv").write_text("\n".join(["age,size,label", *rows]), encoding="utf-8")
+    options = DataConfig(name="tabular", root=str(tmp_path), card=str(tmp_path / "mine.toml"), select_fraction=0.2)
+    assert load_dataset(options).class_names == ("healthy", "ill")
+    assert {field.name for field in fields(Card) if field.name != "paper"} == set(parse_toml(whole, "the template", DataError))
 
 
 def test_no_card_and_an_unknown_one(tmp_path: Path) -> None:

@@ -185,6 +185,8 @@ def test_operations_on_whole_images_are_torchvisions(name, size):
     theirs = {
         "randaugment": transforms.RandAugment(),
         "autoaugment": transforms.AutoAugment(),
+        "autoaugment-cifar10": transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
+        "autoaugment-svhn": transforms.AutoAugment(transforms.AutoAugmentPolicy.SVHN),
         "augmix": transforms.AugMix(),
         "trivialaugment": transforms.TrivialAugmentWide(),
         "random-crop": transforms.RandomResizedCrop(32, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3), interpolation=bicubic),

@@ -17,6 +17,7 @@ from flyp_saflex.config import Config
 from flyp_saflex.data.registry import load_dataset
 from flyp_saflex.errors import ConfigError
 from flyp_saflex.evaluation.evaluate import evaluate
+from flyp_saflex.reporting.report import report
 from flyp_saflex.saflex.objectives import CROSS_ENTROPY
 from flyp_saflex.saflex.saflex import Saflex
 from flyp_saflex.step.step import StepLoss
@@ -80,6 +81,7 @@ def test_images_are_trained_with_saflex_killed_resumed_and_evaluated(
     assert sum(row["weight"] > 0 for row in decided) > 0
     (tested,) = [row for row in evaluate(tmp_path / "whole")["results"] if row["split"] == "test"]
     assert tested["auroc"] > 0.7
+    assert "### AUROC" in report([tmp_path / "whole"], out=tmp_path / "report.md")
     train_until(monkeypatch, 7, config, tmp_path / "killed")
     train(config, tmp_path / "killed", resume=True)
     weights = [load_file(tmp_path / name / "model/weights.safetensors") for name in ("whole", "killed")]
@@ -150,6 +152,12 @@ def test_tables_models_and_options_that_do_not_fit_are_refused_in_one_line(breas
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"data.name = medmnist has images"):
         train(breast("train.method=mlp"), Path("unused"), dry_run=True)
+
+
+def test_a_batch_larger_than_the_data_is_refused_in_one_line(breast: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"train.batch_size = 64 is larger than the training split \(48 images\)") as error:
+        train(breast("train.batch_size=64"), Path("unused"), dry_run=True)
+    assert "\n" not in str(error.value)
 
 
 def test_other_networks_of_torchvision_and_timm_train(breast: Callable[..., Config]) -> None:

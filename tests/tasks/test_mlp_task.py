@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from vanishing import train_until
 
 from flyp_saflex import recipe
+from flyp_saflex.comparison.compare import compare
 from flyp_saflex.config import Config
-from flyp_saflex.errors import ConfigError, RunError
+from flyp_saflex.errors import ConfigError, RunError, UserError
 from flyp_saflex.evaluation.evaluate import evaluate
+from flyp_saflex.exporting.export_run import export_run
+from flyp_saflex.predicting.predict_images import PredictOptions, predict_images
 from flyp_saflex.reporting.report import report
 from flyp_saflex.training.train import train
 
@@ -106,13 +110,63 @@ def test_a_run_is_not_scored_on_rows_of_another_encoding(table: Callable[..., Co
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("option", ["augment.upstream=randaugment", "augment.on_train=random-crop", "augment.on_train=flip"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "augment.upstream=randaugment",
+        "augment.upstream=autoaugment-svhn",
+        "augment.on_train=random-crop",
+        "augment.on_train=flip",
+    ],
+)
 def test_an_operation_on_images_is_refused_in_one_line(table: Callable[..., Config], tmp_path: Path, option: str) -> None:
     with pytest.raises(
         ConfigError, match=r"changes images, but train.method takes rows of numbers: set augment.on_train="
     ) as error:
         train(table(option), tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["translate", "soft-crop", "copy-paste"])
+def test_an_upstream_that_needs_images_is_refused_in_one_line(table: Callable[..., Config], tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"takes rows of numbers: use mixup or cutmix") as error:
+        train(table(f"augment.upstream={name}"), tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_cached_edits_of_a_table_are_asked_for_in_one_line(table: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="augment cache") as error:
+        train(table("augment.upstream=cache", f"cache.root={tmp_path}"), tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_commands_that_need_clip_refuse_a_tables_run_in_one_line(table: Callable[..., Config], tmp_path: Path) -> None:
+    train(table("train.steps=1"), tmp_path / "run")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for use in (
+        lambda: predict_images(tmp_path / "run", [tmp_path / "a.png"], PredictOptions(out=tmp_path / "p.csv")),
+        lambda: export_run(tmp_path / "run", to="open_clip", out=tmp_path / "exported"),
+    ):
+        with pytest.raises(RunError, match=r"train.method = mlp has no CLIP model, which this command needs") as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "exported").exists()
+    assert not (tmp_path / "p.csv").exists()
+
+
+@pytest.mark.slow
+def test_the_recipes_comparison_ends_in_a_verdict_and_every_seed_has_its_own_split(
+    table: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = table("train.steps=4", "compare.seeds=[0,1]", "train.log_augmented=false")
+    assert compare(config, tmp_path / "out")
+    runs = sorted(path.name for path in (tmp_path / "out/runs").iterdir())
+    assert len(runs) == 2 * len(config.compare.conditions)
+    fingerprints = {
+        json.loads((tmp_path / "out/runs" / name / "data.json").read_text(encoding="utf-8"))["fingerprint"] for name in runs
+    }
+    assert len(fingerprints) >= 2
+    assert "AUROC" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
 
 
 def test_images_are_no_rows_of_numbers(make_config: Callable[..., Config], tmp_path: Path) -> None:

@@ -11,16 +11,13 @@ from flyp_saflex.data import medmnist
 from flyp_saflex.data.medmnist import Published
 
 
-def write_discs(
-    folder: Path, name: str, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch, *, colour: bool = False
-) -> None:
-    """Write `<name>mnist.npz` with images for train, val and test, and publish it as a known set.
+def draw_discs(folder: Path, name: str, sizes: tuple[int, int, int], *, colour: bool = False) -> Path:
+    """Write `<name>mnist.npz` with images for train, val and test, and return its path.
 
     Args:
         folder: of the file.
         name: of the set, such as `breast`.
         sizes: images of the three parts.
-        monkeypatch: publishes the set for the test.
         colour: three channels with noise of their own, instead of one.
     """
     rng = np.random.default_rng(0)
@@ -33,7 +30,14 @@ def write_discs(
         if colour:
             images = images[..., None] + rng.normal(0, 20, (size, 1, 1, 3))
         arrays[f"{part}_images"], arrays[f"{part}_labels"] = images.clip(0, 255).astype(np.uint8), labels[:, None]
-    path = folder / f"{name}mnist.npz"
-    np.savez(path, **arrays)
+    np.savez(folder / f"{name}mnist.npz", **arrays)
+    return folder / f"{name}mnist.npz"
+
+
+def write_discs(
+    folder: Path, name: str, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch, *, colour: bool = False
+) -> None:
+    """Draw a set (`draw_discs`), and publish it for the test as a known one."""
+    path = draw_discs(folder, name, sizes, colour=colour)
     published = Published(name, medmnist._md5(path), 3 if colour else 1, sizes, ("dark", "bright"))
     monkeypatch.setattr(medmnist, "published_sets", lambda: {name: published})
