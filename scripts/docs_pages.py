@@ -56,6 +56,13 @@ def on_page_content(html: str, **_: Any) -> str:
     return html.replace("<table>", '<table tabindex="0">')
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Name the search dialog for screen readers."""
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+
+
 def from_repository(source: str) -> str:
     """Return a file of the repository as a page."""
     return with_links_of((ROOT / source).read_text(encoding="utf-8"), source, FILES[source])
