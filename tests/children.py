@@ -1,8 +1,8 @@
 """Commands in processes of their own that need not import the package again: children of a server that holds it already.
 
 A started Python takes ten seconds and more to import what a run needs, which is most of what a test of two processes or of a
-kill costs. These children are real processes all the same: they can be killed, have ranks and talk over gloo. Tests of `evaluate`
-and `generate` start theirs by `torch.distributed.run`, as users do.
+kill costs. These children are real processes all the same: they can be killed, have ranks and talk over gloo. One test,
+of `evaluate`, starts its processes by `torch.distributed.run`, as users do.
 """
 
 from __future__ import annotations

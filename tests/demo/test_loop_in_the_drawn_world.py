@@ -16,7 +16,7 @@ PLACES = ("in the snow", "in the dusk", "in the meadow", "near a lake")
 USELESS = ("in the snow", "in the infrared night")
 """Places of the planted texts: with strong guidance the editor does as they say and removes the animal. Nonsense would not do: at
 `lorem ipsum dolor` the tiny editor paints a forest, with the animal in it."""
-PILOT, BUDGET = 198, 120
+PILOT, BUDGET = 198, 250
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from children import run_ranks, with_overrides
 from PIL import Image
 
 from flyp_saflex import cli, recipe
@@ -460,18 +460,8 @@ def test_accelerate_shares_the_work(options, config, tiny_editor, tmp_path):
     """Real diffusers through the command line: two processes share job 1 of 2, parts 2 and 3 of 4."""
     options = [*options, f"editor.model={tiny_editor('instruct-pix2pix')}"]
     whole = tree(generate(recipe.load("folder", [*options, f"cache.root={tmp_path / 'one'}"])))
-    sets = [part for option in options for part in ("--set", option)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flyp_saflex"]
-    done = subprocess.run(
-        [*launch, "generate", "folder", "--shard", "1/2", *sets],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("to do") == 1, "only the main process prints"
+    out, _ = run_ranks(with_overrides("generate", "folder", "--shard", "1/2", overrides=options), tmp_path)
+    assert out.count("to do") == 1, "only the main process prints"
     entry = next((tmp_path / "cache" / "folder").iterdir())
     assert len(AugmentCache.at(entry).edits) == 16
     for index in (0, 1):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from children import run_ranks, with_overrides
 from disc_sets import draw_discs
 from safetensors.torch import load_file
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, jvp
 
 from flyp_saflex import recipe
@@ -77,13 +76,15 @@ def test_statistics_derivatives_and_running_averages_are_those_of_one_batch(mome
         outputs = network(inputs)
         (outputs * pulls[own]).sum().backward()
         moved = {name: value.clone() for name, value in network.named_buffers()}
-        with torch.no_grad(), forward_mode():
-            tangent = jvp(lambda x: functional_call(network, moved, (x,)), (rows[own],), (tangents[own],))[1]
+        with torch.no_grad():
+            dual = forward_ad.make_dual(rows[own].clone(), tangents[own])
+            tangent = forward_ad.unpack_dual(functional_call(network, moved, (dual,))).tangent
         assert all(torch.equal(moved[name], value) for name, value in network.named_buffers()), "gains move no statistic"
         evaluated = network.eval()(inputs)
         return moved | {"out": outputs, "in": inputs.grad, "weight": parameter.grad, "tangent": tangent, "evaluated": evaluated}
 
-    first, second = together(work, work)
+    with forward_mode(), forward_ad.dual_level():  # one level for both threads: levels are counted for all of them together
+        first, second = together(work, work)
     for name, wanted in (("out", expected), ("in", leaf.grad), ("tangent", derivative), ("evaluated", whole.eval()(rows))):
         torch.testing.assert_close(torch.cat([first[name], second[name]]), wanted)
     torch.testing.assert_close(first["weight"] + second["weight"], whole.weight.grad)
@@ -156,12 +157,9 @@ def test_two_processes_train_what_one_trains(options: Callable[..., list[str]], 
     tolerance = 1e-3 if "estimated" in case else 1e-4
     overrides = options(name, *changes)
     train(recipe.load(name, overrides), tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flyp_saflex"]
-    command += ["train", name, "--run-dir", str(tmp_path / "two"), *(part for text in overrides for part in ("--set", text))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert "do not train what one trains" not in done.stdout
+    out, _ = run_ranks(with_overrides("train", name, "--run-dir", str(tmp_path / "two"), overrides=overrides), tmp_path)
+    assert "2 processes" in out
+    assert "do not train what one trains" not in out
     one, two = (load_file(tmp_path / run / "model/weights.safetensors") for run in ("one", "two"))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=0, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}")

@@ -74,7 +74,7 @@ def into_another_class(edits) -> Path:
 
 @pytest.mark.parametrize(("rule", "shares"), [("source", None), ("target", [0.0, 1.0]), ("diff-mix", [0.5, 0.5])])
 def test_the_label_reaches_the_rows_of_a_step(make_config, into_another_class, tmp_path, rule, shares) -> None:
-    setup = prepare(make_config("augment.upstream=cache", f"augment.inter_class={rule}"))
+    setup = prepare(make_config("augment.upstream=cache", f"augment.inter_class={rule}", "augment.inter_class_gamma=0.5"))
     decisions = decide_about_edits(setup, Accelerator(), tmp_path)
     if shares is None:
         assert decisions is None, "labels as they came"
