@@ -13,7 +13,6 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +77,9 @@ def start(words: Sequence[str], folder: Path, *, name: str = "child", environmen
     return Child(process, out, err)
 
 
-def run(words: Sequence[str], folder: Path, *, environment: Mapping[str, str] = CPU_ONLY) -> Child:
+def run(words: Sequence[str], folder: Path) -> Child:
     """Run a command to its end."""
-    child = start(words, folder, environment=environment)
+    child = start(words, folder)
     child.wait()
     return child
 
@@ -102,8 +101,7 @@ def run_ranks(words: Sequence[str], folder: Path, *, count: int = 2, expected: i
         codes = [child.wait() for child in children]
     finally:
         for child in children:
-            with suppress(ValueError):
-                child.process.kill()
+            child.process.kill()  # of those that have ended nothing is left to kill
     out, err = ("".join(texts) for texts in ([child.stdout for child in children], [child.stderr for child in children]))
     assert codes == [expected] * count, f"{codes}: {out}{err}"
     return out, err

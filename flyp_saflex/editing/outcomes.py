@@ -101,14 +101,16 @@ def read_outcomes(run: Path) -> RunOutcomes:
         for label, name in enumerate(record.class_names)
     }
     level_name = next((single for name, single in LEVELS.items() if settings.get(name)), "")
-    outcomes, times = [], seconds_of_edits(entry.folder)
+    times = seconds_of_edits(entry.folder)
+    outcomes = []
     for edit in entry.edits:
         name, rows = derived_seed(edit.aug_id), logged.get(edit.aug_id, ())
         if (name not in decided.by_name) if decided is not None else not rows:
             continue  # made after the run, filtered, or never drawn
         cell = _cell(edit, texts, level_name, entry.folder)
         gains = [row["gain"] for row in rows if isinstance(row.get("gain"), (int, float))]
-        gain, seconds = math.fsum(gains) / len(gains) if gains else None, times.get(edit.aug_id)
+        gain = math.fsum(gains) / len(gains) if gains else None
+        seconds = times.get(edit.aug_id)
         if decided is not None:
             weight, label = decided.by_name[name]
             outcomes.append(Outcome(cell, weight > 0, weight if label == edit.label else 0.0, gain, seconds))

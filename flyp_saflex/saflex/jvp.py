@@ -130,9 +130,14 @@ def directional_derivative(
     return at_least_float32(values.detach()), at_least_float32(tangent.detach())
 
 
-def rms(values: Tensor) -> float:
-    """Return the root mean square, as for `previous_rms`; 0 for an empty tensor."""
-    return float(values.square().mean().sqrt()) if values.numel() else 0.0
+def rms(values: Tensor, mean_of: Callable[[Tensor], Tensor] = lambda value: value) -> float:
+    """Return the root mean square over all processes, as for `previous_rms`; 0 for an empty tensor.
+
+    Args:
+        values: as many on every process.
+        mean_of: mean over processes of a scalar tensor.
+    """
+    return float(mean_of(values.square().mean()).sqrt()) if values.numel() else 0.0
 
 
 def norm(values: Parameters) -> Tensor:
@@ -191,7 +196,7 @@ def _first_step(
     step = 1e-6 * longest
     ahead = at(step)
     for _ in range(_PROBES):
-        change = float(mean_of((ahead - base).square().mean()).sqrt())
+        change = rms(ahead - base, mean_of)
         if target_rms / 3 < change < target_rms * 3 or (step == longest and change < target_rms):
             break
         wanted = target_rms / change if change > 0 else 1e3
